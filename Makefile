@@ -1,0 +1,39 @@
+# `make demo` and `make test` need Python >= 3.10, make and a package index; everything else they install into .venv
+PYTHON ?= python3
+VENV ?= .venv
+RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(VENV)/bin/python
+DEMO = "['configs/train.yaml','configs/demo.yaml']"
+
+.PHONY: demo test lint clean
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+demo: $(VENV)/.installed
+	rm -rf demo
+	$(RUN) -m scripts.phantom --output_dir demo/data --num_subjects 60
+	$(RUN) -m scripts.phantom --output_dir demo/new --num_subjects 1 --seed 1
+	$(RUN) -W ignore -m monai.bundle run --config_file $(DEMO)
+	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml']" --output_dir demo/evaluate
+	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/inference.yaml','configs/demo.yaml']" --dataset_dir demo/new --output_dir demo/inference
+	@echo
+	@echo "epoch table      demo/train/metrics.csv"
+	@echo "curves           demo/train/learning_curves.png"
+	@echo "weights          demo/models/model.pt"
+	@echo "scores           demo/evaluate/summary.json, subjects.csv, overlays/"
+	@ls demo/inference/*_seg.nii.gz | sed 's/^/mask             /'
+	@echo "grade            demo/inference/grades.csv"
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) demo output

@@ -1,0 +1,1 @@
+"""The bundle's own code: only what MONAI, ignite, ITK and scikit-learn do not have."""

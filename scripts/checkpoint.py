@@ -1,0 +1,117 @@
+"""Checkpoints that are never half-written, and loading that says what does not fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from scripts.config import InputError, atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+class SaveCheckpoints:
+    """Handler that writes ``last.pt`` (full state) every epoch and ``model.pt`` (weights) at the best validation.
+
+    ignite's and MONAI's savers remove the old file before they write a new one under the same name; these are
+    replaced in one step. When training ends without any validation, ``model.pt`` holds the last weights.
+
+    Args:
+        ckpt_dir: folder of both files.
+        save_dict: objects with a ``state_dict``; ``model`` is the network.
+        evaluator: engine whose best epoch decides.
+        training_subjects: names kept in the checkpoint, so that evaluation can tell what the network has seen.
+    """
+
+    def __init__(
+        self, ckpt_dir: str, save_dict: Mapping[str, Any], evaluator: Engine, training_subjects: Sequence[str]
+    ) -> None:
+        self.training_subjects = list(training_subjects)
+        self.ckpt_dir = Path(ckpt_dir)
+        self.save_dict = save_dict
+        self.evaluator = evaluator
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def epoch_completed(self, engine: Engine) -> None:
+        state = self.evaluator.state
+        full = {name: part.state_dict() for name, part in self.save_dict.items()}
+        full |= {"epoch": engine.state.epoch, "best_metric": float(state.best_metric)}
+        self._save(full, "last.pt")
+        if state.best_metric_epoch == engine.state.epoch:
+            self._save_best(engine)
+
+    def completed(self, engine: Engine) -> None:
+        if self.evaluator.state.best_metric_epoch == -1:
+            self._save_best(engine)
+
+    def _save_best(self, engine: Engine) -> None:
+        best = {name: self.save_dict[name].state_dict() for name in ("model", "loss")}
+        self._save(best | {"epoch": engine.state.epoch}, "model.pt")
+
+    def _save(self, content: dict, name: str) -> None:
+        with atomic_path(self.ckpt_dir / name) as path:
+            torch.save(content | {"training_subjects": self.training_subjects}, path)
+
+
+def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
+    """Read a checkpoint of :class:`SaveCheckpoints` onto the CPU.
+
+    Raises:
+        InputError: when the file is missing or damaged.
+    """
+    if not Path(ckpt_path).is_file():
+        raise InputError(
+            f"ckpt_path '{ckpt_path}' does not exist: train first, or set ckpt_path (see models/README.md)"
+        )
+    try:
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        checkpoint["model"].keys()
+    except Exception as error:
+        raise InputError(f"ckpt_path '{ckpt_path}' cannot be read as a checkpoint of this bundle: {error}") from error
+    return checkpoint
+
+
+def check_unseen(ckpt_path: str, items: Sequence[Mapping[str, Any]], subset: str) -> None:
+    """Make sure that a checkpoint is not judged on subjects it was trained on.
+
+    Raises:
+        InputError: when it would be; with ``subset: all``, where names of two data sets may coincide, a warning.
+    """
+    seen = set(read_checkpoint(ckpt_path).get("training_subjects", [])) & {item["subject"] for item in items}
+    if seen:
+        message = f"{len(seen)} of {len(items)} subjects, such as {sorted(seen)[:3]}, were trained on"
+        if subset != "all":
+            raise InputError(
+                f"{message} by '{ckpt_path}'; set seed, fold and num_folds as in training, or datalist_file to its "
+                "datalist.json"
+            )
+        logger.warning(f"{message}, or have the same name: the scores are not of unseen subjects")
+
+
+def load_weights(network: nn.Module, ckpt_path: str) -> None:
+    """Load ``model`` of a checkpoint into the network.
+
+    Raises:
+        InputError: when the file is missing or damaged, or holds a network of another shape.
+    """
+    weights = read_checkpoint(ckpt_path)["model"]
+    expected = network.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        ours, theirs = (tuple(part[name].shape) if name in part else "absent" for part in (expected, weights))
+        if ours != theirs:
+            raise InputError(
+                f"ckpt_path '{ckpt_path}' does not fit the configured network: '{name}' is {theirs} in the file and "
+                f"{ours} in the network; set variant, channels, calib_channels, modalities, regions and use_cls_head "
+                "as in training (its config.yaml has them)"
+            )
+    network.load_state_dict(weights)

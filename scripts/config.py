@@ -1,0 +1,101 @@
+"""Guards around a bundle run: errors for people, refused keys, the saved configuration, atomic files."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import yaml
+from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+
+BUNDLE_ROOT = Path(__file__).resolve().parents[1]
+
+
+class InputError(ValueError):
+    """Something a user gave is wrong; the message says what, where and what to do."""
+
+
+def start_run(*bases: str) -> None:
+    """First expression of every ``run`` list: short messages for input errors, then the check of the keys.
+
+    Args:
+        bases: file names in ``configs/`` whose top-level keys are the known ones.
+
+    Raises:
+        InputError: for a top-level key that no base declares; MONAI would accept it silently.
+    """
+    sys.excepthook = _report_input_error
+    check_keys(_running_parser().get(), *bases)
+
+
+def check_keys(config: dict, *bases: str) -> None:
+    """Refuse top-level keys of ``config`` that no ``configs/<base>`` declares.
+
+    Raises:
+        InputError: naming each unknown key and the nearest known one.
+    """
+    known = {key for base in bases for key in ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / base))}
+    tracking = set(DEFAULT_MLFLOW_SETTINGS["configs"]) | {ConfigParser.meta_key}  # added by MONAI itself
+    unknown = [key for key in config if key not in known | tracking]
+    if unknown:
+        hints = []
+        for key in unknown:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hints.append(f"'{key}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+        raise InputError(f"unknown configuration key {', '.join(hints)}; the known keys stand in configs/{bases[0]}")
+
+
+def save_config(output_dir: str) -> None:
+    """Write the merged configuration of the running bundle to ``output_dir/config.yaml``; it can be run again."""
+    config = {k: v for k, v in _running_parser().get().items() if k != ConfigParser.meta_key}
+    with atomic_path(Path(output_dir) / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it when the block succeeds, and vanishes when it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = "".join(path.suffixes[-2:])  # writers choose their format by it
+    handle, name = tempfile.mkstemp(prefix=".partial_", suffix=suffix, dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _running_parser() -> ConfigParser:
+    """The parser whose expression is being evaluated: MONAI hands a configuration no way to see itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, ConfigParser):
+            return owner
+        frame = frame.f_back
+    raise RuntimeError("no bundle is running: this function is meant for the 'run' list of a configuration")
+
+
+def _report_input_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """``sys.excepthook`` that prints an InputError alone: MONAI wraps it in pages of 'failed to instantiate'."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"\nerror: {cause}", file=sys.stderr)

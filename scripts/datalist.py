@@ -1,0 +1,336 @@
+"""Find subjects in a folder, read their grades, split them by patient; a Decathlon-style data list."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
+
+from scripts.config import InputError, atomic_path
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_GRADE = -1
+Item = dict  # {"subject": str, "image": [file per modality], "label": file (when there is one), "grade": int}
+
+
+def load_subjects(
+    dataset_dir: str,
+    modalities: Sequence[str],
+    *,
+    label_suffix: str = "seg",
+    require_label: bool = True,
+    grade_csv: str | None = None,
+    subject_column: str = "BraTS_2020_subject_ID",
+    grade_column: str = "Grade",
+    grade_labels: Mapping[str, int] | None = None,
+) -> list[Item]:
+    """Find every subject below ``dataset_dir``, check its headers and attach its grade.
+
+    Args:
+        dataset_dir: folder with one folder per subject (BraTS 2020, 2021, 2023 and the like).
+        modalities: file suffixes, e.g. ``["t1", "t1ce", "t2", "flair"]``; their order is the channel order.
+        label_suffix: suffix of the segmentation file.
+        require_label: refuse subjects without a segmentation (training and evaluation need one).
+        grade_csv: table of grades; None takes ``<dataset_dir>/name_mapping.csv`` if it exists, else no grades.
+        subject_column: column of the subject's folder name.
+        grade_column: column of the grade.
+        grade_labels: class index of each grade, default ``{"LGG": 0, "HGG": 1}``.
+
+    Returns:
+        One item per subject, sorted by name; ``grade`` is -1 where it is unknown.
+
+    Raises:
+        InputError: naming the folder, file, subject or column that is wrong.
+    """
+    items = find_subjects(dataset_dir, modalities, label_suffix=label_suffix, require_label=require_label)
+    csv = Path(grade_csv) if grade_csv else Path(dataset_dir) / "name_mapping.csv"
+    if grade_csv is None and not csv.is_file():
+        logger.warning(f"no {csv.name} in {dataset_dir}: no subject has a grade")
+        return [item | {"grade": UNKNOWN_GRADE} for item in items]
+    grades = read_grades(csv, subject_column, grade_column, grade_labels or {"LGG": 0, "HGG": 1})
+    subjects = {item["subject"] for item in items}
+    _warn_some(f"in {csv.name} but not in {dataset_dir}", sorted(grades.keys() - subjects))
+    _warn_some(f"not in {csv.name}; kept for segmentation, without a grade", sorted(subjects - grades.keys()))
+    return [item | {"grade": grades.get(item["subject"], UNKNOWN_GRADE)} for item in items]
+
+
+def find_subjects(
+    dataset_dir: str, modalities: Sequence[str], *, label_suffix: str = "seg", require_label: bool = True
+) -> list[Item]:
+    """List the subject folders of ``dataset_dir``, or itself if it is one, with their headers checked.
+
+    See :func:`load_subjects`.
+    """
+    root = Path(dataset_dir)
+    if not root.is_dir():
+        raise InputError(f"dataset_dir '{dataset_dir}' is not a folder")
+    if len(set(modalities)) != len(modalities) or not modalities:
+        raise InputError(f"modalities {list(modalities)} must be a list of distinct file suffixes")
+    items = []
+    for folder in [*sorted(path for path in root.iterdir() if path.is_dir()), root.resolve()]:
+        volumes = sorted(path for path in folder.iterdir() if re.search(r"\.nii(\.gz)?$", path.name))
+        if volumes and not (items and folder == root.resolve()):
+            items.append(_subject_item(folder.name, volumes, modalities, label_suffix, require_label))
+            check_headers(items[-1])
+    if not items:
+        raise InputError(
+            f"no subject found in '{dataset_dir}': expected folders with files such as "
+            f"<subject>/<subject>_{modalities[0]}.nii.gz"
+        )
+    return items
+
+
+def _subject_item(
+    subject: str, volumes: list[Path], modalities: Sequence[str], label_suffix: str, require_label: bool
+) -> Item:
+    images = []
+    for modality in modalities:
+        found = _with_suffix(volumes, modality)
+        if len(found) != 1:
+            names = [path.name for path in found or volumes]
+            raise InputError(
+                f"subject '{subject}': {'several files' if found else 'no file'} for modality '{modality}' among "
+                f"{names} in {volumes[0].parent}; add it, remove the folder, or set 'modalities'"
+            )
+        images.append(str(found[0]))
+    # BraTS20_Training_355 calls its segmentation W39_1998.09.19_Segm.nii
+    labels = _with_suffix(volumes, label_suffix) or [
+        path for path in volumes if str(path) not in images and label_suffix in path.name.lower()
+    ]
+    if len(labels) > 1:
+        raise InputError(f"subject '{subject}': several segmentations: {[path.name for path in labels]}")
+    if not labels and require_label:
+        raise InputError(f"subject '{subject}': no segmentation '*{label_suffix}.nii[.gz]' in {volumes[0].parent}")
+    return {"subject": subject, "image": images} | ({"label": str(labels[0])} if labels else {})
+
+
+def _with_suffix(volumes: list[Path], suffix: str) -> list[Path]:
+    pattern = re.compile(rf"(^|[-_.]){re.escape(suffix)}\.nii(\.gz)?$", re.IGNORECASE)
+    return [path for path in volumes if pattern.search(path.name)]
+
+
+def check_headers(item: Item) -> None:
+    """Check that all files of a subject share one grid; only headers are read.
+
+    Raises:
+        InputError: naming the subject and the file that cannot be read or whose shape or affine differs.
+    """
+    reference, *others = item["image"] + ([item["label"]] if "label" in item else [])
+    grid = _read_header(item["subject"], reference)
+    for file in others:
+        other = _read_header(item["subject"], file)
+        kind = "mask" if file == item.get("label") else "modality"
+        if other.shape != grid.shape:
+            raise InputError(
+                f"subject '{item['subject']}': the {kind} {file} has shape {other.shape}, but {reference} has "
+                f"{grid.shape}; resample them to one grid"
+            )
+        if not np.allclose(other.affine, grid.affine, atol=1e-2):
+            raise InputError(
+                f"subject '{item['subject']}': the {kind} {file} and {reference} have different affines; "
+                "register or resample them to one grid"
+            )
+
+
+def _read_header(subject: str, file: str) -> nib.Nifti1Image:
+    try:
+        header = nib.load(file)
+    except Exception as error:
+        raise InputError(f"subject '{subject}': cannot read {file}: {error}") from error
+    if len(header.shape) != 3:
+        raise InputError(f"subject '{subject}': {file} has shape {header.shape}, expected one 3D volume")
+    return header
+
+
+def read_grades(csv: Path, subject_column: str, grade_column: str, grade_labels: Mapping[str, int]) -> dict[str, int]:
+    """Read ``{subject: class index}`` from a CSV with any column order; blank grades are -1.
+
+    Raises:
+        InputError: naming the file and the missing column, duplicate subject or unknown grade.
+    """
+    if not set(grade_labels.values()) <= {0, 1}:
+        raise InputError(f"grade_labels={dict(grade_labels)} must map each grade to 0 (LGG) or 1 (HGG)")
+    if not csv.is_file():
+        raise InputError(f"grade_csv '{csv}' does not exist")
+    table = pd.read_csv(csv, dtype=str)
+    table.columns = table.columns.str.strip()
+    for key, column in (("subject_column", subject_column), ("grade_column", grade_column)):
+        if column not in table:
+            raise InputError(f"{csv} has no column '{column}' (it has {list(table.columns)}); set '{key}'")
+    table = table[[subject_column, grade_column]].apply(lambda column: column.str.strip())
+    table = table.dropna(subset=[subject_column])
+    twice = table[subject_column][table[subject_column].duplicated()].unique().tolist()
+    if twice:
+        raise InputError(f"{csv} lists subjects more than once: {twice[:5]}")
+    unknown = table[~table[grade_column].isin([*grade_labels, "", np.nan])]
+    if len(unknown):
+        subject, grade = unknown.iloc[0]
+        raise InputError(f"{csv}: subject '{subject}' has grade '{grade}', not one of {list(grade_labels)}")
+    classes = table[grade_column].map(dict(grade_labels)).fillna(UNKNOWN_GRADE).astype(int)
+    return dict(zip(table[subject_column], classes, strict=True))
+
+
+def patient(subject: str) -> str:
+    """Patient of a subject: BraTS 2023 names the time point last (``BraTS-GLI-00005-101`` and ``-100``)."""
+    match = re.fullmatch(r"(BraTS-\w+-\d+)-\d+", subject)
+    return match.group(1) if match else subject
+
+
+def split(items: Sequence[Item], fold: int, num_folds: int, seed: int) -> dict[str, list[Item]]:
+    """Seeded split by patient, stratified by grade; the fold is validation, the others training.
+
+    Raises:
+        InputError: when there are fewer patients than folds, or ``fold`` is out of range.
+    """
+    groups: list = [patient(item["subject"]) for item in items]
+    if not 0 <= fold < num_folds:
+        raise InputError(f"fold={fold} is not one of the folds 0 to {num_folds - 1} (num_folds={num_folds})")
+    if len(set(groups)) < max(num_folds, 2) or num_folds < 2:
+        raise InputError(
+            f"num_folds={num_folds} cannot split {len(set(groups))} patients; folds must be at least 2 and at "
+            "most the number of patients (to judge a data set as a whole, set subset=all)"
+        )
+    # shuffled here: what scikit-learn's own shuffle gives for one seed changed between its releases
+    order = np.random.default_rng(seed).permutation(len(set(groups)))
+    shuffled = dict(zip(sorted(set(groups)), order, strict=True))
+    groups = [shuffled[group] for group in groups]
+    folds = StratifiedGroupKFold(n_splits=num_folds)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        try:
+            parts = list(folds.split(items, [item["grade"] for item in items], groups))
+        except ValueError:  # every grade has fewer subjects than folds: nothing to stratify
+            parts = list(folds.split(items, [0] * len(items), groups))
+    train, validation = parts[fold]
+    return {"training": [items[i] for i in train], "validation": [items[i] for i in validation]}
+
+
+def make_datalist(
+    items: Sequence[Item] | None,
+    *,
+    datalist_file: str | None,
+    dataset_dir: str,
+    fold: int,
+    num_folds: int,
+    seed: int,
+    subset: str = "validation",
+    num_eval_cases: int | None = None,
+) -> dict[str, list[Item]]:
+    """Training and validation items: from ``datalist_file`` if given, else by :func:`split`.
+
+    Args:
+        items: subjects found by :func:`load_subjects`.
+        datalist_file: Decathlon-style JSON written by an earlier run, perhaps edited.
+        dataset_dir: folder that relative paths of ``datalist_file`` start from.
+        fold: which fold validates.
+        num_folds: number of folds; 5 gives the usual 80/20.
+        seed: seed of the split.
+        subset: ``validation``, or ``all`` to judge every subject found.
+        num_eval_cases: judge only so many subjects of the subset.
+
+    Raises:
+        InputError: for an unusable ``datalist_file``, ``subset`` or ``num_eval_cases``, or a patient on both sides.
+    """
+    if subset not in ("validation", "all"):
+        raise InputError(f"subset='{subset}' must be 'validation' or 'all'")
+    if num_eval_cases is not None and num_eval_cases < 1:
+        raise InputError(f"num_eval_cases={num_eval_cases} must be at least 1")
+    if datalist_file:
+        parts = read_datalist(datalist_file, dataset_dir)
+    elif subset == "all":
+        parts = {"training": [], "validation": list(items or [])}
+    else:
+        parts = split(items or [], fold, num_folds, seed)
+    both = {patient(i["subject"]) for i in parts["training"]} & {patient(i["subject"]) for i in parts["validation"]}
+    if both:
+        raise InputError(f"{datalist_file}: patients on both sides of the split: {sorted(both)[:5]}")
+    if subset == "all":
+        parts["validation"] = sorted(parts["training"] + parts["validation"], key=lambda item: item["subject"])
+    parts["validation"] = parts["validation"][:num_eval_cases]
+    return parts
+
+
+def write_datalist(parts: Mapping[str, Sequence[Item]], file: str, dataset_dir: str) -> None:
+    """Write ``{"training": [...], "validation": [...]}`` with paths relative to ``dataset_dir``."""
+    root = Path(dataset_dir).resolve()
+
+    def relative(value):
+        if isinstance(value, list):
+            return [relative(entry) for entry in value]
+        path = Path(value).resolve()
+        return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+    content = {
+        part: [{k: relative(v) if k in ("image", "label") else v for k, v in item.items()} for item in items]
+        for part, items in parts.items()
+    }
+    with atomic_path(file) as path:
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_datalist(file: str, dataset_dir: str) -> dict[str, list[Item]]:
+    """Read a JSON written by :func:`write_datalist`; every file must exist and every grid must agree."""
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        parts = {
+            part: [
+                item
+                | {"image": [str(Path(dataset_dir) / name) for name in item["image"]]}
+                | ({"label": str(Path(dataset_dir) / item["label"])} if "label" in item else {})
+                | {"subject": str(item["subject"]), "grade": int(item.get("grade", UNKNOWN_GRADE))}
+                for item in content[part]
+            ]
+            for part in ("training", "validation")
+        }
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"datalist_file '{file}' is not a data list of this bundle: {error!r}") from error
+    for item in parts["training"] + parts["validation"]:
+        check_headers(item)
+    return parts
+
+
+def class_weights(items: Sequence[Item], alpha: Sequence[float] | None = None) -> list[float]:
+    """Class weights of the grading loss, n / (2 n_c) over the graded subjects, or ``alpha`` as given.
+
+    With one class, or none, every weight is 1 and a warning says so.
+
+    Raises:
+        InputError: when ``alpha`` is not two positive numbers.
+    """
+    if alpha is not None:
+        if len(alpha) != 2 or min(alpha) <= 0:
+            raise InputError(f"alpha={list(alpha)} must be two positive numbers: [alpha_LGG, alpha_HGG]")
+        return [float(value) for value in alpha]
+    counts = Counter(item["grade"] for item in items)
+    if not (counts[0] and counts[1]):
+        logger.warning(f"grades of one class only (n_LGG={counts[0]}, n_HGG={counts[1]}): alpha is 1, AUC undefined")
+        return [1.0, 1.0]
+    return [(counts[0] + counts[1]) / (2 * counts[grade]) for grade in (0, 1)]
+
+
+def describe(parts: Mapping[str, Sequence[Item]], alpha: Sequence[float]) -> str:
+    """Start-up summary: subjects, slices, n_LGG, n_HGG of each part, and alpha."""
+    lines = []
+    for part, items in parts.items():
+        counts = Counter(item["grade"] for item in items)
+        slices = sum(nib.load(item["image"][0]).shape[-1] for item in items)
+        lines.append(
+            f"{part:<11} subjects={len(items)} slices={slices} "
+            f"n_LGG={counts[0]} n_HGG={counts[1]} ungraded={counts[UNKNOWN_GRADE]}"
+        )
+    return "\n".join([*lines, f"alpha_LGG={alpha[0]:.4f} alpha_HGG={alpha[1]:.4f}"])
+
+
+def _warn_some(what: str, subjects: list[str]) -> None:
+    if subjects:
+        logger.warning(f"{len(subjects)} subjects {what}: {subjects[:5]}{' ...' if len(subjects) > 5 else ''}")

@@ -1,0 +1,139 @@
+"""Gaussian diffusion of masks: noise schedule, forward process and what the network's output means.
+
+Symbols follow Ho et al. (2020, DDPM) and Song et al. (2021, DDIM)::
+
+    x_0         mask scaled to [-1, 1]
+    x_t         sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise
+    abar_t      alphas_cumprod[t], t = 0 ... T - 1
+    noise       standard normal
+"""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.schedulers.scheduler import NoiseSchedules
+from torch import nn
+
+from scripts.config import InputError
+
+SCHEDULES = {"linear": "linear_beta", "scaled_linear": "scaled_linear_beta", "cosine": "cosine"}
+PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
+LOGITS_PER_X0 = 4.0  # a mask of x_0 = 1 has the logit 4 (probability 0.98) when x_0 is regressed directly
+
+
+class GaussianDiffusion(nn.Module):
+    """Noise schedule with ``num_train_timesteps`` steps and the meaning of the network's output.
+
+    The schedule is MONAI's 1000-step one, thinned (or interpolated) to T steps in log abar. So every T >= 1 ends in
+    nearly pure noise, and T = 1000 is exactly the published schedule; the public code rescales beta instead,
+    which reaches beta = 1 and NaN at T = 20.
+
+    Args:
+        num_train_timesteps: T, at least 1.
+        schedule: ``linear`` (Ho et al. 2020), ``scaled_linear`` (Rombach et al. 2022) or ``cosine`` (Nichol and
+            Dhariwal 2021).
+        prediction_type: ``sample`` (the network's output is the mask's logits), ``epsilon`` (the noise) or
+            ``v_prediction`` (Salimans and Ho 2022, v = sqrt(abar) noise - sqrt(1 - abar) x_0).
+
+    Raises:
+        InputError: for an unknown name or T < 1.
+    """
+
+    alphas_cumprod: torch.Tensor
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, schedule: str = "linear", prediction_type: str = "sample"
+    ) -> None:
+        super().__init__()
+        if schedule not in SCHEDULES:
+            raise InputError(f"schedule '{schedule}' is not one of {list(SCHEDULES)}")
+        if prediction_type not in PREDICTION_TYPES:
+            raise InputError(f"prediction_type '{prediction_type}' is not one of {list(PREDICTION_TYPES)}")
+        if num_train_timesteps < 1:
+            raise InputError(f"num_train_timesteps={num_train_timesteps} must be at least 1")
+        self.num_train_timesteps = num_train_timesteps
+        self.prediction_type = prediction_type
+        self.register_buffer("alphas_cumprod", _alphas_cumprod(schedule, num_train_timesteps), persistent=False)
+
+    def add_noise(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Forward process q(x_t | x_0): ``[B, R, H, W]``, ``[B, R, H, W]``, ``[B]`` to ``[B, R, H, W]``."""
+        abar = self._abar(timesteps, x_0)
+        return abar.sqrt() * x_0 + (1 - abar).sqrt() * noise
+
+    def to_logits(self, output: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Mask logits ``[B, R, H, W]`` from the network's raw output, through the x_0 that it implies."""
+        if self.prediction_type == "sample":
+            return output
+        abar = self._abar(timesteps, x_t)
+        if self.prediction_type == "epsilon":
+            x_0 = (x_t - (1 - abar).sqrt() * output) / abar.sqrt()
+        else:
+            x_0 = abar.sqrt() * x_t - (1 - abar).sqrt() * output
+        return LOGITS_PER_X0 * x_0
+
+    def to_x0(self, logits: torch.Tensor) -> torch.Tensor:
+        """x_0 in [-1, 1] from mask logits: twice the probability minus 1, or the clipped regression."""
+        if self.prediction_type == "sample":
+            return torch.tanh(logits / 2)
+        return (logits / LOGITS_PER_X0).clamp(-1, 1)
+
+    def regression_loss(self, logits: torch.Tensor, x_0: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the predicted noise or v, written as a weighted error of x_0.
+
+        |noise error|^2 = abar / (1 - abar) |x_0 error|^2 and |v error|^2 = 1 / (1 - abar) |x_0 error|^2 (Salimans
+        and Ho 2022, appendix D). Not defined for ``sample``, whose logits have a mask loss.
+        """
+        abar = self._abar(timesteps, x_0)
+        weight = (abar if self.prediction_type == "epsilon" else 1.0) / (1 - abar)
+        return (weight * (logits / LOGITS_PER_X0 - x_0).square()).mean()
+
+    def _abar(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        abar = self.alphas_cumprod.to(like.device)[timesteps.to(like.device)]
+        return abar.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _alphas_cumprod(schedule: str, num_train_timesteps: int) -> torch.Tensor:
+    base = NoiseSchedules[SCHEDULES[schedule]](1000)
+    betas = base[0] if isinstance(base, tuple) else base
+    log_abar = torch.log1p(-betas.double().clamp(max=0.999)).cumsum(0)
+    # T steps end where the 1000 steps do: positions (i + 1) * 1000 / T - 1, with abar = 1 at position -1
+    position = (torch.arange(num_train_timesteps, dtype=torch.double) + 1) * 1000 / num_train_timesteps - 1
+    known = torch.cat([torch.zeros(1, dtype=torch.double), log_abar])
+    low = position.floor().long().clamp(max=998)
+    share = position - low
+    return ((1 - share) * known[low + 1] + share * known[low + 2]).exp().float()
+
+
+def timestep_pairs(num_train_timesteps: int, num_inference_steps: int) -> list[tuple[int, int]]:
+    """Pairs (t, t_prev) of a trajectory from T - 1 down to the clean mask, written t_prev = -1.
+
+    The steps go by what is listed, so that they agree with the timesteps (in MONAI's DDIM they do not). Spacing
+    is 'trailing' (Lin et al. 2024): it starts at T - 1 for any number of steps, where x_t is noise.
+
+    Raises:
+        InputError: unless 1 <= num_inference_steps <= num_train_timesteps.
+    """
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise InputError(
+            f"num_inference_steps={num_inference_steps} must lie between 1 and num_train_timesteps={num_train_timesteps}"
+        )
+    stride = num_train_timesteps / num_inference_steps
+    steps = [round(num_train_timesteps - i * stride) - 1 for i in range(num_inference_steps)]
+    return list(zip(steps, [*steps[1:], -1], strict=True))
+
+
+def ddim_step(diffusion: GaussianDiffusion, x_t: torch.Tensor, x_0: torch.Tensor, t: int, t_prev: int) -> torch.Tensor:
+    """One deterministic DDIM step, equation 12 of Song et al. (2021) with sigma = 0.
+
+    Args:
+        diffusion: the schedule.
+        x_t: noisy masks ``[B, R, H, W]`` at step ``t``.
+        x_0: predicted masks ``[B, R, H, W]``.
+        t: current step.
+        t_prev: next step, smaller than ``t``; -1 is the clean mask.
+    """
+    if t_prev < 0:
+        return x_0
+    abar, abar_prev = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t_prev]
+    noise = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()  # 1. noise that x_t and x_0 imply
+    return abar_prev.sqrt() * x_0 + (1 - abar_prev).sqrt() * noise  # 2. the same noise at t_prev

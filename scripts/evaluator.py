@@ -1,0 +1,32 @@
+"""Evaluation of whole volumes on MONAI's engine."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from monai.engines import SupervisedEvaluator
+from monai.engines.utils import IterationEvents
+
+
+class VolumeEvaluator(SupervisedEvaluator):
+    """MONAI's evaluator for an inferer that predicts more than one thing.
+
+    The output of an iteration holds ``image [B, M, H, W, S]``, all that :meth:`VolumeInferer.predict` returns, and
+    from the batch ``subject``, ``grade`` and (where there is one) ``label [B, R, H', W', S']`` on the input's grid.
+    """
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict) -> dict:
+        device = engine.state.device
+        image = batchdata["image"].to(device, non_blocking=engine.non_blocking)
+        engine.state.output = {"image": image}
+        autocast = torch.autocast("cuda", **engine.amp_kwargs) if engine.amp else contextlib.nullcontext()
+        with engine.mode(engine.network), autocast:
+            engine.state.output |= engine.inferer.predict(image, engine.network)
+        engine.state.output["subject"] = batchdata["subject"]
+        for key in ("grade", "label"):
+            if isinstance(batchdata.get(key), torch.Tensor):  # in inference a label is no more than its file's name
+                engine.state.output[key] = batchdata[key].to(device)
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output

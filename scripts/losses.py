@@ -1,0 +1,132 @@
+"""The objective: Dice + focal for masks, weighted focal for grades, and their weighting by uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from monai.losses import DiceFocalLoss, FocalLoss
+from torch import nn
+
+from scripts.diffusion import GaussianDiffusion
+
+MIN_SIGMA = 0.1
+
+
+class UncertaintyWeighting(nn.Module):
+    r"""Homoscedastic uncertainty weighting of several losses (Kendall et al., CVPR 2018), bounded.
+
+    .. math:: L = \sum_i \frac{L_i}{2 \sigma_i^2} + \log \sigma_i, \quad
+              \sigma_i^2 = \exp(2 s_i) + \sigma_{min}^2
+
+    The published form is the case sigma_min = 0. There, once a loss reaches 0, log sigma falls without end and the
+    weight of that loss grows without end, so that its next mistake throws the network. The floor of 0.1 bounds
+    the weight by 50 and the sum from below by log(0.1) per loss. The learnable log sigmas s_i start where sigma is
+    1: the plain mean of the losses.
+
+    Args:
+        num_losses: how many losses are weighted.
+    """
+
+    def __init__(self, num_losses: int) -> None:
+        super().__init__()
+        self.log_sigma = nn.Parameter(torch.full((num_losses,), 0.5 * math.log(1 - MIN_SIGMA**2)))
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """sigma_i squared, ``[num_losses]``."""
+        return (2 * self.log_sigma).exp() + MIN_SIGMA**2
+
+    def forward(self, losses: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Weighted sum of scalar losses; one that is None (nothing to learn from) takes no part, nor its sigma."""
+        variance = self.variance
+        terms = [
+            loss / (2 * variance[i]) + 0.5 * variance[i].log() for i, loss in enumerate(losses) if loss is not None
+        ]
+        return torch.stack(terms).sum()
+
+
+class MultiTaskLoss(nn.Module):
+    """L_total of segmentation and grading; the parts of the last call stand in :attr:`components`.
+
+    L_seg = Dice + lambda focal (gamma 1.5) of the predicted clean mask. Dice is taken over the batch, so that slices
+    without tumour count instead of adding a constant. For ``epsilon`` and ``v_prediction`` it is the published
+    regression loss: the gradient of Dice through x_0 = (x_t - ...) / sqrt(abar) is 158 times too steep at T - 1.
+    L_calib = Dice + lambda focal of the calibration map, added to L_seg before the weighting.
+    L_cls = focal loss (gamma 2) with class weights alpha, over slices with tumour of subjects with a grade; in a
+    batch without such a slice it is left out.
+
+    Args:
+        diffusion: the schedule; its ``prediction_type`` chooses L_seg.
+        alpha: class weights ``[alpha_LGG, alpha_HGG]``.
+        seg_gamma: gamma of the mask's focal loss.
+        lambda_focal: weight of the mask's focal loss.
+        cls_gamma: gamma of the grading loss.
+        calib_weight: weight of L_calib.
+    """
+
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        alpha: Sequence[float] = (1.0, 1.0),
+        seg_gamma: float = 1.5,
+        lambda_focal: float = 0.5,
+        cls_gamma: float = 2.0,
+        calib_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.diffusion = diffusion
+        self.calib_weight = calib_weight
+        self.mask_loss = DiceFocalLoss(sigmoid=True, batch=True, gamma=seg_gamma, lambda_focal=lambda_focal)
+        self.cls_loss = FocalLoss(
+            to_onehot_y=True, use_softmax=True, gamma=cls_gamma, weight=list(alpha), reduction="none"
+        )
+        self.weighting = UncertaintyWeighting(2)
+        self.components: dict[str, float] = {}
+
+    def forward(
+        self,
+        outputs: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+        targets: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Compute L_total.
+
+        Args:
+            outputs: ``(seg_logits [B, R, ...], cls_logits [B, 2] or None, calib_map [B, R, ...] or None)``.
+            targets: ``label [B, R, ...]`` of 0 and 1, ``grade [B]`` with -1 unknown, and ``timesteps [B]`` where
+                the logits came from one step (they are absent for sampled masks).
+        """
+        seg_logits, cls_logits, calib_map = (None if out is None else out.float() for out in outputs)
+        label = targets["label"].float()
+        timesteps = targets.get("timesteps")
+        if self.diffusion.prediction_type == "sample" or timesteps is None:
+            loss_seg = self.mask_loss(seg_logits, label)
+        else:
+            loss_seg = self.diffusion.regression_loss(seg_logits, 2 * label - 1, timesteps)
+        masks = loss_seg
+        parts = {"L_seg": loss_seg}
+        if calib_map is not None:
+            parts["L_calib"] = self.mask_loss(calib_map, label)
+            masks = loss_seg + self.calib_weight * parts["L_calib"]
+        total = masks
+        if cls_logits is not None:
+            loss_cls = self.grading_loss(cls_logits, targets["grade"], label)
+            total = self.weighting([masks, loss_cls])
+            if loss_cls is not None:
+                parts["L_cls"] = loss_cls
+        self.components = {name: float(value.detach()) for name, value in (parts | {"L_total": total}).items()}
+        return total
+
+    def grading_loss(self, cls_logits: torch.Tensor, grade: torch.Tensor, label: torch.Tensor) -> torch.Tensor | None:
+        """Mean over graded items with tumour of alpha_c (1 - p_c)^gamma (-log p_c), None when there are none."""
+        valid = (grade >= 0) & label.flatten(1).any(dim=1)
+        if not valid.any():
+            return None
+        return self.cls_loss(cls_logits[valid], grade[valid, None]).sum(dim=1).mean()
+
+    @property
+    def sigmas(self) -> dict[str, float]:
+        """Current ``sigma_seg`` and ``sigma_cls``."""
+        sigma = self.weighting.variance.detach().sqrt().tolist()
+        return {"sigma_seg": sigma[0], "sigma_cls": sigma[1]}

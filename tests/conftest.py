@@ -1,0 +1,94 @@
+"""Shared fixtures: a tiny phantom data set and a runner for bundle configurations."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+os.environ["MONAI_FAIL_ON_DUPLICATE_CONFIG"] = "1"
+
+from scripts.config import InputError  # noqa: E402
+from scripts.phantom import make_dataset  # noqa: E402
+
+MODALITIES = ["t1", "t1ce", "t2", "flair"]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real images, for checks that need them."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """Ten phantoms of 32 x 32 x 8 voxels, four of them LGG; tests must not write here."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    make_dataset(folder, num_subjects=10, shape=(32, 32, 8), seed=3)
+    return folder
+
+
+@pytest.fixture
+def make_subject_folder():
+    """Write one subject: a function of folder, name and ``{suffix: array}``."""
+
+    def make(root: Path, name: str, volumes: dict[str, np.ndarray], affine=None, extension: str = ".nii.gz") -> Path:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for suffix, volume in volumes.items():
+            joint = "-" if name.startswith("BraTS-GLI") else "_"
+            file = root / name / f"{name}{joint}{suffix}{extension}"
+            nib.save(nib.Nifti1Image(volume, np.eye(4) if affine is None else affine), file)
+        return root / name
+
+    return make
+
+
+@pytest.fixture
+def volumes() -> dict[str, np.ndarray]:
+    """Four modalities and a segmentation of 8 x 8 x 4 voxels."""
+    rng = np.random.default_rng(0)
+    images = {m: rng.integers(1, 100, (8, 8, 4)).astype(np.int16) for m in MODALITIES}
+    segmentation = np.zeros((8, 8, 4), np.uint8)
+    segmentation[2:5, 2:5, 1:3] = 1
+    return images | {"seg": segmentation}
+
+
+@pytest.fixture
+def run_bundle(monkeypatch):
+    """Run configurations as the command line does; an input error arrives unwrapped."""
+    import monai.bundle
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    tiny = {
+        "image_size": 32,
+        "channels": [8, 8, 8],
+        "calib_channels": [8, 8, 8],
+        "max_epochs": 2,
+        "val_interval": 1,
+        "slices_per_volume": 2,
+        "batch_size": 8,
+    }
+
+    def run(configs: list[str], **overrides) -> None:
+        files = [str(ROOT / "configs" / name) for name in configs]
+        keys = tiny if configs[0] == "train.yaml" else {k: v for k, v in tiny.items() if k.endswith(("size", "channels"))}
+        try:
+            monai.bundle.run(config_file=files, **keys | overrides)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, (InputError, FloatingPointError)):
+                    raise cause from None
+                cause = cause.__cause__ or cause.__context__
+            raise
+
+    return run

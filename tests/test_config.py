@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+from scripts import config
+from scripts.config import InputError, atomic_path, check_keys
+
+
+def test_known_keys_pass_and_a_typo_names_the_nearest():
+    check_keys({"batch_size": 4, "_meta_": {}}, "train.yaml")
+    with pytest.raises(InputError, match=r"'batch_sise' \(did you mean 'batch_size'\?\)"):
+        check_keys({"batch_size": 4, "batch_sise": 8}, "train.yaml")
+
+
+def test_atomic_path_replaces_only_on_success(tmp_path):
+    file = tmp_path / "sub" / "a.csv"
+    with atomic_path(file) as path:
+        path.write_text("old")
+        assert path.suffix == ".csv"
+    with pytest.raises(RuntimeError), atomic_path(file) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert file.read_text() == "old"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_atomic_files_have_ordinary_permissions(tmp_path):
+    with atomic_path(tmp_path / "a") as path:
+        path.write_text("x")
+    (tmp_path / "b").write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_input_errors_are_printed_alone(capsys):
+    try:
+        try:
+            raise InputError("the file x is broken")
+        except InputError as error:
+            raise RuntimeError("Failed to evaluate") from error
+    except RuntimeError:
+        config._report_input_error(*sys.exc_info())
+    assert capsys.readouterr().err.strip() == "error: the file x is broken"
+
+
+def test_other_errors_keep_their_traceback(capsys):
+    try:
+        raise KeyError("x")
+    except KeyError:
+        config._report_input_error(*sys.exc_info())
+    assert "Traceback" in capsys.readouterr().err

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from conftest import MODALITIES
+from scripts import datalist
+from scripts.config import InputError
+
+
+def write_csv(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "modalities", "extension"),
+    [
+        ("BraTS20_Training_001", ["t1", "t1ce", "t2", "flair"], ".nii"),
+        ("BraTS20_Training_001", ["t1", "t1ce", "t2", "flair"], ".nii.gz"),
+        ("BraTS2021_00000", ["t1", "t1ce", "t2", "flair"], ".nii.gz"),
+        ("BraTS-GLI-00005-100", ["t1n", "t1c", "t2w", "t2f"], ".nii.gz"),
+        ("patient7", ["adc", "dwi"], ".nii.gz"),
+    ],
+)
+def test_finds_each_naming_scheme_in_channel_order(
+    tmp_path, make_subject_folder, volumes, name, modalities, extension
+):
+    files = dict(zip(modalities, volumes.values(), strict=False)) | {"seg": volumes["seg"]}
+    make_subject_folder(tmp_path, name, files, extension=extension)
+    (item,) = datalist.find_subjects(str(tmp_path), modalities)
+    assert item["subject"] == name
+    for modality, file in zip(modalities, item["image"], strict=True):
+        assert file.endswith(f"{modality}{extension}")
+    assert item["label"].endswith(f"seg{extension}")
+
+
+def test_a_single_subject_folder_can_be_given(tmp_path, make_subject_folder, volumes):
+    folder = make_subject_folder(tmp_path, "BraTS2021_00000", volumes)
+    assert [item["subject"] for item in datalist.find_subjects(str(folder), MODALITIES)] == ["BraTS2021_00000"]
+
+
+def test_odd_segmentation_name_of_subject_355(tmp_path, make_subject_folder, volumes):
+    folder = make_subject_folder(tmp_path, "BraTS20_Training_355", volumes)
+    (folder / "BraTS20_Training_355_seg.nii.gz").rename(folder / "W39_1998.09.19_Segm.nii.gz")
+    (item,) = datalist.find_subjects(str(tmp_path), MODALITIES)
+    assert item["label"].endswith("W39_1998.09.19_Segm.nii.gz")
+
+
+def test_inference_needs_no_segmentation(tmp_path, make_subject_folder, volumes):
+    del volumes["seg"]
+    make_subject_folder(tmp_path, "a", volumes)
+    (item,) = datalist.find_subjects(str(tmp_path), MODALITIES, require_label=False)
+    assert "label" not in item
+    with pytest.raises(InputError, match="'a': no segmentation"):
+        datalist.find_subjects(str(tmp_path), MODALITIES)
+
+
+def test_missing_modality_names_subject_and_modality(tmp_path, make_subject_folder, volumes):
+    del volumes["t2"]
+    make_subject_folder(tmp_path, "BraTS20_Training_004", volumes)
+    with pytest.raises(InputError, match="'BraTS20_Training_004': no file for modality 't2'"):
+        datalist.find_subjects(str(tmp_path), MODALITIES)
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("flair", "modality"), ("seg", "mask")])
+def test_other_shape_names_the_file(tmp_path, make_subject_folder, volumes, suffix, kind):
+    volumes[suffix] = volumes[suffix][:, :, :3]
+    make_subject_folder(tmp_path, "a", volumes)
+    with pytest.raises(InputError, match=rf"'a': the {kind} .*a_{suffix}.nii.gz has shape \(8, 8, 3\)"):
+        datalist.find_subjects(str(tmp_path), MODALITIES)
+
+
+def test_other_affine_names_the_file(tmp_path, make_subject_folder, volumes):
+    make_subject_folder(tmp_path, "a", volumes)
+    make_subject_folder(tmp_path, "a", {"t1ce": volumes["t1ce"]}, affine=np.diag([2.0, 1, 1, 1]))
+    with pytest.raises(InputError, match="a_t1ce.nii.gz and .* different affines"):
+        datalist.find_subjects(str(tmp_path), MODALITIES)
+
+
+def test_unreadable_header_names_the_file(tmp_path, make_subject_folder, volumes):
+    folder = make_subject_folder(tmp_path, "a", volumes)
+    (folder / "a_t2.nii.gz").write_bytes(b"not a volume")
+    with pytest.raises(InputError, match="'a': cannot read .*a_t2.nii.gz"):
+        datalist.find_subjects(str(tmp_path), MODALITIES)
+
+
+def test_empty_and_absent_folders(tmp_path):
+    with pytest.raises(InputError, match="no subject found"):
+        datalist.find_subjects(str(tmp_path), MODALITIES)
+    with pytest.raises(InputError, match="is not a folder"):
+        datalist.find_subjects(str(tmp_path / "absent"), MODALITIES)
+
+
+def test_grades_from_any_column_order(tmp_path):
+    csv = tmp_path / "g.csv"
+    write_csv(csv, "Grade,other,ID\nHGG,NA,s1\nLGG,x,s2\n,x,s3\nNA,x,s4\n")
+    grades = datalist.read_grades(csv, "ID", "Grade", {"LGG": 0, "HGG": 1})
+    assert grades == {"s1": 1, "s2": 0, "s3": -1, "s4": -1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ID,WHO\ns1,HGG\n", "no column 'Grade'"),
+        ("name,Grade\ns1,HGG\n", "no column 'ID'"),
+        ("ID,Grade\ns1,HGG\ns1,LGG\n", r"more than once: \['s1'\]"),
+        ("ID,Grade\ns1,III\n", "subject 's1' has grade 'III'"),
+    ],
+)
+def test_unusable_csv_is_named(tmp_path, text, message):
+    csv = tmp_path / "g.csv"
+    write_csv(csv, text)
+    with pytest.raises(InputError, match=message) as error:
+        datalist.read_grades(csv, "ID", "Grade", {"LGG": 0, "HGG": 1})
+    assert "g.csv" in str(error.value)
+
+
+def test_grade_labels_must_be_two_classes(tmp_path):
+    with pytest.raises(InputError, match="must map each grade to 0"):
+        datalist.read_grades(tmp_path / "g.csv", "ID", "Grade", {"G2": 0, "G4": 2})
+
+
+def test_csv_and_disk_that_differ_are_warned_about(tmp_path, make_subject_folder, volumes, caplog):
+    make_subject_folder(tmp_path, "s1", volumes)
+    make_subject_folder(tmp_path, "s2", volumes)
+    write_csv(tmp_path / "name_mapping.csv", "ID,Grade\ns1,HGG\ns9,LGG\n")
+    with caplog.at_level(logging.WARNING):
+        items = datalist.load_subjects(str(tmp_path), MODALITIES, subject_column="ID")
+    assert [item["grade"] for item in items] == [1, -1]
+    assert "['s9']" in caplog.text
+    assert "['s2']" in caplog.text
+
+
+def test_named_csv_must_exist_but_the_default_need_not(tmp_path, make_subject_folder, volumes):
+    make_subject_folder(tmp_path, "s1", volumes)
+    assert datalist.load_subjects(str(tmp_path), MODALITIES)[0]["grade"] == -1
+    with pytest.raises(InputError, match="does not exist"):
+        datalist.load_subjects(str(tmp_path), MODALITIES, grade_csv=str(tmp_path / "typo.csv"))
+
+
+def test_real_brats2020_mapping(shared_data):
+    grades = datalist.read_grades(
+        shared_data / "brats2020" / "name_mapping.csv", "BraTS_2020_subject_ID", "Grade", {"LGG": 0, "HGG": 1}
+    )
+    items = [{"subject": subject, "grade": grade} for subject, grade in grades.items()]
+    assert len(items) == 369
+    assert datalist.class_weights(items) == pytest.approx([2.4276, 0.6297], abs=1e-4)
+
+
+def test_real_tcga_lgg_keeps_the_subject_without_a_grade(shared_data):
+    items = datalist.load_subjects(
+        str(shared_data / "tcga_lgg"),
+        ["t1", "t1ce", "flair"],
+        subject_column="subject_ID",
+        grade_labels={"G2": 0, "G3": 1},
+    )
+    assert len(items) == 65
+    assert [item["subject"] for item in items if item["grade"] == -1] == ["TCGA_HT_A61B"]
+
+
+def cohort(counts=(40, 100, 10)):
+    grades = [0] * counts[0] + [1] * counts[1] + [-1] * counts[2]
+    return [{"subject": f"s{i:03d}", "grade": grade} for i, grade in enumerate(grades)]
+
+
+def names(items):
+    return {item["subject"] for item in items}
+
+
+def test_folds_are_disjoint_complete_and_stratified():
+    items = cohort()
+    parts = [datalist.split(items, fold, 5, seed=0) for fold in range(5)]
+    assert sorted(s for part in parts for s in names(part["validation"])) == sorted(names(items))
+    for part in parts:
+        assert not names(part["training"]) & names(part["validation"])
+        assert len(part["validation"]) == 30
+        assert sum(item["grade"] == 0 for item in part["validation"]) == 8
+
+
+def test_split_depends_on_the_seed_alone():
+    items = cohort()
+    first = names(datalist.split(items, 0, 5, seed=0)["validation"])
+    assert first == names(datalist.split(items[::-1], 0, 5, seed=0)["validation"])
+    assert first != names(datalist.split(items, 0, 5, seed=1)["validation"])
+
+
+def test_split_is_the_same_in_every_scikit_learn():
+    # scikit-learn's own shuffle gave other folds in 1.7 and 1.9
+    validation = datalist.split(cohort((3, 5, 2)), 0, 5, seed=0)["validation"]
+    assert names(validation) == {"s001", "s007"}
+
+
+def test_time_points_of_one_patient_stay_together():
+    items = [{"subject": f"BraTS-GLI-{i:05d}-{t}", "grade": i % 2} for i in range(20) for t in (100, 101)]
+    for fold in range(4):
+        part = datalist.split(items, fold, 4, seed=0)
+        sides = [{datalist.patient(s) for s in names(part[side])} for side in ("training", "validation")]
+        assert not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize(("fold", "num_folds", "message"), [(5, 5, "fold=5"), (0, 200, "cannot split"), (0, 1, "cannot")])
+def test_impossible_splits(fold, num_folds, message):
+    with pytest.raises(InputError, match=message):
+        datalist.split(cohort(), fold, num_folds, seed=0)
+
+
+def test_datalist_can_be_edited_and_passed_back(tmp_path, make_subject_folder, volumes):
+    for i in range(6):
+        make_subject_folder(tmp_path, f"s{i}", volumes)
+    items = datalist.load_subjects(str(tmp_path), MODALITIES)
+    options = {"dataset_dir": str(tmp_path), "fold": 0, "num_folds": 3, "seed": 0}
+    parts = datalist.make_datalist(items, datalist_file=None, **options)
+    file = tmp_path / "datalist.json"
+    datalist.write_datalist(parts, str(file), str(tmp_path))
+    assert datalist.make_datalist(None, datalist_file=str(file), **options) == parts
+    content = json.loads(file.read_text())
+    assert not content["training"][0]["label"].startswith("/")
+    content["validation"].append(content["training"].pop())
+    file.write_text(json.dumps(content))
+    assert len(datalist.make_datalist(None, datalist_file=str(file), **options)["validation"]) == 3
+    content["validation"].append(content["training"][0])
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="both sides"):
+        datalist.make_datalist(None, datalist_file=str(file), **options)
+    file.write_text("{}")
+    with pytest.raises(InputError, match="not a data list"):
+        datalist.make_datalist(None, datalist_file=str(file), **options)
+
+
+def test_subset_all_and_number_of_cases():
+    options = {"datalist_file": None, "dataset_dir": ".", "fold": 0, "num_folds": 5, "seed": 0}
+    items = cohort((1, 0, 0))
+    assert datalist.make_datalist(items, subset="all", **options)["validation"] == items
+    assert len(datalist.make_datalist(cohort(), num_eval_cases=7, **options)["validation"]) == 7
+    for bad in ({"subset": "test"}, {"num_eval_cases": 0}):
+        with pytest.raises(InputError, match=next(iter(bad))):
+            datalist.make_datalist(items, **options | bad)
+
+
+def test_class_weights_of_one_class_are_one_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert datalist.class_weights(cohort((0, 5, 3))) == [1.0, 1.0]
+    assert "one class only" in caplog.text
+    assert datalist.class_weights(cohort((0, 5, 3)), [2, 0.5]) == [2.0, 0.5]
+    with pytest.raises(InputError, match="two positive numbers"):
+        datalist.class_weights(cohort(), [1.0])
+
+
+def test_summary_counts(tmp_path, make_subject_folder, volumes):
+    make_subject_folder(tmp_path, "s1", volumes)
+    items = datalist.load_subjects(str(tmp_path), MODALITIES)
+    text = datalist.describe({"training": items}, [2.4276, 0.6297])
+    assert "subjects=1 slices=4 n_LGG=0 n_HGG=0 ungraded=1" in text
+    assert "alpha_LGG=2.4276 alpha_HGG=0.6297" in text

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import MODALITIES, ROOT
+from monai.bundle import ConfigParser
+from scripts.config import InputError
+from scripts.datalist import load_subjects
+from scripts.dataset import ExplainedDataset, SliceSampler, cached_dataset
+
+
+def training_config(phantoms: Path, **overrides) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config(str(ROOT / "configs" / "train.yaml"))
+    parser.update({"dataset_dir": str(phantoms), "image_size": 32, **overrides})
+    return parser
+
+
+@pytest.fixture
+def broken(phantoms, tmp_path):
+    """A function that copies one phantom and replaces one of its files by the given array or bytes."""
+
+    def make(suffix: str, content) -> list[dict]:
+        items = load_subjects(str(phantoms), MODALITIES)[:1]
+        file = tmp_path / f"broken_{suffix}.nii.gz"
+        key = "label" if suffix == "seg" else "image"
+        old = items[0]["label"] if suffix == "seg" else items[0]["image"][MODALITIES.index(suffix)]
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            nib.save(nib.Nifti1Image(content, nib.load(old).affine), file)
+        items[0][key] = str(file) if suffix == "seg" else [str(file) if f == old else f for f in items[0]["image"]]
+        return items
+
+    return make
+
+
+def preprocessing(phantoms):
+    return training_config(phantoms).get_parsed_content("train::preprocessing")
+
+
+def test_truncated_file_is_named(phantoms, broken):
+    whole = Path(load_subjects(str(phantoms), MODALITIES)[0]["image"][2]).read_bytes()
+    with pytest.raises(InputError, match="cannot read .*broken_t2.nii.gz"):
+        cached_dataset(broken("t2", whole[: len(whole) // 2]), preprocessing(phantoms))
+
+
+def test_truncated_file_is_named_when_read_as_it_goes(phantoms, broken):
+    whole = Path(load_subjects(str(phantoms), MODALITIES)[0]["image"][0]).read_bytes()
+    items = broken("t1", whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cannot read .*broken_t1.nii.gz"):
+        ExplainedDataset(items, preprocessing(phantoms))[0]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "volume", "message"),
+    [
+        ("flair", np.full((32, 32, 8), np.nan, np.float32), "modality 4 of 4 has NaN"),
+        ("t1", np.full((32, 32, 8), 7, np.int16), r"modality 1 of 4 is constant \(7\)"),
+        ("seg", np.full((32, 32, 8), 3, np.uint8), r"label values \[3.*\] outside \[0, 1, 2, 4\]"),
+    ],
+)
+def test_unfit_volumes_name_the_subject(phantoms, broken, suffix, volume, message):
+    items = broken(suffix, volume)
+    with pytest.raises(InputError, match=f"'{items[0]['subject']}': .*{message}"):
+        cached_dataset(items, preprocessing(phantoms))
+
+
+def test_no_subject_is_an_error(phantoms):
+    with pytest.raises(InputError, match="no subject is left"):
+        cached_dataset([], preprocessing(phantoms))
+
+
+def test_training_slices(phantoms):
+    dataset = training_config(phantoms).get_parsed_content("train::dataset")
+    ((slice_),) = [dataset[0]]
+    (item,) = slice_
+    assert item["image"].shape == (4, 32, 32)
+    assert item["label"].shape == (1, 32, 32)
+    assert set(torch.as_tensor(item["label"]).unique().tolist()) <= {0.0, 1.0}
+
+
+def test_volumes_are_read_once(phantoms, monkeypatch):
+    dataset = training_config(phantoms).get_parsed_content("train::dataset")
+    monkeypatch.setattr(nib, "load", lambda *_: pytest.fail("a volume was read again"))
+    for _ in range(3):
+        assert dataset[0][0]["image"].isfinite().all()
+
+
+def test_random_transforms_leave_the_cache_alone(phantoms):
+    dataset = training_config(phantoms).get_parsed_content("train::dataset")
+    before = torch.as_tensor(dataset._cache[0]["image"]).clone()
+    for _ in range(20):
+        dataset[0]
+    assert torch.equal(torch.as_tensor(dataset._cache[0]["image"]), before)
+
+
+def test_modalities_are_normalised_inside_the_brain(phantoms):
+    volume = torch.as_tensor(training_config(phantoms).get_parsed_content("train::dataset")._cache[0]["image"])
+    for modality in volume:
+        brain = modality[modality != 0]
+        assert abs(brain.mean()) < 1e-3
+        assert abs(brain.std() - 1) < 1e-2
+    assert (volume == 0).float().mean() > 0.3
+
+
+def test_resizing_keeps_labels_binary(phantoms):
+    dataset = training_config(phantoms, image_size=48).get_parsed_content("train::dataset")
+    label = torch.as_tensor(dataset._cache[0]["label"])
+    assert label.shape == (1, 48, 48, 8)
+    assert set(label.unique().tolist()) == {0.0, 1.0}
+
+
+def test_cache_on_disk_gives_what_memory_gives(phantoms, tmp_path):
+    memory = training_config(phantoms).get_parsed_content("validate::dataset")
+    config = training_config(phantoms, cache_dir=str(tmp_path))
+    for _ in range(2):  # filled, then read
+        disk = config.get_parsed_content("validate::dataset", lazy=False)
+        assert torch.equal(torch.as_tensor(disk[0]["image"]), torch.as_tensor(memory[0]["image"]))
+        assert torch.equal(disk[0]["image"].affine, memory[0]["image"].affine)
+        assert len(disk[0]["image"].applied_operations) == len(memory[0]["image"].applied_operations)
+    assert len(list(tmp_path.glob("*.pt"))) == len(disk)
+
+
+def test_sampler_visits_every_volume_equally_often():
+    data = list(range(7))
+    visits = list(SliceSampler(data, slices_per_volume=3, seed=0))
+    assert sorted(visits) == sorted(data * 3)
+    assert visits == list(SliceSampler(data, slices_per_volume=3, seed=0))
+    assert visits != list(SliceSampler(data, slices_per_volume=3, seed=1))
+    with pytest.raises(InputError, match="slices_per_volume=0"):
+        SliceSampler(data, slices_per_volume=0, seed=0)

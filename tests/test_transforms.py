@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import ConvertToMultiChannelBasedOnBratsClassesd, RandCropByPosNegLabeld
+from scripts.config import InputError
+from scripts.transforms import (
+    AtomicNibabelWriter,
+    LabelToRegionsd,
+    RegionsToLabeld,
+    SliceIndicesd,
+    entropy_bits,
+    subject_name,
+)
+
+BRATS = {"TC": [1, 4], "WT": [2, 1, 4], "ET": [4]}
+LABEL = torch.tensor([0, 1, 2, 4, 4, 2, 0, 1]).reshape(1, 2, 2, 2).float()
+
+
+def test_regions_agree_with_monai():
+    ours = LabelToRegionsd("label", ["TC", "WT", "ET"], BRATS)({"label": LABEL})["label"]
+    monai = ConvertToMultiChannelBasedOnBratsClassesd("label")({"label": LABEL})["label"]
+    assert torch.equal(ours, monai.float())
+
+
+def test_brats_2023_by_its_own_labels():
+    label = torch.where(LABEL == 4, 3, LABEL)
+    regions = {"TC": [1, 3], "WT": [2, 1, 3], "ET": [3]}
+    assert torch.equal(
+        LabelToRegionsd("label", ["ET"], regions)({"label": label})["label"], (LABEL == 4).float()
+    )
+    with pytest.raises(InputError, match=r"'s': .*\[3.0\] outside \[0, 1, 2, 4\].*data_brats2023"):
+        LabelToRegionsd("label", ["ET"], BRATS)({"label": label, "subject": "s"})
+
+
+def test_regions_keep_the_affine():
+    affine = np.diag([-1.0, -1, 2, 1])
+    regions = LabelToRegionsd("label", ["WT"], BRATS)({"label": MetaTensor(LABEL, affine=affine)})["label"]
+    assert np.allclose(regions.affine, affine)
+
+
+@pytest.mark.parametrize("regions", [["XX"], [], "WT", ["WT", "WT"]])
+def test_unknown_regions(regions):
+    with pytest.raises(InputError, match="regions="):
+        LabelToRegionsd("label", regions, BRATS)
+
+
+def test_label_map_round_trip():
+    regions = LabelToRegionsd("pred", ["TC", "WT", "ET"], BRATS)({"pred": LABEL})
+    assert torch.equal(RegionsToLabeld("pred", ["TC", "WT", "ET"], BRATS)(regions)["pred"], LABEL.byte())
+
+
+def test_label_map_is_nested_even_if_regions_are_not():
+    pred = torch.zeros(2, 1, 1, 2)
+    pred[1] = 1  # ET without WT
+    assert RegionsToLabeld("pred", ["WT", "ET"], BRATS)({"pred": pred})["pred"].flatten().tolist() == [4, 4]
+
+
+def test_one_region_is_saved_as_its_first_label():
+    assert RegionsToLabeld("pred", ["WT"], {"WT": [1]})({"pred": torch.ones(1, 1, 1, 1)})["pred"].item() == 1
+
+
+def test_slice_indices_drive_monais_crop():
+    label = torch.zeros(1, 6, 6, 5)
+    label[0, 1, 1, 3] = 1
+    image = torch.ones(2, 6, 6, 5)
+    image[..., 0] = 0  # no brain
+    data = SliceIndicesd("label")({"image": image, "label": label})
+    crop = RandCropByPosNegLabeld(
+        ["image", "label"],
+        "label",
+        [-1, -1, 1],
+        pos=1,
+        neg=1,
+        num_samples=200,
+        fg_indices_key="fg_indices",
+        bg_indices_key="bg_indices",
+    ).set_random_state(0)
+    drawn = crop(data)
+    assert drawn[0]["image"].shape == (2, 6, 6, 1)
+    assert all((item["image"] != 0).any() for item in drawn)
+    assert 70 < sum(bool(item["label"].any()) for item in drawn) < 130
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    writer = AtomicNibabelWriter()
+    writer.set_data_array(np.ones((1, 2, 2, 2), np.float32))
+    writer.set_metadata({"affine": np.eye(4)}, resample=False)
+    writer.write(tmp_path / "a.nii.gz")
+    assert nib.load(tmp_path / "a.nii.gz").shape == (2, 2, 2)
+
+    def half(image, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(nib, "save", half)
+    writer.set_data_array(np.ones((1, 2, 2, 2), np.float32))
+    with pytest.raises(OSError, match="disk full"):
+        writer.write(tmp_path / "b.nii.gz")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]
+
+
+def test_subject_name_is_the_folder():
+    assert subject_name({"filename_or_obj": "/data/S1/S1_t1.nii.gz"}, None)["subject"] == "S1"
+
+
+def test_entropy():
+    values = entropy_bits(torch.tensor([0.0, 0.5, 1.0, 0.25]))
+    expected = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+    assert values.tolist() == pytest.approx([0, 1, 0, expected])
