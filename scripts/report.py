@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from scripts.config import atomic_path
-from scripts.metrics import GRADING_SCORES, grading_scores, mask_scores, with_interval
+from scripts.metrics import grading_scores, mask_scores, with_intervals
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ PANELS = {
     "gradient norm": ["grad_norm"],
 }
 
+SHARED = ("sigma_seg", "sigma_cls", "learning_rate")  # the same in both rows of an epoch
+
 
 def plot_learning_curves(table: pd.DataFrame, file: str | Path) -> None:
     """Draw the epoch table: training solid, validation dashed with dots."""
@@ -39,7 +41,7 @@ def plot_learning_curves(table: pd.DataFrame, file: str | Path) -> None:
         for colour, name in enumerate(names):
             for split, style in (("train", "-"), ("validation", ".--")):
                 rows = table[(table["split"] == split) & table[name].notna()]
-                if len(rows):
+                if len(rows) and not (split == "validation" and name in SHARED):
                     label = f"{name} {split}" if len(names) > 1 else split
                     axes.plot(rows["epoch"], rows[name], style, color=f"C{colour}", label=label)
         axes.set(title=title, xlabel="epoch")
@@ -139,25 +141,17 @@ def summarise(table: pd.DataFrame, regions: Sequence[str], seed: int = 0) -> dic
     """Mean and median of the mask scores per region, grading scores per subject, each with a 95 % interval."""
     masks = {
         region: {
-            name: {
-                "mean": with_interval(np.mean, table[f"{name}_{region}"], seed=seed),
-                "median": with_interval(np.median, table[f"{name}_{region}"], seed=seed),
-            }
-            for name in ("dice", "iou", "hd95")
+            name: with_intervals(_centre, table[f"{name}_{region}"], seed=seed) for name in ("dice", "iou", "hd95")
         }
         for region in regions
     }
     graded = table[(table["grade"] >= 0) & table["hgg_prob"].notna()]
-    grading = {
-        name: with_interval(
-            lambda grade, prob, name=name: grading_scores(grade, prob)[name],
-            graded["grade"].to_numpy(),
-            graded["hgg_prob"].to_numpy(),
-            seed=seed,
-        )
-        for name in GRADING_SCORES
-    }
+    grading = with_intervals(grading_scores, graded["grade"].to_numpy(), graded["hgg_prob"].to_numpy(), seed=seed)
     return {"segmentation": masks, "graded_subjects": len(graded), "grading": grading}
+
+
+def _centre(values: np.ndarray) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "median": float(np.median(values))}
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

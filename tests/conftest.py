@@ -80,7 +80,9 @@ def run_bundle(monkeypatch):
 
     def run(configs: list[str], **overrides) -> None:
         files = [str(ROOT / "configs" / name) for name in configs]
-        keys = tiny if configs[0] == "train.yaml" else {k: v for k, v in tiny.items() if k.endswith(("size", "channels"))}
+        keys = (
+            tiny if configs[0] == "train.yaml" else {k: v for k, v in tiny.items() if k.endswith(("size", "channels"))}
+        )
         try:
             monai.bundle.run(config_file=files, **keys | overrides)
         except RuntimeError as error:

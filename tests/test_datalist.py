@@ -25,9 +25,7 @@ def write_csv(path, text):
         ("patient7", ["adc", "dwi"], ".nii.gz"),
     ],
 )
-def test_finds_each_naming_scheme_in_channel_order(
-    tmp_path, make_subject_folder, volumes, name, modalities, extension
-):
+def test_finds_each_naming_scheme_in_channel_order(tmp_path, make_subject_folder, volumes, name, modalities, extension):
     files = dict(zip(modalities, volumes.values(), strict=False)) | {"seg": volumes["seg"]}
     make_subject_folder(tmp_path, name, files, extension=extension)
     (item,) = datalist.find_subjects(str(tmp_path), modalities)
@@ -201,7 +199,9 @@ def test_time_points_of_one_patient_stay_together():
         assert not sides[0] & sides[1]
 
 
-@pytest.mark.parametrize(("fold", "num_folds", "message"), [(5, 5, "fold=5"), (0, 200, "cannot split"), (0, 1, "cannot")])
+@pytest.mark.parametrize(
+    ("fold", "num_folds", "message"), [(5, 5, "fold=5"), (0, 200, "cannot split"), (0, 1, "cannot")]
+)
 def test_impossible_splits(fold, num_folds, message):
     with pytest.raises(InputError, match=message):
         datalist.split(cohort(), fold, num_folds, seed=0)

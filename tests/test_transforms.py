@@ -31,9 +31,7 @@ def test_regions_agree_with_monai():
 def test_brats_2023_by_its_own_labels():
     label = torch.where(LABEL == 4, 3, LABEL)
     regions = {"TC": [1, 3], "WT": [2, 1, 3], "ET": [3]}
-    assert torch.equal(
-        LabelToRegionsd("label", ["ET"], regions)({"label": label})["label"], (LABEL == 4).float()
-    )
+    assert torch.equal(LabelToRegionsd("label", ["ET"], regions)({"label": label})["label"], (LABEL == 4).float())
     with pytest.raises(InputError, match=r"'s': .*\[3.0\] outside \[0, 1, 2, 4\].*data_brats2023"):
         LabelToRegionsd("label", ["ET"], BRATS)({"label": label, "subject": "s"})
 

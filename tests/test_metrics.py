@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scripts.diffusion import GaussianDiffusion
+from scripts.losses import MultiTaskLoss
+from scripts.metrics import (
+    AverageLosses,
+    SubjectGrades,
+    grading_scores,
+    mask_scores,
+    sampled_losses,
+    training_grades,
+    with_intervals,
+)
+
+
+def cube(shape=(1, 10, 10, 10), start=2, stop=6):
+    mask = torch.zeros(shape)
+    mask[:, start:stop, start:stop, start:stop] = 1
+    return mask
+
+
+def test_mask_scores_in_closed_form():
+    truth, pred = cube(), torch.roll(cube(), 1, dims=1)
+    scores = mask_scores(pred, truth, [2.0, 1.0, 1.0], ["WT"])
+    assert scores["dice_WT"] == pytest.approx(0.75)
+    assert scores["iou_WT"] == pytest.approx(0.6)
+    assert scores["hd95_WT"] == pytest.approx(2.0)  # one voxel of 2 mm
+
+
+@pytest.mark.parametrize(
+    ("pred", "truth", "expected"),
+    [
+        (torch.zeros(1, 10, 10, 10), torch.zeros(1, 10, 10, 10), (1.0, 1.0, 0.0)),
+        (cube(), torch.zeros(1, 10, 10, 10), (0.0, 0.0, math.sqrt(300))),
+        (torch.zeros(1, 10, 10, 10), cube(), (0.0, 0.0, math.sqrt(300))),
+    ],
+)
+def test_empty_masks_are_defined(pred, truth, expected):
+    scores = mask_scores(pred, truth, [1.0, 1.0, 1.0], ["WT"])
+    assert tuple(scores.values()) == pytest.approx(expected)
+
+
+def test_regions_are_scored_apart():
+    truth = torch.cat([cube(), cube(start=3, stop=5)])
+    scores = mask_scores(torch.cat([cube(), torch.zeros(1, 10, 10, 10)]), truth, [1, 1, 1], ["WT", "ET"])
+    assert scores["dice_WT"] == 1
+    assert scores["dice_ET"] == 0
+
+
+def test_grading_scores_in_closed_form():
+    scores = grading_scores([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9])
+    assert scores == pytest.approx({"auc": 0.75, "f1": 0.5, "f1_LGG": 0.5, "f1_HGG": 0.5, "accuracy": 0.5})
+
+
+def test_one_class_or_none_is_undefined_not_a_crash():
+    scores = grading_scores([1, 1], [0.9, 0.8])
+    assert math.isnan(scores["auc"])
+    assert scores["accuracy"] == scores["f1_HGG"] == scores["f1"] == 1
+    assert all(math.isnan(value) for value in grading_scores([], []).values())
+
+
+def test_slices_are_averaged_by_area_before_any_score():
+    metric = SubjectGrades()
+    # subject a: large slices say HGG, a small one says LGG; b: LGG; c: unknown grade
+    metric.update((["a", "b", "c"], torch.tensor([0.9, 0.2, 0.0]), torch.tensor([1, 0, -1]), torch.tensor([9, 5, 5])))
+    metric.update((["a", "b", "c"], torch.tensor([0.0, 0.2, 0.0]), torch.tensor([1, 0, -1]), torch.tensor([1, 5, 5])))
+    scores = metric.compute()
+    assert scores["accuracy"] == scores["auc"] == 1
+    metric.reset()
+    assert math.isnan(metric.compute()["auc"])
+
+
+def test_training_grades_leave_out_empty_slices():
+    label = torch.zeros(2, 1, 4, 4)
+    label[0, 0, 0, 0] = 1
+    targets = {"label": label, "grade": torch.tensor([1, 1]), "subject": ["a", "b"]}
+    subjects, prob, grade, area = training_grades(
+        {"pred": (torch.ones(2, 1, 4, 4), torch.zeros(2, 2), None), "label": targets}
+    )
+    assert (subjects, grade.tolist(), area.tolist()) == (["a", "b"], [1, -1], [16, 16])
+    assert prob.tolist() == [0.5, 0.5]
+
+
+def test_losses_average_over_the_iterations_that_have_them():
+    metric = AverageLosses()
+    metric.update({"L_seg": 1.0, "L_cls": 4.0}.items())
+    metric.update({"L_seg": 3.0}.items())
+    assert metric.compute() == {"L_seg": 2.0, "L_cls": 4.0}
+
+
+def test_validation_losses_are_of_the_sampled_mask():
+    loss = MultiTaskLoss(GaussianDiffusion(prediction_type="epsilon"), alpha=[2.0, 1.0])
+    label = cube()
+    item = {"prob": 0.8 * label + 0.1 * (1 - label), "label": label, "hgg_prob": 0.25, "grade": 0}
+    components = dict(sampled_losses([item], loss))
+    expected = loss.mask_loss(torch.logit(item["prob"])[None], label[None]).item()
+    assert components["L_seg"] == pytest.approx(expected, rel=1e-4)
+    assert components["L_cls"] == pytest.approx(-2 * 0.25**2 * math.log(0.75), rel=1e-4)
+    ungraded = dict(sampled_losses([item | {"hgg_prob": float("nan")}], loss))
+    assert "L_cls" not in ungraded
+
+
+def test_interval_of_a_mean():
+    values = np.random.default_rng(0).normal(0.8, 0.1, 200)
+    cell = with_intervals(lambda v: {"mean": v.mean()}, values)["mean"]
+    half = 1.96 * values.std() / math.sqrt(200)
+    assert cell["value"] == pytest.approx(values.mean())
+    assert cell["low"] == pytest.approx(values.mean() - half, abs=0.004)
+    assert cell["high"] == pytest.approx(values.mean() + half, abs=0.004)
+
+
+def test_interval_of_undefined_and_of_one_subject():
+    one = with_intervals(lambda v: {"mean": v.mean()}, [0.5])
+    assert one == {"mean": {"value": 0.5, "low": None, "high": None}}
+    cells = with_intervals(grading_scores, [1, 1, 1], [0.6, 0.7, 0.3])
+    assert cells["auc"] == {"value": None, "low": None, "high": None}
+    assert cells["accuracy"]["low"] < cells["accuracy"]["value"] < cells["accuracy"]["high"]

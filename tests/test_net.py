@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from scripts.config import InputError
+from scripts.diffusion import GaussianDiffusion
+from scripts.net import VARIANTS, Denoiser, MedSegDiff, PlainUNet
+
+TINY = {"channels": [8, 8, 16], "calib_channels": [8, 16, 16]}
+
+
+def inputs(batch=2, modalities=4, regions=1, size=16):
+    return torch.randn(batch, modalities, size, size), torch.randn(batch, regions, size, size), torch.tensor([3, 999])
+
+
+def randomise(network):
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network.eval()
+
+
+@pytest.mark.parametrize("modalities", [1, 4])
+@pytest.mark.parametrize("regions", [1, 3])
+def test_forward_shapes(modalities, regions):
+    network = MedSegDiff(GaussianDiffusion(), modalities, regions, **TINY)
+    seg_logits, cls_logits, calib_map = network(*inputs(2, modalities, regions))
+    assert seg_logits.shape == calib_map.shape == (2, regions, 16, 16)
+    assert cls_logits.shape == (2, 2)
+
+
+def test_without_grading_head():
+    network = MedSegDiff(GaussianDiffusion(), use_cls_head=False, **TINY)
+    seg_logits, cls_logits, calib_map = network(*inputs())
+    assert cls_logits is None
+    assert seg_logits.shape == calib_map.shape
+    assert not any("cls_head" in name for name, _ in network.named_parameters())
+
+
+@pytest.mark.parametrize("channels", [[5, 7, 11], [8, 16, 24, 32], [4, 4, 4, 4, 4], [12, 20, 36]])
+def test_any_width_and_depth(channels):
+    network = MedSegDiff(GaussianDiffusion(), channels=channels, calib_channels=channels)
+    assert network(*inputs(size=16))[0].shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_builds(variant):
+    with torch.device("meta"):
+        network = MedSegDiff(GaussianDiffusion(), variant=variant)
+    assert len(network.denoiser.down_blocks) == len(VARIANTS[variant])
+
+
+def test_seed_settings_build():
+    """A13: 256 x 256, 128 channels, 2 residual blocks."""
+    with torch.device("meta"):
+        network = MedSegDiff(GaussianDiffusion(), channels=[128, 128, 256, 256, 512], num_res_blocks=2)
+    assert network.denoiser.num_res_blocks == (2, 2, 2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [({"variant": "XL"}, "variant 'XL'"), ({"channels": [8, 8]}, "channels=.*three or more")]
+)
+def test_unusable_sizes(bad, message):
+    with pytest.raises(InputError, match=message):
+        MedSegDiff(GaussianDiffusion(), **bad)
+
+
+def test_image_size_must_be_divisible():
+    with pytest.raises(InputError, match="divisible by 4"):
+        MedSegDiff(GaussianDiffusion(), **TINY)(*inputs(size=18))
+
+
+def test_denoiser_is_monais_network():
+    settings = {
+        "spatial_dims": 2,
+        "in_channels": 3,
+        "out_channels": 1,
+        "num_res_blocks": 1,
+        "channels": [8, 8, 16],
+        "attention_levels": [False] * 3,
+        "norm_num_groups": 8,
+        "num_head_channels": 8,
+    }
+    ours, monai = randomise(Denoiser(**settings)), DiffusionModelUNet(**settings).eval()
+    monai.load_state_dict(ours.state_dict())
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1, 700])
+    output, middle = ours(x, t)
+    assert torch.allclose(output, monai(x, t), atol=1e-6)
+    assert output.abs().max() > 1e-3
+    assert middle.shape == (2, 16, 4, 4)
+
+
+def test_every_parameter_gets_a_gradient():
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY)).train()
+    seg_logits, cls_logits, calib_map = network(*inputs())
+    (seg_logits.square().mean() + cls_logits.square().mean() + calib_map.square().mean()).backward()
+    assert [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_every_input_matters():
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+    image, x_t, t = inputs()
+    seg_logits, cls_logits, _ = network(image, x_t, t)
+    for changed in ((image + 1, x_t, t), (image, x_t + 1, t), (image, x_t, t - 3)):
+        other = network(*changed)
+        assert not torch.allclose(other[0], seg_logits)
+        assert not torch.allclose(other[1], cls_logits)
+
+
+def test_calibration_map_sees_only_the_image_and_can_be_reused():
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+    image, x_t, t = inputs()
+    seg_logits, _, calib_map = network(image, x_t, t)
+    assert torch.equal(network(image, x_t + 1, t - 1)[2], calib_map)
+    network.calibrator.forward = None  # must not be called again
+    assert torch.equal(network(image, x_t, t, calib_map)[0], seg_logits)
+
+
+def test_a_fresh_network_answers_with_its_calibration_map():
+    seg_logits, _, calib_map = MedSegDiff(GaussianDiffusion(), **TINY)(*inputs())
+    assert torch.equal(seg_logits, calib_map)
+
+
+def test_image_alone_gives_logits_for_export_and_verification():
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+    image, _, _ = inputs()
+    expected = network(image, torch.zeros(2, 1, 16, 16), torch.tensor([999, 999]))[0]
+    assert torch.equal(network(image), expected)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_logits_come_through_the_implied_mask(prediction_type):
+    diffusion = GaussianDiffusion(prediction_type=prediction_type)
+    network = randomise(MedSegDiff(diffusion, **TINY))
+    image, x_t, t = inputs()
+    captured = []
+    network.denoiser.register_forward_hook(lambda module, args, out: captured.append(out[0]))
+    seg_logits = network(image, x_t, t)[0]
+    assert torch.equal(seg_logits, diffusion.to_logits(captured[0], x_t, t))
+
+
+def test_plain_unet_has_the_same_signature():
+    network = randomise(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]))
+    image, x_t, t = inputs()
+    seg_logits, cls_logits, calib_map = network(image, x_t, t)
+    assert seg_logits.shape == (2, 1, 16, 16)
+    assert cls_logits.shape == (2, 2)
+    assert calib_map is None
+    assert torch.equal(network(image), seg_logits)
+    assert torch.equal(network(image, x_t + 1, t - 1)[0], seg_logits)
+    with pytest.raises(InputError, match="prediction_type"):
+        PlainUNet(GaussianDiffusion(prediction_type="epsilon"))
