@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.engines.workflow import Workflow
 from torch import nn
 
 from scripts.config import InputError, atomic_path
@@ -30,7 +31,7 @@ class SaveCheckpoints:
     """
 
     def __init__(
-        self, ckpt_dir: str, save_dict: Mapping[str, Any], evaluator: Engine, training_subjects: Sequence[str]
+        self, ckpt_dir: str, save_dict: Mapping[str, Any], evaluator: Workflow, training_subjects: Sequence[str]
     ) -> None:
         self.training_subjects = list(training_subjects)
         self.ckpt_dir = Path(ckpt_dir)

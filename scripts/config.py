@@ -43,7 +43,7 @@ def check_keys(config: dict, *bases: str) -> None:
         InputError: naming each unknown key and the nearest known one.
     """
     known = {key for base in bases for key in ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / base))}
-    tracking = set(DEFAULT_MLFLOW_SETTINGS["configs"]) | {ConfigParser.meta_key}  # added by MONAI itself
+    tracking = {*DEFAULT_MLFLOW_SETTINGS["configs"], ConfigParser.meta_key}  # type: ignore[misc]  # added by MONAI itself
     unknown = [key for key in config if key not in known | tracking]
     if unknown:
         hints = []

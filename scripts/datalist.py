@@ -76,7 +76,7 @@ def find_subjects(
         raise InputError(f"dataset_dir '{dataset_dir}' is not a folder")
     if len(set(modalities)) != len(modalities) or not modalities:
         raise InputError(f"modalities {list(modalities)} must be a list of distinct file suffixes")
-    items = []
+    items: list[Item] = []
     for folder in [*sorted(path for path in root.iterdir() if path.is_dir()), root.resolve()]:
         volumes = sorted(path for path in folder.iterdir() if re.search(r"\.nii(\.gz)?$", path.name))
         if volumes and not (items and folder == root.resolve()):
@@ -144,7 +144,7 @@ def check_headers(item: Item) -> None:
 
 def _read_header(subject: str, file: str) -> nib.Nifti1Image:
     try:
-        header = nib.load(file)
+        header = nib.Nifti1Image.from_filename(file)
     except Exception as error:
         raise InputError(f"subject '{subject}': cannot read {file}: {error}") from error
     if len(header.shape) != 3:
@@ -323,7 +323,7 @@ def describe(parts: Mapping[str, Sequence[Item]], alpha: Sequence[float]) -> str
     lines = []
     for part, items in parts.items():
         counts = Counter(item["grade"] for item in items)
-        slices = sum(nib.load(item["image"][0]).shape[-1] for item in items)
+        slices = sum(nib.Nifti1Image.from_filename(item["image"][0]).shape[-1] for item in items)
         lines.append(
             f"{part:<11} subjects={len(items)} slices={slices} "
             f"n_LGG={counts[0]} n_HGG={counts[1]} ungraded={counts[UNKNOWN_GRADE]}"

@@ -69,7 +69,7 @@ def explained(data: Sequence[dict]) -> Iterator[None]:
         for item in data:
             for file in [*item["image"], *([item["label"]] if "label" in item else [])]:
                 try:
-                    np.asarray(nib.load(file).dataobj)
+                    np.asarray(nib.Nifti1Image.from_filename(file).dataobj)
                 except Exception as reason:
                     raise InputError(f"subject '{item['subject']}': cannot read {file}: {reason}") from error
         raise

@@ -115,7 +115,8 @@ def timestep_pairs(num_train_timesteps: int, num_inference_steps: int) -> list[t
     """
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise InputError(
-            f"num_inference_steps={num_inference_steps} must lie between 1 and num_train_timesteps={num_train_timesteps}"
+            f"num_inference_steps={num_inference_steps} must lie between 1 and num_train_timesteps, "
+            f"{num_train_timesteps}"
         )
     stride = num_train_timesteps / num_inference_steps
     steps = [round(num_train_timesteps - i * stride) - 1 for i in range(num_inference_steps)]

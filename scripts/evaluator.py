@@ -8,6 +8,8 @@ import torch
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 
+from scripts.inferer import VolumeInferer
+
 
 class VolumeEvaluator(SupervisedEvaluator):
     """MONAI's evaluator for an inferer that predicts more than one thing.
@@ -16,13 +18,15 @@ class VolumeEvaluator(SupervisedEvaluator):
     from the batch ``subject``, ``grade`` and (where there is one) ``label [B, R, H', W', S']`` on the input's grid.
     """
 
-    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict) -> dict:
+    inferer: VolumeInferer
+
+    def _iteration(self, engine: VolumeEvaluator, batchdata: dict) -> dict:  # type: ignore[override]
         device = engine.state.device
         image = batchdata["image"].to(device, non_blocking=engine.non_blocking)
         engine.state.output = {"image": image}
         autocast = torch.autocast("cuda", **engine.amp_kwargs) if engine.amp else contextlib.nullcontext()
         with engine.mode(engine.network), autocast:
-            engine.state.output |= engine.inferer.predict(image, engine.network)
+            engine.state.output |= engine.inferer.predict(image, engine.network)  # type: ignore[arg-type]
         engine.state.output["subject"] = batchdata["subject"]
         for key in ("grade", "label"):
             if isinstance(batchdata.get(key), torch.Tensor):  # in inference a label is no more than its file's name

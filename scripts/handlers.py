@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.engines.workflow import Workflow
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.config import atomic_path
@@ -24,16 +26,17 @@ logger = logging.getLogger(__name__)
 class StopOnNonFiniteLoss:
     """Stop before a NaN or infinite loss reaches the weights, naming the subjects of the batch."""
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: SupervisedTrainer) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: SupervisedTrainer) -> None:
         loss = engine.state.output["loss"]
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} in epoch {engine.state.epoch}, iteration {engine.state.iteration}, with the "
-                f"subjects {sorted(set(engine.state.batch['subject']))}: check these volumes, or lower learning_rate"
+                f"the loss is {loss.item()} in epoch {engine.state.epoch}, iteration {engine.state.iteration}, "
+                f"with the subjects {sorted(set(engine.state.batch['subject']))}: "
+                "check these volumes, or lower learning_rate"
             )
 
 
@@ -47,16 +50,16 @@ class GradientClipping:
     def __init__(self, max_norm: float = 1.0) -> None:
         self.max_norm = max_norm
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: SupervisedTrainer) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.backward_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
 
-    def epoch_started(self, engine: Engine) -> None:
+    def epoch_started(self, engine: SupervisedTrainer) -> None:
         self.norms: list[float] = []
 
-    def backward_completed(self, engine: Engine) -> None:
+    def backward_completed(self, engine: SupervisedTrainer) -> None:
         if engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)
         parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
@@ -64,7 +67,7 @@ class GradientClipping:
         if np.isfinite(norm):  # under AMP the scaler skips a step that overflowed
             self.norms.append(norm)
 
-    def epoch_completed(self, engine: Engine) -> None:
+    def epoch_completed(self, engine: SupervisedTrainer) -> None:
         engine.state.metrics["grad_norm"] = float(np.mean(self.norms)) if self.norms else float("nan")
 
 
@@ -86,28 +89,28 @@ class EpochTable:
         "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm", "learning_rate", "seconds",
     )  # fmt: skip
 
-    def __init__(self, evaluator: Engine, loss: MultiTaskLoss, alpha: Sequence[float], output_dir: str) -> None:
+    def __init__(self, evaluator: Workflow, loss: MultiTaskLoss, alpha: Sequence[float], output_dir: str) -> None:
         self.evaluator = evaluator
         self.loss = loss
         self.alpha = {"alpha_LGG": alpha[0], "alpha_HGG": alpha[1]}
         self.output_dir = Path(output_dir)
         self.rows: list[dict] = []
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: SupervisedTrainer) -> None:
         """Attach to the trainer, after the handler that validates."""
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
-    def started(self, engine: Engine) -> None:
+    def started(self, engine: SupervisedTrainer) -> None:
         self.writer = SummaryWriter(str(self.output_dir / "tensorboard"))
 
-    def epoch_started(self, engine: Engine) -> None:
+    def epoch_started(self, engine: SupervisedTrainer) -> None:
         self.start = time.monotonic()
         self.learning_rate = engine.optimizer.param_groups[0]["lr"]  # the scheduler has stepped when the epoch ends
 
-    def epoch_completed(self, engine: Engine) -> None:
+    def epoch_completed(self, engine: SupervisedTrainer) -> None:
         epoch = engine.state.epoch
         shared = {"epoch": epoch} | self.loss.sigmas | self.alpha
         shared |= {"learning_rate": self.learning_rate, "seconds": time.monotonic() - self.start}
@@ -117,7 +120,7 @@ class EpochTable:
         self.rows += [{column: row.get(column, float("nan")) for column in self.COLUMNS} for row in new]
         self._write(self.rows[-len(new) :])
 
-    def completed(self, engine: Engine) -> None:
+    def completed(self, engine: SupervisedTrainer) -> None:
         self.writer.close()
 
     def _write(self, new: Sequence[Mapping]) -> None:

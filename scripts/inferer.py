@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
-from torch import nn
 
 from scripts.config import InputError
 from scripts.diffusion import ddim_step, timestep_pairs
+from scripts.net import MedSegDiff, PlainUNet, check_image_size
 from scripts.transforms import entropy_bits
 
 
@@ -46,12 +46,12 @@ class VolumeInferer(Inferer):
         self.sampling_batch_size = sampling_batch_size
         self.seed = seed
 
-    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, network, *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
         """Mask probability ``[B, R, H, W, S]`` of volumes ``[B, M, H, W, S]``; what MONAI Label calls."""
         return self.predict(inputs, network)["pred"]
 
     @torch.no_grad()
-    def predict(self, inputs: torch.Tensor, network: nn.Module) -> dict[str, torch.Tensor]:
+    def predict(self, inputs: torch.Tensor, network: MedSegDiff | PlainUNet) -> dict[str, torch.Tensor]:
         """Sample volumes ``[B, M, H, W, S]``.
 
         Returns:
@@ -67,7 +67,9 @@ class VolumeInferer(Inferer):
             pred, uncertainty = MetaTensor(pred, meta=inputs.meta), MetaTensor(uncertainty, meta=inputs.meta)
         return {"pred": pred, "uncertainty": uncertainty, "hgg_prob": hgg_prob}
 
-    def _predict_volume(self, volume: torch.Tensor, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predict_volume(
+        self, volume: torch.Tensor, network: MedSegDiff | PlainUNet
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Probability ``[R, H, W, S]`` and P(HGG) ``[]`` of one volume ``[M, H, W, S]``."""
         slices = volume.movedim(-1, 0)
         brain = torch.nonzero((slices != 0).flatten(1).any(dim=1)).flatten().tolist()
@@ -87,13 +89,13 @@ class VolumeInferer(Inferer):
         return pred, area_weighted_mean(torch.cat(grades), area)
 
     def sample(
-        self, image: torch.Tensor, network: nn.Module, indices: Sequence[int]
+        self, image: torch.Tensor, network: MedSegDiff | PlainUNet, indices: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean over samples of the mask probability ``[b, R, H, W]`` and of P(HGG) ``[b]`` for slices ``[b, M, H, W]``.
 
         Args:
             image: slices.
-            network: :class:`~scripts.net.MedSegDiff` or alike.
+            network: what to sample from.
             indices: number of each slice in its volume, which seeds its noise.
         """
         diffusion = network.diffusion
@@ -119,6 +121,12 @@ class VolumeInferer(Inferer):
     def _noise(self, shape: tuple[int, ...], index: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)  # a prime beyond any slice number
         return torch.randn(shape, generator=generator)
+
+
+def check_sampling(network: MedSegDiff | PlainUNet, image_size: int, num_inference_steps: int) -> None:
+    """Raise InputError, before any volume is read, for an image size or a number of steps that cannot be sampled."""
+    check_image_size((image_size, image_size), network.divisor)
+    timestep_pairs(network.diffusion.num_train_timesteps, num_inference_steps)
 
 
 def area_weighted_mean(values: torch.Tensor, area: torch.Tensor) -> torch.Tensor:

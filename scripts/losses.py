@@ -97,21 +97,20 @@ class MultiTaskLoss(nn.Module):
             targets: ``label [B, R, ...]`` of 0 and 1, ``grade [B]`` with -1 unknown, and ``timesteps [B]`` where
                 the logits came from one step (they are absent for sampled masks).
         """
-        seg_logits, cls_logits, calib_map = (None if out is None else out.float() for out in outputs)
+        seg_logits, (cls_logits, calib_map) = outputs[0].float(), outputs[1:]
         label = targets["label"].float()
-        timesteps = targets.get("timesteps")
-        if self.diffusion.prediction_type == "sample" or timesteps is None:
+        if self.diffusion.prediction_type == "sample" or "timesteps" not in targets:
             loss_seg = self.mask_loss(seg_logits, label)
         else:
-            loss_seg = self.diffusion.regression_loss(seg_logits, 2 * label - 1, timesteps)
+            loss_seg = self.diffusion.regression_loss(seg_logits, 2 * label - 1, targets["timesteps"])
         masks = loss_seg
         parts = {"L_seg": loss_seg}
         if calib_map is not None:
-            parts["L_calib"] = self.mask_loss(calib_map, label)
+            parts["L_calib"] = self.mask_loss(calib_map.float(), label)
             masks = loss_seg + self.calib_weight * parts["L_calib"]
         total = masks
         if cls_logits is not None:
-            loss_cls = self.grading_loss(cls_logits, targets["grade"], label)
+            loss_cls = self.grading_loss(cls_logits.float(), targets["grade"], label)
             total = self.weighting([masks, loss_cls])
             if loss_cls is not None:
                 parts["L_cls"] = loss_cls

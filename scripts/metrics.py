@@ -55,6 +55,9 @@ class SubjectGrades(Metric):
     Updated with ``(subjects, hgg_prob [B], grade [B], area [B])``; subjects with grade -1 are left out.
     """
 
+    def __init__(self, output_transform: Callable = lambda output: output) -> None:
+        super().__init__(output_transform, skip_unrolling=True)
+
     def reset(self) -> None:
         self.slices: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self.grades: dict[str, int] = {}

@@ -50,7 +50,7 @@ class Denoiser(DiffusionModelUNet):
             skips.extend(residuals)
         middle = h = self.middle_block(hidden_states=h, temb=emb)
         for block in self.up_blocks:
-            count = len(block.resnets)
+            count = len(block.resnets)  # type: ignore[arg-type]
             h = block(hidden_states=h, res_hidden_states_list=skips[-count:], temb=emb)
             del skips[-count:]
         return self.out(h), middle
@@ -112,7 +112,7 @@ class MedSegDiff(nn.Module):
 
     def calibrate(self, image: torch.Tensor) -> torch.Tensor:
         """Image-only branch: image ``[B, M, H, W]`` to logits of the calibration map ``[B, R, H, W]``."""
-        check_image_size(image, self.divisor)
+        check_image_size(image.shape[2:], self.divisor)
         return self.calibrator(image)
 
     def forward(
@@ -200,7 +200,7 @@ class PlainUNet(nn.Module):
         calib_map: None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None] | torch.Tensor:
         """See :meth:`MedSegDiff.forward`; there is no calibration map."""
-        check_image_size(image, self.divisor)
+        check_image_size(image.shape[2:], self.divisor)
         seg_logits = self.unet(image)
         if x_t is None:
             return seg_logits
@@ -222,10 +222,10 @@ def image_unet(in_channels: int, out_channels: int, channels: Sequence[int]) -> 
     )
 
 
-def check_image_size(image: torch.Tensor, divisor: int) -> None:
-    """Raise InputError when the sides of ``[B, M, H, W]`` cannot be halved once per level."""
-    if image.shape[-1] % divisor or image.shape[-2] % divisor:
-        raise InputError(f"image_size {tuple(image.shape[-2:])} must be divisible by {divisor}: 2 per down-sampling")
+def check_image_size(size: Sequence[int], divisor: int) -> None:
+    """Raise InputError when the sides of a slice cannot be halved once per level."""
+    if any(side % divisor for side in size):
+        raise InputError(f"image_size {tuple(size)} must be divisible by {divisor}: 2 per down-sampling")
 
 
 def _check_channels(name: str, channels: Sequence[int]) -> list[int]:

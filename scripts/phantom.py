@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from scripts.config import atomic_path
 
-# mean intensity (arbitrary units) of: background, CSF, grey matter, white matter, ventricle, oedema, core, enhancing rim
+# mean intensity of: background, CSF, grey matter, white matter, ventricle, oedema, core, enhancing rim
 MEANS = {
     "t1": (0, 150, 420, 600, 130, 430, 330, 400),
     "t1ce": (0, 160, 440, 620, 140, 450, 340, 850),

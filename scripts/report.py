@@ -13,9 +13,10 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from monai.engines.workflow import Workflow
 
 from scripts.config import atomic_path
 from scripts.metrics import grading_scores, mask_scores, with_intervals
@@ -106,16 +107,16 @@ class SubjectReport:
         self.settings = dict(settings)
         self.seed = seed
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Attach to the evaluator."""
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
-    def started(self, engine: Engine) -> None:
+    def started(self, engine: Workflow) -> None:
         self.rows: list[dict] = []
 
-    def iteration_completed(self, engine: Engine) -> None:
+    def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
             spacing = item["label"].pixdim.tolist()
             row = {"subject": item["subject"], "grade": int(item["grade"]), "hgg_prob": float(item["hgg_prob"])}
@@ -128,7 +129,7 @@ class SubjectReport:
             title = f"{item['subject']}  Dice {row[f'dice_{self.regions[0]}']:.2f}"
             overlay(item, title, self.output_dir / "overlays")
 
-    def completed(self, engine: Engine) -> None:
+    def completed(self, engine: Workflow) -> None:
         table = pd.DataFrame(self.rows)
         write_csv(table, self.output_dir / "subjects.csv")
         summary = {"subjects": len(table), "settings": self.settings, **summarise(table, self.regions, self.seed)}
@@ -181,15 +182,15 @@ class GradeTable:
         self.output_dir = Path(output_dir)
         self.names = {index: name for name, index in grade_labels.items()}
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Attach to the evaluator."""
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
 
-    def started(self, engine: Engine) -> None:
+    def started(self, engine: Workflow) -> None:
         self.rows: list[dict] = []
 
-    def iteration_completed(self, engine: Engine) -> None:
+    def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
             prob = float(item["hgg_prob"])
             grade = "" if np.isnan(prob) else self.names[int(prob >= 0.5)]
@@ -201,18 +202,17 @@ class GradeTable:
 def overlay(item: Mapping[str, Any], title: str, folder: Path) -> None:
     """Write ``<folder>/<subject>_overlay.png`` from an evaluated item, all on the input's grid."""
     meta = item["pred"].meta
-    background = nib.load(meta["filename_or_obj"]).get_fdata(dtype=np.float32)
+    background = nib.Nifti1Image.from_filename(meta["filename_or_obj"]).get_fdata(dtype=np.float32)
     flips = nib.io_orientation(np.asarray(item["pred"].affine))
 
     def canonical(volume: torch.Tensor | np.ndarray) -> np.ndarray:
         return nib.apply_orientation(np.asarray(volume), flips)
 
     file = folder / f"{item['subject']}_overlay.png"
-    masks = [
-        None if item.get(key) is None else canonical((item[key] > 0).any(dim=0).cpu()) for key in ("pred", "label")
-    ]
+    mask = canonical((item["pred"] > 0).any(dim=0).cpu())
+    truth = canonical((item["label"] > 0).any(dim=0).cpu()) if "label" in item else None
     uncertainty = canonical(item["uncertainty"].amax(dim=0).cpu())
-    plot_overlay(canonical(background), masks[0], uncertainty, masks[1], title, file)
+    plot_overlay(canonical(background), mask, uncertainty, truth, title, file)
 
 
 def write_csv(table: pd.DataFrame, file: Path) -> None:

@@ -113,7 +113,7 @@ class RegionsToLabeld(MapTransform):
             regions = d[key]
             label = torch.zeros_like(regions[:1], dtype=torch.uint8)
             for channel, value in self.paint:
-                label[0][torch.as_tensor(regions[channel]) > 0] = value
+                label[0].masked_fill_(regions[channel] > 0, value)
             d[key] = label
         return d
 
@@ -142,7 +142,7 @@ class SliceIndicesd(MapTransform):
         self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
-        d = dict(data)
+        d: dict = dict(data)
         for key in self.key_iterator(d):
             tumour = torch.as_tensor(d[key]).flatten(0, 2).any(dim=0)
             brain = (torch.as_tensor(d[self.image_key]) != 0).flatten(0, 2).any(dim=0)

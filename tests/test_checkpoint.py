@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ignite.engine import Engine
+
 from scripts.checkpoint import SaveCheckpoints, check_unseen, load_weights
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion

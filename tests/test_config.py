@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from scripts import config
 from scripts.config import InputError, atomic_path, check_keys
 

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 import pytest
+
 from conftest import MODALITIES
 from scripts import datalist
 from scripts.config import InputError

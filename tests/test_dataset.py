@@ -6,8 +6,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import MODALITIES, ROOT
 from monai.bundle import ConfigParser
+
+from conftest import MODALITIES, ROOT
 from scripts.config import InputError
 from scripts.datalist import load_subjects
 from scripts.dataset import ExplainedDataset, SliceSampler, cached_dataset

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from monai.networks.schedulers import DDPMScheduler
+
 from scripts.config import InputError
 from scripts.diffusion import LOGITS_PER_X0, GaussianDiffusion, ddim_step, timestep_pairs
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
+
 from scripts.diffusion import GaussianDiffusion
 from scripts.handlers import EpochTable, GradientClipping, StopOnNonFiniteLoss, format_rows
 from scripts.losses import MultiTaskLoss

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.data import MetaTensor
+
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
 from scripts.inferer import VolumeInferer, area_weighted_mean

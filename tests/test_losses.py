@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from monai.losses import DiceFocalLoss
+
 from scripts.diffusion import GaussianDiffusion
 from scripts.losses import MIN_SIGMA, MultiTaskLoss, UncertaintyWeighting
 

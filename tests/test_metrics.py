@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from scripts.diffusion import GaussianDiffusion
 from scripts.losses import MultiTaskLoss
 from scripts.metrics import (

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.networks.nets import DiffusionModelUNet
+
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
 from scripts.net import VARIANTS, Denoiser, MedSegDiff, PlainUNet

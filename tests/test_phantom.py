@@ -4,10 +4,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
+
 from conftest import MODALITIES
 from scripts.datalist import load_subjects
 from scripts.phantom import MEANS, make_dataset, make_subject
-from sklearn.metrics import roc_auc_score
 
 
 def test_written_as_brats_folders_with_grades(phantoms):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib import image as mpimg
 from monai.data import MetaTensor
+
 from scripts.report import GradeTable, SubjectReport, plot_overlay, summarise
 
 

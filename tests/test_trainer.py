@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 from monai.networks.schedulers import DDPMScheduler
+
 from scripts.diffusion import GaussianDiffusion
 from scripts.trainer import DiffusionPrepareBatch
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import ConvertToMultiChannelBasedOnBratsClassesd, RandCropByPosNegLabeld
+
 from scripts.config import InputError
 from scripts.transforms import (
     AtomicNibabelWriter,

@@ -1,0 +1,303 @@
+"""The bundle end to end, on tiny phantoms: train, evaluate, infer; bad input writes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import MODALITIES, ROOT
+from scripts.config import InputError
+from scripts.handlers import EpochTable
+
+
+@pytest.fixture
+def trained(phantoms, tmp_path, run_bundle):
+    """Output folder of two epochs on the phantoms."""
+    run_bundle(["train.yaml"], dataset_dir=str(phantoms), output_dir=str(tmp_path), ckpt_dir=str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def copied(phantoms, tmp_path):
+    """A copy of the phantoms that a test may spoil."""
+    return Path(shutil.copytree(phantoms, tmp_path / "data"))
+
+
+def folders(tmp_path) -> dict[str, str]:
+    return {"output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "out")}
+
+
+def test_training_writes_what_the_docs_name(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "metrics.csv", "config.yaml", "datalist.json", "learning_curves.png", "tensorboard", "model.pt", "last.pt",
+    }  # fmt: skip
+    table = pd.read_csv(trained / "metrics.csv")
+    assert list(table.columns) == list(EpochTable.COLUMNS)
+    assert table["split"].tolist() == ["train", "validation"] * 2
+    always = ["dice", "iou", "auc", "f1", "accuracy", "L_seg", "L_cls", "L_total", "sigma_seg", "sigma_cls"]
+    assert table[always].notna().all(axis=None)
+    assert table.loc[table["split"] == "train", "grad_norm"].gt(0).all()
+    assert table["sigma_seg"].nunique() > 1  # it is optimised
+    split = json.loads((trained / "datalist.json").read_text())
+    assert (len(split["training"]), len(split["validation"])) == (8, 2)
+
+
+def test_training_is_reproducible(trained, phantoms, run_bundle, tmp_path):
+    again = tmp_path / "again"
+    run_bundle(["train.yaml"], dataset_dir=str(phantoms), output_dir=str(again), ckpt_dir=str(again))
+    tables = [pd.read_csv(folder / "metrics.csv").drop(columns="seconds") for folder in (trained, again)]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_saved_configuration_runs_again(trained, run_bundle, tmp_path, monkeypatch):
+    import monai.bundle
+
+    before = pd.read_csv(trained / "metrics.csv").drop(columns="seconds")
+    (tmp_path / "rerun").mkdir()
+    monai.bundle.run(
+        config_file=str(trained / "config.yaml"),
+        meta_file=str(ROOT / "configs" / "metadata.json"),
+        output_dir=str(tmp_path / "rerun"),
+    )
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "rerun" / "metrics.csv").drop(columns="seconds"), before)
+
+
+def test_evaluation_judges_the_held_out_subjects(trained, phantoms, run_bundle, tmp_path):
+    out = tmp_path / "eval"
+    run_bundle(["train.yaml", "evaluate.yaml"], dataset_dir=str(phantoms), output_dir=str(out), ckpt_dir=str(trained))
+    table = pd.read_csv(out / "subjects.csv")
+    held_out = {item["subject"] for item in json.loads((trained / "datalist.json").read_text())["validation"]}
+    assert set(table["subject"]) == held_out
+    summary = json.loads((out / "summary.json").read_text())
+    best = pd.read_csv(trained / "metrics.csv").query("split == 'validation'")["dice"].max()
+    assert summary["segmentation"]["WT"]["dice"]["mean"]["value"] == pytest.approx(best, abs=1e-4)
+    assert {"auc", "accuracy", "f1", "f1_LGG", "f1_HGG"} == summary["grading"].keys()
+    assert len(list((out / "overlays").glob("*.png"))) == 2
+
+
+def test_evaluation_of_all_and_of_some(trained, phantoms, run_bundle, tmp_path, capsys):
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained), "subset": "all", "num_eval_cases": 3}
+    run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / "eval"), **common)
+    assert len(pd.read_csv(tmp_path / "eval" / "subjects.csv")) == 3
+    assert "not of unseen subjects" in capsys.readouterr().out
+
+
+def test_evaluation_refuses_subjects_it_was_trained_on(trained, phantoms, run_bundle, tmp_path):
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained), "output_dir": str(tmp_path / "eval")}
+    with pytest.raises(InputError, match="were trained on"):
+        run_bundle(["train.yaml", "evaluate.yaml"], fold=1, **common)
+    assert not (tmp_path / "eval").exists()
+    file = str(trained / "datalist.json")
+    run_bundle(["train.yaml", "evaluate.yaml"], fold=1, datalist_file=file, **common)
+    assert (tmp_path / "eval" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("with_label", [True, False])
+def test_inference_writes_on_the_inputs_own_grid(trained, copied, run_bundle, tmp_path, with_label):
+    data = tmp_path / "new"
+    data.mkdir()
+    for name in ("BraTS20_Training_002", "BraTS20_Training_005"):
+        folder = Path(shutil.move(copied / name, data / name))
+        if not with_label:
+            (folder / f"{name}_seg.nii.gz").unlink()
+    out = tmp_path / "pred"
+    run_bundle(["inference.yaml"], dataset_dir=str(data), output_dir=str(out), ckpt_dir=str(trained), num_samples=2)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [
+            *(f"{s}_{kind}" for s in ("BraTS20_Training_002", "BraTS20_Training_005")
+              for kind in ("seg.nii.gz", "prob.nii.gz", "uncertainty.nii.gz", "overlay.png")),
+            "grades.csv",
+        ]
+    )  # fmt: skip
+    source = nib.load(data / "BraTS20_Training_002" / "BraTS20_Training_002_t1.nii.gz")
+    seg, prob, uncertainty = (
+        nib.load(out / f"BraTS20_Training_002_{kind}.nii.gz") for kind in ("seg", "prob", "uncertainty")
+    )
+    for image in (seg, prob, uncertainty):
+        assert image.shape == source.shape
+        assert np.allclose(image.affine, source.affine)
+    assert seg.get_data_dtype() == np.uint8
+    assert np.array_equal(np.asarray(seg.dataobj) > 0, prob.get_fdata() >= 0.5)
+    assert 0 <= prob.get_fdata().min() <= prob.get_fdata().max() <= 1
+    grades = pd.read_csv(out / "grades.csv")
+    assert grades["subject"].tolist() == ["BraTS20_Training_002", "BraTS20_Training_005"]
+    assert grades["hgg_prob"].between(0, 1).all()
+
+
+def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tmp_path):
+    """The same subject stored with other axes gives the same mask in the world."""
+    data = tmp_path / "new"
+    for name, axes in (("a", None), ("b", [[1, 1], [0, -1], [2, 1]])):
+        (data / name).mkdir(parents=True)
+        for modality in MODALITIES:
+            image = nib.load(phantoms / "BraTS20_Training_001" / f"BraTS20_Training_001_{modality}.nii.gz")
+            nib.save(
+                image if axes is None else image.as_reoriented(np.array(axes)),
+                data / name / f"{name}_{modality}.nii.gz",
+            )
+    run_bundle(["inference.yaml"], dataset_dir=str(data), output_dir=str(tmp_path / "p"), ckpt_dir=str(trained))
+    masks = [nib.as_closest_canonical(nib.load(tmp_path / "p" / f"{name}_prob.nii.gz")) for name in "ab"]
+    assert masks[0].shape == masks[1].shape
+    assert np.allclose(masks[0].get_fdata(), masks[1].get_fdata(), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"use_cls_head": False},
+        {"regions": ["TC", "WT", "ET"]},
+        {"prediction_type": "epsilon", "num_train_timesteps": 20, "num_inference_steps": 4},
+        {"prediction_type": "v_prediction", "schedule": "cosine", "num_samples": 2},
+        {"cache_dir": "cache"},
+    ],
+    ids=lambda overrides: next(iter(overrides)),
+)
+def test_settings_train_and_judge(overrides, phantoms, run_bundle, tmp_path):
+    if "cache_dir" in overrides:
+        overrides = {"cache_dir": str(tmp_path / "cache")}
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(tmp_path), **overrides}
+    run_bundle(["train.yaml"], output_dir=str(tmp_path / "out"), max_epochs=1, **common)
+    run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / "eval"), **common)
+    table = pd.read_csv(tmp_path / "eval" / "subjects.csv")
+    for region in overrides.get("regions", ["WT"]):
+        assert table[[f"dice_{region}", f"iou_{region}", f"hd95_{region}"]].notna().all(axis=None)
+    assert table["hgg_prob"].isna().all() == (overrides.get("use_cls_head") is False)
+
+
+def test_baseline_runs_on_the_same_data(phantoms, run_bundle, tmp_path):
+    overrides = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "max_epochs": 1}
+    run_bundle(["train.yaml", "baseline_unet.yaml"], **overrides)
+    assert pd.read_csv(tmp_path / "metrics.csv")["L_calib"].isna().all()
+
+
+def test_one_class_warns_and_leaves_auc_undefined(copied, run_bundle, tmp_path, capsys):
+    csv = copied / "name_mapping.csv"
+    csv.write_text(csv.read_text().replace("LGG", "HGG"))
+    run_bundle(["train.yaml"], dataset_dir=str(copied), max_epochs=1, **folders(tmp_path))
+    assert "one class only" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "out" / "metrics.csv")
+    assert (table[["alpha_LGG", "alpha_HGG"]] == 1).all(axis=None)
+    assert table["auc"].isna().all()
+    assert table["accuracy"].notna().all()
+
+
+def test_without_grades_segmentation_is_trained(copied, run_bundle, tmp_path):
+    (copied / "name_mapping.csv").unlink()
+    run_bundle(["train.yaml"], dataset_dir=str(copied), max_epochs=1, **folders(tmp_path))
+    table = pd.read_csv(tmp_path / "out" / "metrics.csv")
+    assert table["L_cls"].isna().all()
+    assert table["L_seg"].notna().all()
+
+
+def test_exploding_loss_stops_and_names_subjects(phantoms, run_bundle, tmp_path):
+    with pytest.raises(FloatingPointError, match="with the subjects .*BraTS20_Training_"):
+        run_bundle(["train.yaml"], dataset_dir=str(phantoms), learning_rate=1e30, **folders(tmp_path))
+
+
+def spoil_csv(data: Path) -> None:
+    csv = data / "name_mapping.csv"
+    csv.write_text(csv.read_text().replace("HGG", "IV"))
+
+
+def spoil_modality(data: Path) -> None:
+    (data / "BraTS20_Training_003" / "BraTS20_Training_003_t2.nii.gz").unlink()
+
+
+def spoil_stream(data: Path) -> None:
+    file = data / "BraTS20_Training_003" / "BraTS20_Training_003_t2.nii.gz"
+    file.write_bytes(file.read_bytes()[:-2000])
+
+
+def spoil_voxels(data: Path) -> None:
+    file = data / "BraTS20_Training_003" / "BraTS20_Training_003_t2.nii.gz"
+    image = nib.load(file)
+    volume = image.get_fdata(dtype=np.float32)
+    volume[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(volume, image.affine), file)
+
+
+def spoil_labels(data: Path) -> None:
+    file = data / "BraTS20_Training_003" / "BraTS20_Training_003_seg.nii.gz"
+    image = nib.load(file)
+    nib.save(nib.Nifti1Image(np.full(image.shape, 9, np.uint8), image.affine), file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_csv, "grade 'IV'"),
+        (spoil_modality, "'BraTS20_Training_003': no file for modality 't2'"),
+        (spoil_stream, "'BraTS20_Training_003': cannot read .*_t2.nii.gz"),
+        (spoil_voxels, "'BraTS20_Training_003': modality 3 of 4 has NaN"),
+        (spoil_labels, "'BraTS20_Training_003': .*label values"),
+        (shutil.rmtree, "is not a folder"),
+    ],
+)
+def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_bundle, tmp_path):
+    spoil(copied)
+    with pytest.raises(InputError, match=message):
+        run_bundle(["train.yaml"], dataset_dir=str(copied), **folders(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"batch_sizes": 4}, "did you mean 'batch_size'"),
+        ({"image_size": 30}, "image_size .* divisible by 4"),
+        ({"variant": "M", "channels": None}, "variant 'M'"),
+        ({"regions": ["WTT"]}, "regions="),
+        ({"num_inference_steps": 2000}, "num_inference_steps=2000"),
+        ({"slices_per_volume": 0}, "slices_per_volume=0"),
+        ({"alpha": [1.0]}, "alpha="),
+        ({"fold": 7}, "fold=7"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings_stop_before_anything_is_written(override, message, phantoms, run_bundle, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_bundle(["train.yaml"], dataset_dir=str(phantoms), **folders(tmp_path), **override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_of_another_width_is_refused(trained, phantoms, run_bundle, tmp_path):
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained), "output_dir": str(tmp_path / "pred")}
+    with pytest.raises(InputError, match="does not fit the configured network"):
+        run_bundle(["inference.yaml"], channels=[16, 16, 16], **common)
+    assert not (tmp_path / "pred").exists()
+
+
+def test_command_line_from_another_folder_prints_the_error_alone(phantoms, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--dataset_dir", str(phantoms)]
+    options = ["--config_file", str(ROOT / "configs" / "train.yaml"), "--learning_rat", "0.1"]
+    done = subprocess.run(
+        [*command, *options], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown configuration key 'learning_rat' (did you")
+    assert "Traceback" not in done.stderr
+
+
+def test_real_brats2021_case_has_every_region(shared_data):
+    from scripts.datalist import find_subjects
+    from scripts.transforms import LabelToRegionsd
+
+    (item,) = find_subjects(str(shared_data / "brats2021"), MODALITIES)
+    label = torch.as_tensor(np.asarray(nib.load(item["label"]).dataobj))[None]
+    tc, wt, et = LabelToRegionsd("label", ["TC", "WT", "ET"], {"TC": [1, 4], "WT": [2, 1, 4], "ET": [4]})(
+        {"label": label}
+    )["label"]
+    assert label.shape[1:] == (240, 240, 155)
+    assert et.sum() < tc.sum() < wt.sum()
+    assert not (et > tc).any()
+    assert not (tc > wt).any()

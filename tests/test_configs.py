@@ -1,0 +1,156 @@
+"""The configurations themselves: they parse, fit together and declare what MONAI expects."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+import yaml
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from conftest import ROOT
+
+CONFIGS = ROOT / "configs"
+BASES = ("train.yaml", "inference.yaml")
+OVERLAYS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in BASES)
+PUBLIC_KEYS = {
+    "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "device", "seed", "amp", "modalities", "regions",
+    "grade_csv", "subject_column", "grade_column", "grade_labels", "use_cls_head", "image_size", "variant", "channels",
+    "batch_size", "slices_per_volume", "max_epochs", "val_interval", "learning_rate", "fold", "num_folds",
+    "num_train_timesteps", "num_inference_steps", "num_samples", "num_eval_cases", "subset", "cache_dir", "num_workers",
+}  # fmt: skip
+
+
+def load(name: str) -> dict:
+    return yaml.safe_load((CONFIGS / name).read_text(encoding="ascii"))
+
+
+def parsed(*files: str, **overrides) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in files])
+    parser.update(overrides)
+    return parser
+
+
+def test_base_declares_the_public_keys():
+    assert load("train.yaml").keys() >= PUBLIC_KEYS
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlays_only_override(name):
+    overlay = load(name)
+    assert {key.split("::")[0] for key in overlay} <= load("train.yaml").keys()
+    assert len((CONFIGS / name).read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("name", [*BASES, *OVERLAYS])
+def test_numbers_are_numbers(name):
+    def texts(node):
+        if isinstance(node, dict):
+            return [text for value in node.values() for text in texts(value)]
+        if isinstance(node, list):
+            return [text for value in node for text in texts(value)]
+        return [node] if isinstance(node, str) else []
+
+    for text in texts(load(name)):
+        with pytest.raises(ValueError, match="could not convert"):
+            float(text)  # YAML reads 1e-4 as a string
+
+
+def test_both_bases_build_the_same_network():
+    shared = load("train.yaml").keys() & load("inference.yaml").keys()
+    for key in shared - {"imports", "output_dir", "run"}:
+        assert load("train.yaml")[key] == load("inference.yaml")[key], key
+    ours, theirs = (parsed(name).get_parsed_content("network_def").state_dict() for name in BASES)
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("overlay", ["baseline_unet.yaml", "data_brats2023.yaml", "demo.yaml", "small.yaml"])
+def test_overlays_build_networks(overlay):
+    network = parsed("train.yaml", overlay).get_parsed_content("network_def")
+    assert network(torch.zeros(1, 4, 64, 64)).shape == (1, 1, 64, 64)
+
+
+def test_seed_settings_train_a_step_and_sample_a_slice():
+    """A13 at its full size; only the width of the tensors in the batch (one slice) is less."""
+    parser = parsed("train.yaml", "seed_settings.yaml", class_alpha=[1.0, 1.0], device="cpu", amp=False)
+    content = parser.get_parsed_content
+    expected = {"image_size": 256, "num_train_timesteps": 1000, "schedule": "linear", "batch_size": 4}
+    assert {key: content(key) for key in expected} == expected
+    network, loss, optimizer = content("network_def"), content("loss_on_device"), content("optimizer")
+    assert network.denoiser.block_out_channels[0] == 128
+    assert optimizer.param_groups[0]["lr"] == 1e-4
+    assert content("lr_scheduler").get_last_lr()[0] == 1e-4
+    batch = {
+        "image": torch.randn(1, 4, 256, 256),
+        "label": (torch.rand(1, 1, 256, 256) > 0.9).float(),
+        "grade": torch.tensor([1]),
+        "subject": ["s"],
+    }
+    prepare = content("train::trainer::prepare_batch")
+    image, targets, _, kwargs = prepare(batch)
+    assert not network.denoiser.out[-1].conv.weight.any()
+    loss(network(image, **kwargs), targets).backward()
+    optimizer.step()
+    assert network.denoiser.out[-1].conv.weight.any()  # it starts at zero
+    prob = content("validate::inferer").predict(image[..., None], network.eval())["pred"]
+    assert prob.shape == (1, 1, 256, 256, 1)
+    assert prob.isfinite().all()
+
+
+def test_metadata_fits_the_schema(shared_data):
+    schema = json.loads((shared_data.parent / "tools" / "meta_schema_20240725.json").read_text())
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    jsonschema.validate(metadata, schema)
+    assert metadata["version"] in metadata["changelog"]
+
+
+def test_metadata_at_the_root_is_a_link():
+    assert (ROOT / "metadata.json").is_symlink()
+    assert (ROOT / "metadata.json").resolve() == CONFIGS / "metadata.json"
+
+
+def test_metadata_names_the_pinned_versions():
+    pins = dict(
+        line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")
+    )
+    pins = {name.lower(): version for name, version in pins.items()}
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    named = metadata["required_packages_version"] | {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+    }
+    assert {name: pins[name] for name in named} == named
+
+
+@pytest.mark.parametrize(("files", "kind"), [(["train.yaml"], "train"), (["inference.yaml"], "infer")])
+def test_monai_finds_the_required_properties(files, kind, phantoms, tmp_path):
+    workflow = ConfigWorkflow(
+        config_file=[str(CONFIGS / name) for name in files],
+        workflow_type=kind,
+        dataset_dir=str(phantoms),
+        output_dir=str(tmp_path),
+        image_size=32,
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_monai_verifies_network_in_and_out(name):
+    command = [sys.executable, "-m", "monai.bundle", "verify_net_in_out", "--net_id", "network_def", "--device", "cpu"]
+    options = ["--meta_file", "configs/metadata.json", "--config_file", f"configs/{name}"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "verified with no error" in done.stdout + done.stderr
+
+
+def test_no_two_files_of_one_name_differ_in_case():
+    names = [path.name.lower() for path in Path(CONFIGS).iterdir()]
+    assert len(names) == len(set(names))
