@@ -81,8 +81,8 @@ class LabelToRegionsd(MapTransform):
 class RegionsToLabeld(MapTransform):
     """Turn binary region channels back into one label map, the inverse of :class:`LabelToRegionsd`.
 
-    ``[R, H, W, S]`` becomes ``[1, H, W, S]`` uint8. Large regions are painted first, so that the result is always
-    nested (ET inside TC inside WT); each paints the first of its values that no smaller region has.
+    ``[R, H, W, S]`` becomes ``[1, H, W, S]`` uint8. A single region is 1. Of several, large ones are painted first,
+    so that the result is always nested (ET inside TC inside WT); each paints its first value that no smaller one has.
 
     Args:
         keys: keys of the region channels.
@@ -100,8 +100,11 @@ class RegionsToLabeld(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         check_regions(regions, region_labels)
+        self.paint: list[tuple[int, int]] = []  # channel and value, in the order of painting
+        if len(regions) == 1:
+            self.paint.append((0, 1))
+            return
         order = sorted(range(len(regions)), key=lambda channel: -len(region_labels[regions[channel]]))
-        self.paint: list[tuple[int, int]] = []
         for rank, channel in enumerate(order):
             smaller = {value for other in order[rank + 1 :] for value in region_labels[regions[other]]}
             values = region_labels[regions[channel]]

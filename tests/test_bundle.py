@@ -294,7 +294,7 @@ def test_real_brats2021_case_has_every_region(shared_data):
 
     (item,) = find_subjects(str(shared_data / "brats2021"), MODALITIES)
     label = torch.as_tensor(np.asarray(nib.load(item["label"]).dataobj))[None]
-    tc, wt, et = LabelToRegionsd("label", ["TC", "WT", "ET"], {"TC": [1, 4], "WT": [2, 1, 4], "ET": [4]})(
+    tc, wt, et = LabelToRegionsd("label", ["TC", "WT", "ET"], {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]})(
         {"label": label}
     )["label"]
     assert label.shape[1:] == (240, 240, 155)

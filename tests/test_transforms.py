@@ -19,7 +19,7 @@ from scripts.transforms import (
     subject_name,
 )
 
-BRATS = {"TC": [1, 4], "WT": [2, 1, 4], "ET": [4]}
+BRATS = {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}
 LABEL = torch.tensor([0, 1, 2, 4, 4, 2, 0, 1]).reshape(1, 2, 2, 2).float()
 
 
@@ -31,7 +31,7 @@ def test_regions_agree_with_monai():
 
 def test_brats_2023_by_its_own_labels():
     label = torch.where(LABEL == 4, 3, LABEL)
-    regions = {"TC": [1, 3], "WT": [2, 1, 3], "ET": [3]}
+    regions = {"TC": [1, 3], "WT": [1, 2, 3], "ET": [3]}
     assert torch.equal(LabelToRegionsd("label", ["ET"], regions)({"label": label})["label"], (LABEL == 4).float())
     with pytest.raises(InputError, match=r"'s': .*\[3.0\] outside \[0, 1, 2, 4\].*data_brats2023"):
         LabelToRegionsd("label", ["ET"], BRATS)({"label": label, "subject": "s"})
@@ -60,8 +60,8 @@ def test_label_map_is_nested_even_if_regions_are_not():
     assert RegionsToLabeld("pred", ["WT", "ET"], BRATS)({"pred": pred})["pred"].flatten().tolist() == [4, 4]
 
 
-def test_one_region_is_saved_as_its_first_label():
-    assert RegionsToLabeld("pred", ["WT"], {"WT": [1]})({"pred": torch.ones(1, 1, 1, 1)})["pred"].item() == 1
+def test_one_region_is_saved_as_one():
+    assert RegionsToLabeld("pred", ["WT"], {"WT": [4, 2]})({"pred": torch.ones(1, 1, 1, 1)})["pred"].item() == 1
 
 
 def test_slice_indices_drive_monais_crop():
