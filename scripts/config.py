@@ -23,8 +23,12 @@ class InputError(ValueError):
     """Something a user gave is wrong; the message says what, where and what to do."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and what to do."""
+
+
 def start_run(*bases: str) -> None:
-    """First expression of every ``run`` list: short messages for input errors, then the check of the keys.
+    """First expression of every ``run`` list: short messages for our own errors, then the check of the keys.
 
     Args:
         bases: file names in ``configs/`` whose top-level keys are the known ones.
@@ -32,7 +36,7 @@ def start_run(*bases: str) -> None:
     Raises:
         InputError: for a top-level key that no base declares; MONAI would accept it silently.
     """
-    sys.excepthook = _report_input_error
+    sys.excepthook = _report_own_error
     check_keys(_running_parser().get(), *bases)
 
 
@@ -90,10 +94,10 @@ def _running_parser() -> ConfigParser:
     raise RuntimeError("no bundle is running: this function is meant for the 'run' list of a configuration")
 
 
-def _report_input_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """``sys.excepthook`` that prints an InputError alone: MONAI wraps it in pages of 'failed to instantiate'."""
+def _report_own_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """``sys.excepthook`` that prints our errors alone: MONAI wraps them in pages of 'failed to instantiate'."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, InputError):
+    while cause is not None and not isinstance(cause, (InputError, TrainingError)):
         cause = cause.__cause__ or cause.__context__
     if cause is None:
         sys.__excepthook__(kind, error, trace)

@@ -16,7 +16,7 @@ from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts.config import atomic_path
+from scripts.config import TrainingError, atomic_path
 from scripts.losses import MultiTaskLoss
 from scripts.report import plot_learning_curves
 
@@ -33,7 +33,7 @@ class StopOnNonFiniteLoss:
     def __call__(self, engine: SupervisedTrainer) -> None:
         loss = engine.state.output["loss"]
         if not torch.isfinite(loss):
-            raise FloatingPointError(
+            raise TrainingError(
                 f"the loss is {loss.item()} in epoch {engine.state.epoch}, iteration {engine.state.iteration}, "
                 f"with the subjects {sorted(set(engine.state.batch['subject']))}: "
                 "check these volumes, or lower learning_rate"

@@ -29,8 +29,8 @@ SEGMENTATION = {OEDEMA: 2, CORE: 1, RIM: 4}  # BraTS: 1 necrotic core, 2 oedema,
 
 def make_dataset(
     output_dir: str | Path,
-    num_subjects: int = 60,
-    shape: tuple[int, int, int] = (64, 64, 24),
+    num_subjects: int = 80,
+    shape: tuple[int, int, int] = (48, 48, 20),
     lgg_fraction: float = 0.4,
     seed: int = 0,
 ) -> None:
@@ -129,8 +129,8 @@ def main() -> None:
     """Command line: ``python -m scripts.phantom --output_dir demo/data``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--num_subjects", type=int, default=60)
-    parser.add_argument("--shape", type=int, nargs=3, default=(64, 64, 24))
+    parser.add_argument("--num_subjects", type=int, default=80)
+    parser.add_argument("--shape", type=int, nargs=3, default=(48, 48, 20))
     parser.add_argument("--lgg_fraction", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
     args = vars(parser.parse_args())

@@ -15,7 +15,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 os.environ["MONAI_FAIL_ON_DUPLICATE_CONFIG"] = "1"
 
-from scripts.config import InputError  # noqa: E402
+from scripts.config import InputError, TrainingError  # noqa: E402
 from scripts.phantom import make_dataset  # noqa: E402
 
 MODALITIES = ["t1", "t1ce", "t2", "flair"]
@@ -88,7 +88,7 @@ def run_bundle(monkeypatch):
         except RuntimeError as error:
             cause: BaseException | None = error
             while cause is not None:
-                if isinstance(cause, (InputError, FloatingPointError)):
+                if isinstance(cause, (InputError, TrainingError)):
                     raise cause from None
                 cause = cause.__cause__ or cause.__context__
             raise

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import MODALITIES, ROOT
-from scripts.config import InputError
+from scripts.config import InputError, TrainingError
 from scripts.handlers import EpochTable
 
 
@@ -200,7 +200,7 @@ def test_without_grades_segmentation_is_trained(copied, run_bundle, tmp_path):
 
 
 def test_exploding_loss_stops_and_names_subjects(phantoms, run_bundle, tmp_path):
-    with pytest.raises(FloatingPointError, match="with the subjects .*BraTS20_Training_"):
+    with pytest.raises(TrainingError, match="with the subjects .*BraTS20_Training_"):
         run_bundle(["train.yaml"], dataset_dir=str(phantoms), learning_rate=1e30, **folders(tmp_path))
 
 
@@ -268,6 +268,14 @@ def test_bad_settings_stop_before_anything_is_written(override, message, phantom
     with pytest.raises(InputError, match=message):
         run_bundle(["train.yaml"], dataset_dir=str(phantoms), **folders(tmp_path), **override)
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_names_a_file_that_cannot_be_read(trained, copied, run_bundle, tmp_path):
+    spoil_stream(copied)
+    common = {"dataset_dir": str(copied), "ckpt_dir": str(trained), "output_dir": str(tmp_path / "eval")}
+    with pytest.raises(InputError, match="'BraTS20_Training_003': cannot read"):
+        run_bundle(["train.yaml", "evaluate.yaml"], subset="all", **common)
+    assert not (tmp_path / "eval" / "summary.json").exists()
 
 
 def test_checkpoint_of_another_width_is_refused(trained, phantoms, run_bundle, tmp_path):

@@ -40,7 +40,7 @@ def test_input_errors_are_printed_alone(capsys):
         except InputError as error:
             raise RuntimeError("Failed to evaluate") from error
     except RuntimeError:
-        config._report_input_error(*sys.exc_info())
+        config._report_own_error(*sys.exc_info())
     assert capsys.readouterr().err.strip() == "error: the file x is broken"
 
 
@@ -48,5 +48,5 @@ def test_other_errors_keep_their_traceback(capsys):
     try:
         raise KeyError("x")
     except KeyError:
-        config._report_input_error(*sys.exc_info())
+        config._report_own_error(*sys.exc_info())
     assert "Traceback" in capsys.readouterr().err
