@@ -26,6 +26,7 @@ demo: $(VENV)/.installed
 	@echo "scores           demo/evaluate/summary.json, subjects.csv, overlays/"
 	@ls demo/inference/*_seg.nii.gz | sed 's/^/mask             /'
 	@echo "grade            demo/inference/grades.csv"
+	@cat demo/inference/grades.csv
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest

@@ -13,6 +13,7 @@ from monai.engines.workflow import Workflow
 from torch import nn
 
 from scripts.config import InputError, atomic_path
+from scripts.datalist import patient
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,18 @@ class SaveCheckpoints:
         save_dict: objects with a ``state_dict``; ``model`` is the network.
         evaluator: engine whose best epoch decides.
         training_subjects: names kept in the checkpoint, so that evaluation can tell what the network has seen.
+        trained_for: settings kept in the checkpoint, under which alone its weights mean what they say.
     """
 
     def __init__(
-        self, ckpt_dir: str, save_dict: Mapping[str, Any], evaluator: Workflow, training_subjects: Sequence[str]
+        self,
+        ckpt_dir: str,
+        save_dict: Mapping[str, Any],
+        evaluator: Workflow,
+        training_subjects: Sequence[str],
+        trained_for: Mapping[str, Any],
     ) -> None:
-        self.training_subjects = list(training_subjects)
+        self.notes = {"training_subjects": list(training_subjects), "trained_for": dict(trained_for)}
         self.ckpt_dir = Path(ckpt_dir)
         self.save_dict = save_dict
         self.evaluator = evaluator
@@ -61,7 +68,7 @@ class SaveCheckpoints:
 
     def _save(self, content: dict, name: str) -> None:
         with atomic_path(self.ckpt_dir / name) as path:
-            torch.save(content | {"training_subjects": self.training_subjects}, path)
+            torch.save(content | self.notes, path)
 
 
 def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
@@ -88,7 +95,8 @@ def check_unseen(ckpt_path: str, items: Sequence[Mapping[str, Any]], subset: str
     Raises:
         InputError: when it would be; with ``subset: all``, where names of two data sets may coincide, a warning.
     """
-    seen = set(read_checkpoint(ckpt_path).get("training_subjects", [])) & {item["subject"] for item in items}
+    trained = {patient(name) for name in read_checkpoint(ckpt_path).get("training_subjects", [])}
+    seen = {item["subject"] for item in items if patient(item["subject"]) in trained}
     if seen:
         message = f"{len(seen)} of {len(items)} subjects, such as {sorted(seen)[:3]}, were trained on"
         if subset != "all":
@@ -99,13 +107,17 @@ def check_unseen(ckpt_path: str, items: Sequence[Mapping[str, Any]], subset: str
         logger.warning(f"{message}, or have the same name: the scores are not of unseen subjects")
 
 
-def load_weights(network: nn.Module, ckpt_path: str) -> None:
-    """Load ``model`` of a checkpoint into the network.
+def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) -> None:
+    """Load ``model`` of a checkpoint into the network, if it was trained for the same ``settings``.
 
     Raises:
-        InputError: when the file is missing or damaged, or holds a network of another shape.
+        InputError: when the file is missing or damaged, or its network has another shape or other settings.
     """
-    weights = read_checkpoint(ckpt_path)["model"]
+    checkpoint = read_checkpoint(ckpt_path)
+    weights = checkpoint["model"]
+    for key, trained in checkpoint.get("trained_for", {}).items():
+        if settings[key] != trained:
+            raise InputError(f"ckpt_path '{ckpt_path}' was trained with {key}={trained}, now it is {settings[key]}")
     expected = network.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         ours, theirs = (tuple(part[name].shape) if name in part else "absent" for part in (expected, weights))

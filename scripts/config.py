@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+import torch
 import yaml
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
@@ -34,10 +35,13 @@ def start_run(*bases: str) -> None:
         bases: file names in ``configs/`` whose top-level keys are the known ones.
 
     Raises:
-        InputError: for a top-level key that no base declares; MONAI would accept it silently.
+        InputError: for a top-level key that no base declares (MONAI would accept it silently), or a value of
+            another kind than the first base's default.
     """
     sys.excepthook = _report_own_error
-    check_keys(_running_parser().get(), *bases)
+    config = _running_parser().get()
+    check_keys(config, *bases)
+    check_values(config, bases[0])
 
 
 def check_keys(config: dict, *bases: str) -> None:
@@ -57,10 +61,38 @@ def check_keys(config: dict, *bases: str) -> None:
         raise InputError(f"unknown configuration key {', '.join(hints)}; the known keys stand in configs/{bases[0]}")
 
 
-def save_config(output_dir: str) -> None:
-    """Write the merged configuration of the running bundle to ``output_dir/config.yaml``; it can be run again."""
+def check_values(config: dict, base: str) -> None:
+    """Refuse values of another kind than their default in ``configs/<base>``, and a device that is not there.
+
+    A whole number whose default is at least 1 must be so too, others must not be negative. Defaults that are null or
+    an expression say nothing about their kind.
+
+    Raises:
+        InputError: naming the key, its value and what it should be.
+    """
+    for key, default in ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / base)).items():
+        value = config.get(key)
+        if isinstance(default, str) or default is None or str(value).startswith(("$", "@")):
+            continue
+        if isinstance(default, (bool, list, dict)):
+            fits, wanted = isinstance(value, type(default)), type(default).__name__
+        elif isinstance(default, int):
+            least = min(default, 1)
+            wanted = f"whole number, {least} or more"
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        else:
+            wanted, fits = "number, 0 or more", isinstance(value, (int, float)) and value >= 0
+        if not fits:
+            raise InputError(f"{key}={value!r} must be a {wanted}, such as {default!r}")
+    device = str(config.get("device", ""))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device='{device}': no GPU can be used here; leave the key out, or set device=cpu")
+
+
+def save_config(file: str) -> None:
+    """Write the merged configuration of the running bundle to ``file``; it can be run again."""
     config = {k: v for k, v in _running_parser().get().items() if k != ConfigParser.meta_key}
-    with atomic_path(Path(output_dir) / "config.yaml") as path:
+    with atomic_path(file) as path:
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 

@@ -59,8 +59,8 @@ def load_subjects(
         return [item | {"grade": UNKNOWN_GRADE} for item in items]
     grades = read_grades(csv, subject_column, grade_column, grade_labels or {"LGG": 0, "HGG": 1})
     subjects = {item["subject"] for item in items}
-    _warn_some(f"in {csv.name} but not in {dataset_dir}", sorted(grades.keys() - subjects))
-    _warn_some(f"not in {csv.name}; kept for segmentation, without a grade", sorted(subjects - grades.keys()))
+    _warn_some(f"subjects in {csv.name} but not in {dataset_dir}", sorted(grades.keys() - subjects))
+    _warn_some(f"subjects not in {csv.name}; kept for segmentation, without a grade", sorted(subjects - grades.keys()))
     return [item | {"grade": grades.get(item["subject"], UNKNOWN_GRADE)} for item in items]
 
 
@@ -74,12 +74,13 @@ def find_subjects(
     root = Path(dataset_dir)
     if not root.is_dir():
         raise InputError(f"dataset_dir '{dataset_dir}' is not a folder")
-    if len(set(modalities)) != len(modalities) or not modalities:
-        raise InputError(f"modalities {list(modalities)} must be a list of distinct file suffixes")
+    if isinstance(modalities, str) or len(set(modalities)) != len(modalities) or not modalities:
+        raise InputError(f"modalities={modalities!r} must be a list of distinct file suffixes, such as ['t1', 'flair']")
     items: list[Item] = []
-    for folder in [*sorted(path for path in root.iterdir() if path.is_dir()), root.resolve()]:
-        volumes = sorted(path for path in folder.iterdir() if re.search(r"\.nii(\.gz)?$", path.name))
-        if volumes and not (items and folder == root.resolve()):
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    empty = [folder.name for folder in folders if not _volumes(folder)]
+    for folder in [folder for folder in folders if folder.name not in empty] or [root.resolve()]:
+        if volumes := _volumes(folder):
             items.append(_subject_item(folder.name, volumes, modalities, label_suffix, require_label))
             check_headers(items[-1])
     if not items:
@@ -87,7 +88,13 @@ def find_subjects(
             f"no subject found in '{dataset_dir}': expected folders with files such as "
             f"<subject>/<subject>_{modalities[0]}.nii.gz"
         )
+    _warn_some(f"folders of {dataset_dir} hold no volume and are left out", empty)
     return items
+
+
+def _volumes(folder: Path) -> list[Path]:
+    names = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in names if re.search(r"\.nii(\.gz)?$", path.name, re.IGNORECASE))
 
 
 def _subject_item(
@@ -103,15 +110,17 @@ def _subject_item(
                 f"{names} in {volumes[0].parent}; add it, remove the folder, or set 'modalities'"
             )
         images.append(str(found[0]))
+    item = {"subject": subject, "image": images}
+    if not require_label:
+        return item
     # BraTS20_Training_355 calls its segmentation W39_1998.09.19_Segm.nii
-    labels = _with_suffix(volumes, label_suffix) or [
-        path for path in volumes if str(path) not in images and label_suffix in path.name.lower()
-    ]
-    if len(labels) > 1:
-        raise InputError(f"subject '{subject}': several segmentations: {[path.name for path in labels]}")
-    if not labels and require_label:
-        raise InputError(f"subject '{subject}': no segmentation '*{label_suffix}.nii[.gz]' in {volumes[0].parent}")
-    return {"subject": subject, "image": images} | ({"label": str(labels[0])} if labels else {})
+    labels = _with_suffix(volumes, label_suffix) or _with_suffix(volumes, f"{label_suffix}m")
+    if len(labels) != 1:
+        raise InputError(
+            f"subject '{subject}': {'several segmentations' if labels else 'no segmentation'} "
+            f"'*{label_suffix}.nii[.gz]' in {volumes[0].parent}"
+        )
+    return item | {"label": str(labels[0])}
 
 
 def _with_suffix(volumes: list[Path], suffix: str) -> list[Path]:
@@ -162,7 +171,10 @@ def read_grades(csv: Path, subject_column: str, grade_column: str, grade_labels:
         raise InputError(f"grade_labels={dict(grade_labels)} must map each grade to 0 (LGG) or 1 (HGG)")
     if not csv.is_file():
         raise InputError(f"grade_csv '{csv}' does not exist")
-    table = pd.read_csv(csv, dtype=str)
+    try:
+        table = pd.read_csv(csv, dtype=str)
+    except ValueError as error:  # empty, not UTF-8, not a table
+        raise InputError(f"grade_csv '{csv}' cannot be read as a table: {error}") from error
     table.columns = table.columns.str.strip()
     for key, column in (("subject_column", subject_column), ("grade_column", grade_column)):
         if column not in table:
@@ -225,6 +237,7 @@ def make_datalist(
     seed: int,
     subset: str = "validation",
     num_eval_cases: int | None = None,
+    modalities: Sequence[str],
 ) -> dict[str, list[Item]]:
     """Training and validation items: from ``datalist_file`` if given, else by :func:`split`.
 
@@ -237,16 +250,17 @@ def make_datalist(
         seed: seed of the split.
         subset: ``validation``, or ``all`` to judge every subject found.
         num_eval_cases: judge only so many subjects of the subset.
+        modalities: file suffixes that the files of ``datalist_file`` must have.
 
     Raises:
         InputError: for an unusable ``datalist_file``, ``subset`` or ``num_eval_cases``, or a patient on both sides.
     """
     if subset not in ("validation", "all"):
         raise InputError(f"subset='{subset}' must be 'validation' or 'all'")
-    if num_eval_cases is not None and num_eval_cases < 1:
-        raise InputError(f"num_eval_cases={num_eval_cases} must be at least 1")
+    if num_eval_cases is not None and (not isinstance(num_eval_cases, int) or num_eval_cases < 1):
+        raise InputError(f"num_eval_cases={num_eval_cases!r} must be a whole number, 1 or more")
     if datalist_file:
-        parts = read_datalist(datalist_file, dataset_dir)
+        parts = read_datalist(datalist_file, dataset_dir, modalities)
     elif subset == "all":
         parts = {"training": [], "validation": list(items or [])}
     else:
@@ -278,15 +292,15 @@ def write_datalist(parts: Mapping[str, Sequence[Item]], file: str, dataset_dir: 
         path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def read_datalist(file: str, dataset_dir: str) -> dict[str, list[Item]]:
-    """Read a JSON written by :func:`write_datalist`; every file must exist and every grid must agree."""
+def read_datalist(file: str, dataset_dir: str, modalities: Sequence[str]) -> dict[str, list[Item]]:
+    """Read a JSON written by :func:`write_datalist`; its files must be of ``modalities`` and share one grid."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         parts = {
             part: [
                 item
                 | {"image": [str(Path(dataset_dir) / name) for name in item["image"]]}
-                | ({"label": str(Path(dataset_dir) / item["label"])} if "label" in item else {})
+                | {"label": str(Path(dataset_dir) / item["label"])}
                 | {"subject": str(item["subject"]), "grade": int(item.get("grade", UNKNOWN_GRADE))}
                 for item in content[part]
             ]
@@ -295,6 +309,12 @@ def read_datalist(file: str, dataset_dir: str) -> dict[str, list[Item]]:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"datalist_file '{file}' is not a data list of this bundle: {error!r}") from error
     for item in parts["training"] + parts["validation"]:
+        suffixes = [bool(_with_suffix([Path(i)], m)) for i, m in zip(item["image"], modalities, strict=False)]
+        if len(item["image"]) != len(modalities) or not all(suffixes) or item["grade"] not in (UNKNOWN_GRADE, 0, 1):
+            raise InputError(
+                f"datalist_file '{file}': subject '{item['subject']}' must have an image for each of "
+                f"{list(modalities)}, in this order, and grade 0, 1 or -1"
+            )
         check_headers(item)
     return parts
 
@@ -308,8 +328,8 @@ def class_weights(items: Sequence[Item], alpha: Sequence[float] | None = None) -
         InputError: when ``alpha`` is not two positive numbers.
     """
     if alpha is not None:
-        if len(alpha) != 2 or min(alpha) <= 0:
-            raise InputError(f"alpha={list(alpha)} must be two positive numbers: [alpha_LGG, alpha_HGG]")
+        if not isinstance(alpha, Sequence) or len(alpha) != 2 or not all(value > 0 for value in alpha):
+            raise InputError(f"alpha={alpha!r} must be two positive numbers: [alpha_LGG, alpha_HGG]")
         return [float(value) for value in alpha]
     counts = Counter(item["grade"] for item in items)
     if not (counts[0] and counts[1]):
@@ -323,7 +343,7 @@ def describe(parts: Mapping[str, Sequence[Item]], alpha: Sequence[float]) -> str
     lines = []
     for part, items in parts.items():
         counts = Counter(item["grade"] for item in items)
-        slices = sum(nib.Nifti1Image.from_filename(item["image"][0]).shape[-1] for item in items)
+        slices = sum(_num_slices(item["image"][0]) for item in items)
         lines.append(
             f"{part:<11} subjects={len(items)} slices={slices} "
             f"n_LGG={counts[0]} n_HGG={counts[1]} ungraded={counts[UNKNOWN_GRADE]}"
@@ -331,6 +351,18 @@ def describe(parts: Mapping[str, Sequence[Item]], alpha: Sequence[float]) -> str
     return "\n".join([*lines, f"alpha_LGG={alpha[0]:.4f} alpha_HGG={alpha[1]:.4f}"])
 
 
+def _num_slices(file: str) -> int:
+    header = nib.Nifti1Image.from_filename(file)
+    return header.shape[list(nib.io_orientation(header.affine)[:, 0]).index(2)]
+
+
+def check_output_dir(output_dir: str, items: Sequence[Item]) -> None:
+    """Raise InputError when a subject's own folder would be written to, where a mask could replace the truth."""
+    for item in items:
+        if Path(item["image"][0]).resolve().parent == Path(output_dir).resolve():
+            raise InputError(f"output_dir '{output_dir}' holds the volumes of '{item['subject']}'; choose another")
+
+
 def _warn_some(what: str, subjects: list[str]) -> None:
     if subjects:
-        logger.warning(f"{len(subjects)} subjects {what}: {subjects[:5]}{' ...' if len(subjects) > 5 else ''}")
+        logger.warning(f"{len(subjects)} {what}: {subjects[:5]}{' ...' if len(subjects) > 5 else ''}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -37,11 +38,17 @@ def cached_dataset(
             # the first random transform is a crop, which copies: deep-copying whole volumes would cost more
             return CacheDataset(data, transform, num_workers=num_workers, copy_cache=False)
         cached = PersistentDataset(
-            data, transform, cache_dir, hash_transform=pickle_hashing, track_meta=True, weights_only=False
+            data, transform, cache_dir, hash_item, hash_transform=pickle_hashing, track_meta=True, weights_only=False
         )
         for item in tqdm(cached.data, desc="Caching volumes"):
             cached._cachecheck(item)
         return cached
+
+
+def hash_item(item: dict) -> bytes:
+    """Cache key of an item: what it names, and size and time of its files, so that a repaired file is read anew."""
+    files = [Path(file).stat() for file in [*item["image"], *([item["label"]] if "label" in item else [])]]
+    return pickle_hashing([item, [(file.st_size, file.st_mtime_ns) for file in files]])
 
 
 class ExplainedDataset(Dataset):

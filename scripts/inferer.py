@@ -27,7 +27,7 @@ class VolumeInferer(Inferer):
         seed: seed of the starting noise.
 
     Raises:
-        InputError: for a number below 1.
+        InputError: for a number below 1, or more samples than fit in a batch.
     """
 
     def __init__(
@@ -41,6 +41,8 @@ class VolumeInferer(Inferer):
         ):
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
+        if num_samples > sampling_batch_size:
+            raise InputError(f"num_samples={num_samples} must not exceed sampling_batch_size={sampling_batch_size}")
         self.num_inference_steps = num_inference_steps
         self.num_samples = num_samples
         self.sampling_batch_size = sampling_batch_size
@@ -73,7 +75,7 @@ class VolumeInferer(Inferer):
         """Probability ``[R, H, W, S]`` and P(HGG) ``[]`` of one volume ``[M, H, W, S]``."""
         slices = volume.movedim(-1, 0)
         brain = torch.nonzero((slices != 0).flatten(1).any(dim=1)).flatten().tolist()
-        chunk = max(self.sampling_batch_size // self.num_samples, 1)
+        chunk = self.sampling_batch_size // self.num_samples
         probs: dict[int, torch.Tensor] = {}
         grades: list[torch.Tensor] = []
         for start in range(0, len(brain), chunk):

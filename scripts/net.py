@@ -61,8 +61,8 @@ class MedSegDiff(nn.Module):
 
     A U-Net that sees only the image gives the calibration map: a first answer, computed once per slice. The denoiser
     sees the image, the noisy mask and that map, and corrects it at every step: with ``prediction_type: sample``,
-    ``seg_logits`` is the calibration map plus the denoiser's output, which is zero in a fresh network. So one
-    evaluation is never worse off than a plain U-Net, and the costly part of the work is not repeated per step.
+    ``seg_logits`` is the calibration map plus the denoiser's output, which is zero in a fresh network. So training
+    starts where a plain U-Net does, and the costly part of the work is not repeated per step.
 
     Args:
         diffusion: noise schedule; says what the denoiser's output means.
@@ -229,7 +229,7 @@ def check_image_size(size: Sequence[int], divisor: int) -> None:
 
 
 def _check_channels(name: str, channels: Sequence[int]) -> list[int]:
-    widths = [int(width) for width in channels]
+    widths = [int(width) for width in channels] if isinstance(channels, Sequence) else []
     if len(widths) < 3 or min(widths) < 1:
-        raise InputError(f"{name}={list(channels)} must list three or more positive widths, one per level")
+        raise InputError(f"{name}={channels!r} must list three or more positive widths, one per level")
     return widths

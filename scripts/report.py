@@ -180,7 +180,7 @@ class GradeTable:
 
     def __init__(self, output_dir: str, grade_labels: Mapping[str, int]) -> None:
         self.output_dir = Path(output_dir)
-        self.names = {index: name for name, index in grade_labels.items()}
+        self.names = ["/".join(name for name, index in grade_labels.items() if index == i) for i in (0, 1)]
 
     def attach(self, engine: Workflow) -> None:
         """Attach to the evaluator."""

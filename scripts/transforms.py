@@ -44,7 +44,6 @@ class LabelToRegionsd(MapTransform):
         keys: keys of the label maps.
         regions: names of the wanted regions, in channel order, e.g. ``["TC", "WT", "ET"]``.
         region_labels: label values of every known region, e.g. ``{"WT": [1, 2, 4]}``.
-        allow_missing_keys: as in MONAI.
 
     Raises:
         InputError: for an unknown region, or (when called) a label value that belongs to no known region.
@@ -55,9 +54,8 @@ class LabelToRegionsd(MapTransform):
         keys: KeysCollection,
         regions: Sequence[str],
         region_labels: Mapping[str, Sequence[int]],
-        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys)
         check_regions(regions, region_labels)
         self.values = [list(region_labels[region]) for region in regions]
         self.known = sorted({0}.union(*map(set, region_labels.values())))
@@ -88,7 +86,6 @@ class RegionsToLabeld(MapTransform):
         keys: keys of the region channels.
         regions: names of the channels.
         region_labels: label values of every region.
-        allow_missing_keys: as in MONAI.
     """
 
     def __init__(
@@ -96,9 +93,8 @@ class RegionsToLabeld(MapTransform):
         keys: KeysCollection,
         regions: Sequence[str],
         region_labels: Mapping[str, Sequence[int]],
-        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys)
         check_regions(regions, region_labels)
         self.paint: list[tuple[int, int]] = []  # channel and value, in the order of painting
         if len(regions) == 1:

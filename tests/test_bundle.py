@@ -257,6 +257,8 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
         ({"image_size": 30}, "image_size .* divisible by 4"),
         ({"variant": "M", "channels": None}, "variant 'M'"),
         ({"regions": ["WTT"]}, "regions="),
+        ({"modalities": "t1"}, "modalities='t1' must be a list"),
+        ({"channels": 8}, "channels=8"),
         ({"num_inference_steps": 2000}, "num_inference_steps=2000"),
         ({"slices_per_volume": 0}, "slices_per_volume=0"),
         ({"alpha": [1.0]}, "alpha="),
@@ -283,6 +285,25 @@ def test_checkpoint_of_another_width_is_refused(trained, phantoms, run_bundle, t
     with pytest.raises(InputError, match="does not fit the configured network"):
         run_bundle(["inference.yaml"], channels=[16, 16, 16], **common)
     assert not (tmp_path / "pred").exists()
+
+
+def test_inference_with_other_settings_is_refused(trained, phantoms, run_bundle, tmp_path):
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained), "output_dir": str(tmp_path / "pred")}
+    with pytest.raises(InputError, match="was trained with modalities="):
+        run_bundle(["inference.yaml"], modalities=MODALITIES[::-1], **common)
+
+
+def test_inference_does_not_write_among_the_volumes(trained, copied, run_bundle):
+    folder = str(copied / "BraTS20_Training_001")
+    with pytest.raises(InputError, match="choose another"):
+        run_bundle(["inference.yaml"], dataset_dir=folder, output_dir=folder, ckpt_dir=str(trained))
+
+
+def test_training_is_not_judged_on_all_subjects(trained, phantoms, run_bundle, tmp_path):
+    """`subset` and `num_eval_cases` belong to evaluation; training keeps its split."""
+    out = {"output_dir": str(tmp_path / "o"), "ckpt_dir": str(tmp_path / "o")}
+    run_bundle(["train.yaml"], dataset_dir=str(phantoms), subset="all", num_eval_cases=1, max_epochs=1, **out)
+    assert (tmp_path / "o" / "datalist.json").read_text() == (trained / "datalist.json").read_text()
 
 
 def test_command_line_from_another_folder_prints_the_error_alone(phantoms, tmp_path):

@@ -13,6 +13,8 @@ from scripts.diffusion import GaussianDiffusion
 from scripts.losses import MultiTaskLoss
 from scripts.net import MedSegDiff
 
+SETTINGS = {"modalities": ["t1", "t2"], "image_size": 32}
+
 
 def network(width=8, **kwargs):
     return MedSegDiff(GaussianDiffusion(), channels=[width] * 3, calib_channels=[8] * 3, **kwargs)
@@ -31,7 +33,7 @@ def train(tmp_path, best_epochs, max_epochs=3):
 
     engine = Engine(step)
     parts = {"model": net, "loss": MultiTaskLoss(net.diffusion), "optimizer": torch.optim.AdamW(net.parameters())}
-    SaveCheckpoints(str(tmp_path), parts, evaluator, ["s1", "s2"]).attach(engine)
+    SaveCheckpoints(str(tmp_path), parts, evaluator, ["s1", "BraTS-GLI-00005-100"], SETTINGS).attach(engine)
     engine.run([0], max_epochs=max_epochs)
     return net
 
@@ -71,7 +73,7 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
 def test_weights_round_trip(tmp_path):
     trained = train(tmp_path, best_epochs=[3])
     loaded = network()
-    load_weights(loaded, str(tmp_path / "model.pt"))
+    load_weights(loaded, str(tmp_path / "model.pt"), SETTINGS)
     for ours, theirs in zip(loaded.parameters(), trained.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -85,23 +87,31 @@ def test_log_sigmas_are_checkpointed(tmp_path):
 def test_checkpoint_of_another_network_is_refused(tmp_path, other):
     train(tmp_path, best_epochs=[3])
     with pytest.raises(InputError, match=r"model.pt' does not fit .* set variant, channels"):
-        load_weights(network(**other), str(tmp_path / "model.pt"))
+        load_weights(network(**other), str(tmp_path / "model.pt"), SETTINGS)
+
+
+@pytest.mark.parametrize("other", [{"modalities": ["t2", "t1"]}, {"image_size": 64}])
+def test_checkpoint_trained_for_other_settings_is_refused(tmp_path, other):
+    train(tmp_path, best_epochs=[3])
+    with pytest.raises(InputError, match=f"was trained with {next(iter(other))}="):
+        load_weights(network(), str(tmp_path / "model.pt"), SETTINGS | other)
 
 
 def test_absent_and_damaged_checkpoints_are_named(tmp_path):
     with pytest.raises(InputError, match="x.pt' does not exist"):
-        load_weights(network(), str(tmp_path / "x.pt"))
+        load_weights(network(), str(tmp_path / "x.pt"), SETTINGS)
     (tmp_path / "x.pt").write_bytes(b"damaged")
     with pytest.raises(InputError, match="x.pt' cannot be read"):
-        load_weights(network(), str(tmp_path / "x.pt"))
+        load_weights(network(), str(tmp_path / "x.pt"), SETTINGS)
 
 
 def test_judging_trained_subjects_is_refused(tmp_path, caplog):
     train(tmp_path, best_epochs=[3])
     file = str(tmp_path / "model.pt")
     check_unseen(file, [{"subject": "s3"}], "validation")
-    with pytest.raises(InputError, match=r"1 of 2 subjects, such as \['s2'\], were trained on"):
-        check_unseen(file, [{"subject": "s2"}, {"subject": "s3"}], "validation")
+    for seen in ("s1", "BraTS-GLI-00005-101"):  # the latter is a later scan of a patient trained on
+        with pytest.raises(InputError, match=rf"1 of 2 subjects, such as \['{seen}'\], were trained on"):
+            check_unseen(file, [{"subject": seen}, {"subject": "s3"}], "validation")
     with caplog.at_level(logging.WARNING):
-        check_unseen(file, [{"subject": "s2"}], "all")
+        check_unseen(file, [{"subject": "s1"}], "all")
     assert "not of unseen subjects" in caplog.text

@@ -3,15 +3,41 @@ from __future__ import annotations
 import sys
 
 import pytest
+from monai.bundle import ConfigParser
 
-from scripts import config
-from scripts.config import InputError, atomic_path, check_keys
+from scripts import config as config_module
+from scripts.config import InputError, atomic_path, check_keys, check_values
 
 
 def test_known_keys_pass_and_a_typo_names_the_nearest():
     check_keys({"batch_size": 4, "_meta_": {}}, "train.yaml")
     with pytest.raises(InputError, match=r"'batch_sise' \(did you mean 'batch_size'\?\)"):
         check_keys({"batch_size": 4, "batch_sise": 8}, "train.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("batch_size", 0),
+        ("image_size", "abc"),
+        ("val_interval", 2.5),
+        ("seed", -1),
+        ("fold", "a"),
+        ("modalities", "t1"),
+        ("regions", "WT"),
+        ("grade_labels", ["LGG"]),
+        ("learning_rate", "fast"),
+        ("use_cls_head", "no"),
+        ("device", "cuda"),
+    ],
+)
+def test_values_of_another_kind_are_refused(key, value, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = ConfigParser.load_config_file(str(config_module.BUNDLE_ROOT / "configs" / "train.yaml"))
+    check_values(config, "train.yaml")
+    check_values(config | {key: "$1 + 1"}, "train.yaml")
+    with pytest.raises(InputError, match=key):
+        check_values(config | {key: value}, "train.yaml")
 
 
 def test_atomic_path_replaces_only_on_success(tmp_path):
@@ -40,7 +66,7 @@ def test_input_errors_are_printed_alone(capsys):
         except InputError as error:
             raise RuntimeError("Failed to evaluate") from error
     except RuntimeError:
-        config._report_own_error(*sys.exc_info())
+        config_module._report_own_error(*sys.exc_info())
     assert capsys.readouterr().err.strip() == "error: the file x is broken"
 
 
@@ -48,5 +74,5 @@ def test_other_errors_keep_their_traceback(capsys):
     try:
         raise KeyError("x")
     except KeyError:
-        config._report_own_error(*sys.exc_info())
+        config_module._report_own_error(*sys.exc_info())
     assert "Traceback" in capsys.readouterr().err

@@ -48,6 +48,46 @@ def test_odd_segmentation_name_of_subject_355(tmp_path, make_subject_folder, vol
     assert item["label"].endswith("W39_1998.09.19_Segm.nii.gz")
 
 
+def test_uppercase_files_are_found_and_hidden_ones_are_not(tmp_path, make_subject_folder, volumes, caplog):
+    folder = make_subject_folder(tmp_path, "s1", volumes)
+    for file in list(folder.iterdir()):
+        file.rename(folder / file.name.replace(".nii.gz", ".NII.GZ"))
+    (folder / "._s1_t1.nii.gz").write_bytes(b"resource fork")
+    make_subject_folder(tmp_path, ".cache", volumes)
+    (tmp_path / "notes").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert [item["subject"] for item in datalist.find_subjects(str(tmp_path), MODALITIES)] == ["s1"]
+    assert "['notes']" in caplog.text
+
+
+def test_another_segmentation_is_not_taken_for_the_truth(tmp_path, make_subject_folder, volumes):
+    folder = make_subject_folder(tmp_path, "s1", volumes)
+    (folder / "s1_seg.nii.gz").rename(folder / "s1_unet_segmentation_pred.nii.gz")
+    with pytest.raises(InputError, match="no segmentation"):
+        datalist.find_subjects(str(tmp_path), MODALITIES)
+
+
+def test_output_may_not_go_among_the_volumes(tmp_path, make_subject_folder, volumes):
+    folder = make_subject_folder(tmp_path, "s1", volumes)
+    items = datalist.find_subjects(str(folder), MODALITIES)
+    datalist.check_output_dir(str(tmp_path / "out"), items)
+    with pytest.raises(InputError, match="holds the volumes of 's1'"):
+        datalist.check_output_dir(str(folder), items)
+
+
+def test_slices_are_counted_from_foot_to_head(tmp_path, make_subject_folder, volumes):
+    affine = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], float)  # stored A, S, R
+    make_subject_folder(tmp_path, "s1", volumes, affine=affine)
+    assert "slices=8" in datalist.describe({"all": datalist.load_subjects(str(tmp_path), MODALITIES)}, [1, 1])
+
+
+def test_unreadable_csv(tmp_path):
+    for content in (b"", "ID,Grade\ns\xe9,HGG\n".encode("latin-1")):
+        (tmp_path / "g.csv").write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read as a table"):
+            datalist.read_grades(tmp_path / "g.csv", "ID", "Grade", {"LGG": 0, "HGG": 1})
+
+
 def test_inference_needs_no_segmentation(tmp_path, make_subject_folder, volumes):
     del volumes["seg"]
     make_subject_folder(tmp_path, "a", volumes)
@@ -212,7 +252,7 @@ def test_datalist_can_be_edited_and_passed_back(tmp_path, make_subject_folder, v
     for i in range(6):
         make_subject_folder(tmp_path, f"s{i}", volumes)
     items = datalist.load_subjects(str(tmp_path), MODALITIES)
-    options = {"dataset_dir": str(tmp_path), "fold": 0, "num_folds": 3, "seed": 0}
+    options = {"dataset_dir": str(tmp_path), "fold": 0, "num_folds": 3, "seed": 0, "modalities": MODALITIES}
     parts = datalist.make_datalist(items, datalist_file=None, **options)
     file = tmp_path / "datalist.json"
     datalist.write_datalist(parts, str(file), str(tmp_path))
@@ -226,13 +266,22 @@ def test_datalist_can_be_edited_and_passed_back(tmp_path, make_subject_folder, v
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match="both sides"):
         datalist.make_datalist(None, datalist_file=str(file), **options)
+    with pytest.raises(InputError, match="image for each of"):
+        datalist.make_datalist(None, datalist_file=str(file), **options | {"modalities": MODALITIES[::-1]})
     file.write_text("{}")
     with pytest.raises(InputError, match="not a data list"):
         datalist.make_datalist(None, datalist_file=str(file), **options)
 
 
 def test_subset_all_and_number_of_cases():
-    options = {"datalist_file": None, "dataset_dir": ".", "fold": 0, "num_folds": 5, "seed": 0}
+    options = {
+        "datalist_file": None,
+        "dataset_dir": ".",
+        "fold": 0,
+        "num_folds": 5,
+        "seed": 0,
+        "modalities": MODALITIES,
+    }
     items = cohort((1, 0, 0))
     assert datalist.make_datalist(items, subset="all", **options)["validation"] == items
     assert len(datalist.make_datalist(cohort(), num_eval_cases=7, **options)["validation"]) == 7
@@ -246,8 +295,9 @@ def test_class_weights_of_one_class_are_one_with_a_warning(caplog):
         assert datalist.class_weights(cohort((0, 5, 3))) == [1.0, 1.0]
     assert "one class only" in caplog.text
     assert datalist.class_weights(cohort((0, 5, 3)), [2, 0.5]) == [2.0, 0.5]
-    with pytest.raises(InputError, match="two positive numbers"):
-        datalist.class_weights(cohort(), [1.0])
+    for bad in ([1.0], 1, [float("nan"), 1.0]):
+        with pytest.raises(InputError, match="two positive numbers"):
+            datalist.class_weights(cohort(), bad)
 
 
 def test_summary_counts(tmp_path, make_subject_folder, volumes):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +20,11 @@ def training_config(phantoms: Path, **overrides) -> ConfigParser:
     parser.read_config(str(ROOT / "configs" / "train.yaml"))
     parser.update({"dataset_dir": str(phantoms), "image_size": 32, **overrides})
     return parser
+
+
+@pytest.fixture
+def copied_phantoms(phantoms, tmp_path):
+    return Path(shutil.copytree(phantoms, tmp_path / "data"))
 
 
 @pytest.fixture
@@ -125,6 +131,21 @@ def test_cache_on_disk_gives_what_memory_gives(phantoms, tmp_path):
         assert torch.equal(disk[0]["image"].affine, memory[0]["image"].affine)
         assert len(disk[0]["image"].applied_operations) == len(memory[0]["image"].applied_operations)
     assert len(list(tmp_path.glob("*.pt"))) == len(disk)
+
+
+def test_cache_on_disk_notices_a_repaired_file(copied_phantoms, tmp_path):
+    file = copied_phantoms / "BraTS20_Training_001" / "BraTS20_Training_001_seg.nii.gz"
+    config = training_config(copied_phantoms, cache_dir=str(tmp_path / "cache"), subset="all")
+    items = load_subjects(str(copied_phantoms), MODALITIES)[:1]
+
+    def label():
+        content = config.get_parsed_content("validate::preprocessing")
+        return torch.as_tensor(cached_dataset(items, content, cache_dir=str(tmp_path / "cache"))[0]["label"])
+
+    assert label().any()
+    image = nib.load(file)
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), file)
+    assert not label().any()
 
 
 def test_sampler_visits_every_volume_equally_often():

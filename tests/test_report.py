@@ -71,6 +71,10 @@ def test_grades_csv(tmp_path, item):
     ]
 
 
+def test_grades_that_share_a_class_are_named_together(tmp_path):
+    assert GradeTable(str(tmp_path), {"G2": 0, "G3": 1, "G4": 1}).names == ["G2", "G3/G4"]
+
+
 def test_overlay_shows_the_patients_left_on_the_right(tmp_path):
     shape = (32, 32, 3)
     image, mask = np.zeros(shape), np.zeros(shape)
