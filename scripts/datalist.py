@@ -1,4 +1,4 @@
-"""Find subjects in a folder, read their grades, split them by patient; a Decathlon-style data list."""
+"""Find subjects in a folder and split them by patient; a Decathlon-style data list."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
 from scripts.config import InputError, atomic_path
+from scripts.grades import GRADE_LABELS, UNKNOWN_GRADE, read_grades
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN_GRADE = -1
 Item = dict  # {"subject": str, "image": [file per modality], "label": file (when there is one), "grade": int}
 
 
@@ -28,11 +27,10 @@ def load_subjects(
     modalities: Sequence[str],
     *,
     label_suffix: str = "seg",
-    require_label: bool = True,
     grade_csv: str | None = None,
     subject_column: str = "BraTS_2020_subject_ID",
     grade_column: str = "Grade",
-    grade_labels: Mapping[str, int] | None = None,
+    grade_labels: Mapping[str, int] = GRADE_LABELS,
 ) -> list[Item]:
     """Find every subject below ``dataset_dir``, check its headers and attach its grade.
 
@@ -40,11 +38,10 @@ def load_subjects(
         dataset_dir: folder with one folder per subject (BraTS 2020, 2021, 2023 and the like).
         modalities: file suffixes, e.g. ``["t1", "t1ce", "t2", "flair"]``; their order is the channel order.
         label_suffix: suffix of the segmentation file.
-        require_label: refuse subjects without a segmentation (training and evaluation need one).
         grade_csv: table of grades; None takes ``<dataset_dir>/name_mapping.csv`` if it exists, else no grades.
         subject_column: column of the subject's folder name.
         grade_column: column of the grade.
-        grade_labels: class index of each grade, default ``{"LGG": 0, "HGG": 1}``.
+        grade_labels: class index of each grade.
 
     Returns:
         One item per subject, sorted by name; ``grade`` is -1 where it is unknown.
@@ -52,12 +49,12 @@ def load_subjects(
     Raises:
         InputError: naming the folder, file, subject or column that is wrong.
     """
-    items = find_subjects(dataset_dir, modalities, label_suffix=label_suffix, require_label=require_label)
+    items = find_subjects(dataset_dir, modalities, label_suffix=label_suffix)
     csv = Path(grade_csv) if grade_csv else Path(dataset_dir) / "name_mapping.csv"
     if grade_csv is None and not csv.is_file():
         logger.warning(f"no {csv.name} in {dataset_dir}: no subject has a grade")
         return [item | {"grade": UNKNOWN_GRADE} for item in items]
-    grades = read_grades(csv, subject_column, grade_column, grade_labels or {"LGG": 0, "HGG": 1})
+    grades = read_grades(csv, subject_column, grade_column, grade_labels)
     subjects = {item["subject"] for item in items}
     _warn_some(f"subjects in {csv.name} but not in {dataset_dir}", sorted(grades.keys() - subjects))
     _warn_some(f"subjects not in {csv.name}; kept for segmentation, without a grade", sorted(subjects - grades.keys()))
@@ -69,7 +66,8 @@ def find_subjects(
 ) -> list[Item]:
     """List the subject folders of ``dataset_dir``, or itself if it is one, with their headers checked.
 
-    See :func:`load_subjects`.
+    Subjects without a segmentation are refused where ``require_label``, which training and evaluation need. See
+    :func:`load_subjects`.
     """
     root = Path(dataset_dir)
     if not root.is_dir():
@@ -159,37 +157,6 @@ def _read_header(subject: str, file: str) -> nib.Nifti1Image:
     if len(header.shape) != 3:
         raise InputError(f"subject '{subject}': {file} has shape {header.shape}, expected one 3D volume")
     return header
-
-
-def read_grades(csv: Path, subject_column: str, grade_column: str, grade_labels: Mapping[str, int]) -> dict[str, int]:
-    """Read ``{subject: class index}`` from a CSV with any column order; blank grades are -1.
-
-    Raises:
-        InputError: naming the file and the missing column, duplicate subject or unknown grade.
-    """
-    if not set(grade_labels.values()) <= {0, 1}:
-        raise InputError(f"grade_labels={dict(grade_labels)} must map each grade to 0 (LGG) or 1 (HGG)")
-    if not csv.is_file():
-        raise InputError(f"grade_csv '{csv}' does not exist")
-    try:
-        table = pd.read_csv(csv, dtype=str)
-    except ValueError as error:  # empty, not UTF-8, not a table
-        raise InputError(f"grade_csv '{csv}' cannot be read as a table: {error}") from error
-    table.columns = table.columns.str.strip()
-    for key, column in (("subject_column", subject_column), ("grade_column", grade_column)):
-        if column not in table:
-            raise InputError(f"{csv} has no column '{column}' (it has {list(table.columns)}); set '{key}'")
-    table = table[[subject_column, grade_column]].apply(lambda column: column.str.strip())
-    table = table.dropna(subset=[subject_column])
-    twice = table[subject_column][table[subject_column].duplicated()].unique().tolist()
-    if twice:
-        raise InputError(f"{csv} lists subjects more than once: {twice[:5]}")
-    unknown = table[~table[grade_column].isin([*grade_labels, "", np.nan])]
-    if len(unknown):
-        subject, grade = unknown.iloc[0]
-        raise InputError(f"{csv}: subject '{subject}' has grade '{grade}', not one of {list(grade_labels)}")
-    classes = table[grade_column].map(dict(grade_labels)).fillna(UNKNOWN_GRADE).astype(int)
-    return dict(zip(table[subject_column], classes, strict=True))
 
 
 def patient(subject: str) -> str:
@@ -317,25 +284,6 @@ def read_datalist(file: str, dataset_dir: str, modalities: Sequence[str]) -> dic
             )
         check_headers(item)
     return parts
-
-
-def class_weights(items: Sequence[Item], alpha: Sequence[float] | None = None) -> list[float]:
-    """Class weights of the grading loss, n / (2 n_c) over the graded subjects, or ``alpha`` as given.
-
-    With one class, or none, every weight is 1 and a warning says so.
-
-    Raises:
-        InputError: when ``alpha`` is not two positive numbers.
-    """
-    if alpha is not None:
-        if not isinstance(alpha, Sequence) or len(alpha) != 2 or not all(value > 0 for value in alpha):
-            raise InputError(f"alpha={alpha!r} must be two positive numbers: [alpha_LGG, alpha_HGG]")
-        return [float(value) for value in alpha]
-    counts = Counter(item["grade"] for item in items)
-    if not (counts[0] and counts[1]):
-        logger.warning(f"grades of one class only (n_LGG={counts[0]}, n_HGG={counts[1]}): alpha is 1, AUC undefined")
-        return [1.0, 1.0]
-    return [(counts[0] + counts[1]) / (2 * counts[grade]) for grade in (0, 1)]
 
 
 def describe(parts: Mapping[str, Sequence[Item]], alpha: Sequence[float]) -> str:

@@ -81,13 +81,6 @@ def test_slices_are_counted_from_foot_to_head(tmp_path, make_subject_folder, vol
     assert "slices=8" in datalist.describe({"all": datalist.load_subjects(str(tmp_path), MODALITIES)}, [1, 1])
 
 
-def test_unreadable_csv(tmp_path):
-    for content in (b"", "ID,Grade\ns\xe9,HGG\n".encode("latin-1")):
-        (tmp_path / "g.csv").write_bytes(content)
-        with pytest.raises(InputError, match="cannot be read as a table"):
-            datalist.read_grades(tmp_path / "g.csv", "ID", "Grade", {"LGG": 0, "HGG": 1})
-
-
 def test_inference_needs_no_segmentation(tmp_path, make_subject_folder, volumes):
     del volumes["seg"]
     make_subject_folder(tmp_path, "a", volumes)
@@ -133,35 +126,6 @@ def test_empty_and_absent_folders(tmp_path):
         datalist.find_subjects(str(tmp_path / "absent"), MODALITIES)
 
 
-def test_grades_from_any_column_order(tmp_path):
-    csv = tmp_path / "g.csv"
-    write_csv(csv, "Grade,other,ID\nHGG,NA,s1\nLGG,x,s2\n,x,s3\nNA,x,s4\n")
-    grades = datalist.read_grades(csv, "ID", "Grade", {"LGG": 0, "HGG": 1})
-    assert grades == {"s1": 1, "s2": 0, "s3": -1, "s4": -1}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("ID,WHO\ns1,HGG\n", "no column 'Grade'"),
-        ("name,Grade\ns1,HGG\n", "no column 'ID'"),
-        ("ID,Grade\ns1,HGG\ns1,LGG\n", r"more than once: \['s1'\]"),
-        ("ID,Grade\ns1,III\n", "subject 's1' has grade 'III'"),
-    ],
-)
-def test_unusable_csv_is_named(tmp_path, text, message):
-    csv = tmp_path / "g.csv"
-    write_csv(csv, text)
-    with pytest.raises(InputError, match=message) as error:
-        datalist.read_grades(csv, "ID", "Grade", {"LGG": 0, "HGG": 1})
-    assert "g.csv" in str(error.value)
-
-
-def test_grade_labels_must_be_two_classes(tmp_path):
-    with pytest.raises(InputError, match="must map each grade to 0"):
-        datalist.read_grades(tmp_path / "g.csv", "ID", "Grade", {"G2": 0, "G4": 2})
-
-
 def test_csv_and_disk_that_differ_are_warned_about(tmp_path, make_subject_folder, volumes, caplog):
     make_subject_folder(tmp_path, "s1", volumes)
     make_subject_folder(tmp_path, "s2", volumes)
@@ -178,15 +142,6 @@ def test_named_csv_must_exist_but_the_default_need_not(tmp_path, make_subject_fo
     assert datalist.load_subjects(str(tmp_path), MODALITIES)[0]["grade"] == -1
     with pytest.raises(InputError, match="does not exist"):
         datalist.load_subjects(str(tmp_path), MODALITIES, grade_csv=str(tmp_path / "typo.csv"))
-
-
-def test_real_brats2020_mapping(shared_data):
-    grades = datalist.read_grades(
-        shared_data / "brats2020" / "name_mapping.csv", "BraTS_2020_subject_ID", "Grade", {"LGG": 0, "HGG": 1}
-    )
-    items = [{"subject": subject, "grade": grade} for subject, grade in grades.items()]
-    assert len(items) == 369
-    assert datalist.class_weights(items) == pytest.approx([2.4276, 0.6297], abs=1e-4)
 
 
 def test_real_tcga_lgg_keeps_the_subject_without_a_grade(shared_data):
@@ -288,16 +243,6 @@ def test_subset_all_and_number_of_cases():
     for bad in ({"subset": "test"}, {"num_eval_cases": 0}):
         with pytest.raises(InputError, match=next(iter(bad))):
             datalist.make_datalist(items, **options | bad)
-
-
-def test_class_weights_of_one_class_are_one_with_a_warning(caplog):
-    with caplog.at_level(logging.WARNING):
-        assert datalist.class_weights(cohort((0, 5, 3))) == [1.0, 1.0]
-    assert "one class only" in caplog.text
-    assert datalist.class_weights(cohort((0, 5, 3)), [2, 0.5]) == [2.0, 0.5]
-    for bad in ([1.0], 1, [float("nan"), 1.0]):
-        with pytest.raises(InputError, match="two positive numbers"):
-            datalist.class_weights(cohort(), bad)
 
 
 def test_summary_counts(tmp_path, make_subject_folder, volumes):
