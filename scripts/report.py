@@ -16,6 +16,7 @@ import torch
 from ignite.engine import Events
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from monai.engines.workflow import Workflow
 
 from scripts.config import atomic_path
@@ -46,6 +47,7 @@ def plot_learning_curves(table: pd.DataFrame, file: str | Path) -> None:
                     label = f"{name} {split}" if len(names) > 1 else split
                     axes.plot(rows["epoch"], rows[name], style, color=f"C{colour}", label=label)
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
             axes.legend(fontsize="small")
     _save(figure, file)
