@@ -195,9 +195,10 @@ class GradeTable:
     def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
             prob = float(item["hgg_prob"])
-            grade = "" if np.isnan(prob) else self.names[int(prob >= 0.5)]
+            graded = not np.isnan(prob)
+            grade = self.names[int(prob >= 0.5)] if graded else ""
             self.rows.append({"subject": item["subject"], "hgg_prob": prob, "grade": grade})
-            overlay(item, f"{item['subject']}  P(HGG) {prob:.2f}", self.output_dir)
+            overlay(item, item["subject"] + (f"  P(HGG) {prob:.2f}" if graded else ""), self.output_dir)
         write_csv(pd.DataFrame(self.rows), self.output_dir / "grades.csv")
 
 
