@@ -126,13 +126,18 @@ def _with_suffix(volumes: list[Path], suffix: str) -> list[Path]:
     return [path for path in volumes if pattern.search(path.name)]
 
 
+def item_files(item: Item) -> list[str]:
+    """All files of an item: one per modality, then the segmentation where there is one."""
+    return [*item["image"], *([item["label"]] if "label" in item else [])]
+
+
 def check_headers(item: Item) -> None:
     """Check that all files of a subject share one grid; only headers are read.
 
     Raises:
         InputError: naming the subject and the file that cannot be read or whose shape or affine differs.
     """
-    reference, *others = item["image"] + ([item["label"]] if "label" in item else [])
+    reference, *others = item_files(item)
     grid = _read_header(item["subject"], reference)
     for file in others:
         other = _read_header(item["subject"], file)

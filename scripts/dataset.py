@@ -15,6 +15,7 @@ from monai.transforms import Compose
 from tqdm import tqdm
 
 from scripts.config import InputError
+from scripts.datalist import item_files
 
 
 def cached_dataset(
@@ -47,7 +48,7 @@ def cached_dataset(
 
 def hash_item(item: dict) -> bytes:
     """Cache key of an item: what it names, and size and time of its files, so that a repaired file is read anew."""
-    files = [Path(file).stat() for file in [*item["image"], *([item["label"]] if "label" in item else [])]]
+    files = [Path(file).stat() for file in item_files(item)]
     return pickle_hashing([item, [(file.st_size, file.st_mtime_ns) for file in files]])
 
 
@@ -74,7 +75,7 @@ def explained(data: Sequence[dict]) -> Iterator[None]:
                 raise cause from None
             cause = cause.__cause__
         for item in data:
-            for file in [*item["image"], *([item["label"]] if "label" in item else [])]:
+            for file in item_files(item):
                 try:
                     np.asarray(nib.Nifti1Image.from_filename(file).dataobj)
                 except Exception as reason:

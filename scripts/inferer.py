@@ -58,8 +58,8 @@ class VolumeInferer(Inferer):
 
         Returns:
             ``pred``: mean probability of the samples ``[B, R, H, W, S]``; ``uncertainty``: its predictive entropy in
-            bits, same shape; ``hgg_prob``: ``[B]``, NaN without a grading head. All are 0 where a slice shows no
-            brain.
+            bits, same shape; both are 0 where a slice shows no brain. ``hgg_prob``: ``[B]``, NaN without a grading
+            head.
         """
         results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
         pred = torch.stack([prob for prob, _ in results])
