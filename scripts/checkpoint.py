@@ -89,6 +89,17 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
     return checkpoint
 
 
+def store_temperatures(ckpt_path: str, temperature: Sequence[float], grade_temperature: float) -> None:
+    """Replace the temperatures of the masks (one per region) and of the grade in a checkpoint, in one step."""
+    checkpoint = read_checkpoint(ckpt_path)
+    checkpoint["model"] |= {
+        "temperature": torch.tensor(temperature),
+        "grade_temperature": torch.tensor(grade_temperature),
+    }
+    with atomic_path(ckpt_path) as path:
+        torch.save(checkpoint, path)
+
+
 def check_unseen(ckpt_path: str, items: Sequence[Mapping[str, Any]], subset: str) -> None:
     """Make sure that a checkpoint is not judged on subjects it was trained on.
 

@@ -104,37 +104,26 @@ def _alphas_cumprod(schedule: str, num_train_timesteps: int) -> torch.Tensor:
     return ((1 - share) * known[low + 1] + share * known[low + 2]).exp().float()
 
 
-def timestep_pairs(num_train_timesteps: int, num_inference_steps: int) -> list[tuple[int, int]]:
+def timestep_pairs(
+    num_train_timesteps: int, num_inference_steps: int, start_timestep: int | None = None
+) -> list[tuple[int, int]]:
     """Pairs (t, t_prev) of a trajectory from T - 1 down to the clean mask, written t_prev = -1.
 
     The steps go by what is listed, so that they agree with the timesteps (in MONAI's DDIM they do not). Spacing
-    is 'trailing' (Lin et al. 2024): it starts at T - 1 for any number of steps, where x_t is noise.
+    is 'trailing' (Lin et al. 2024): it starts at T - 1 for any number of steps, where x_t is noise, or at
+    ``start_timestep``.
 
     Raises:
-        InputError: unless 1 <= num_inference_steps <= num_train_timesteps.
+        InputError: unless 0 <= start_timestep < T and 1 <= num_inference_steps <= start_timestep + 1.
     """
-    if not 1 <= num_inference_steps <= num_train_timesteps:
+    start = num_train_timesteps - 1 if start_timestep is None else start_timestep
+    if not 0 <= start < num_train_timesteps:
         raise InputError(
-            f"num_inference_steps={num_inference_steps} must lie between 1 and num_train_timesteps, "
-            f"{num_train_timesteps}"
+            f"start_timestep={start} must lie between 0 and num_train_timesteps - 1 = {num_train_timesteps - 1}"
         )
-    stride = num_train_timesteps / num_inference_steps
-    steps = [round(num_train_timesteps - i * stride) - 1 for i in range(num_inference_steps)]
+    if not 1 <= num_inference_steps <= start + 1:
+        reason = "num_train_timesteps" if start_timestep is None else "start_timestep + 1"
+        raise InputError(f"num_inference_steps={num_inference_steps} must lie between 1 and {reason}, {start + 1}")
+    stride = (start + 1) / num_inference_steps
+    steps = [round(start + 1 - i * stride) - 1 for i in range(num_inference_steps)]
     return list(zip(steps, [*steps[1:], -1], strict=True))
-
-
-def ddim_step(diffusion: GaussianDiffusion, x_t: torch.Tensor, x_0: torch.Tensor, t: int, t_prev: int) -> torch.Tensor:
-    """One deterministic DDIM step, equation 12 of Song et al. (2021) with sigma = 0.
-
-    Args:
-        diffusion: the schedule.
-        x_t: noisy masks ``[B, R, H, W]`` at step ``t``.
-        x_0: predicted masks ``[B, R, H, W]``.
-        t: current step.
-        t_prev: next step, smaller than ``t``; -1 is the clean mask.
-    """
-    if t_prev < 0:
-        return x_0
-    abar, abar_prev = diffusion.alphas_cumprod[t], diffusion.alphas_cumprod[t_prev]
-    noise = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()  # 1. noise that x_t and x_0 imply
-    return abar_prev.sqrt() * x_0 + (1 - abar_prev).sqrt() * noise  # 2. the same noise at t_prev

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from scripts.config import TrainingError, atomic_path
 from scripts.losses import MultiTaskLoss
-from scripts.report import plot_learning_curves
+from scripts.plots import plot_learning_curves
 
 logger = logging.getLogger(__name__)
 

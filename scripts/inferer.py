@@ -8,30 +8,46 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 
+from scripts.calibration import temperature_scaled
 from scripts.config import InputError
-from scripts.diffusion import ddim_step, timestep_pairs
+from scripts.diffusion import timestep_pairs
+from scripts.ensemble import FUSIONS, fuse, pairwise_dice
 from scripts.net import MedSegDiff, PlainUNet, check_image_size
+from scripts.samplers import make_sampler
 from scripts.transforms import entropy_bits
 
 
 class VolumeInferer(Inferer):
-    """DDIM sampling of every slice of a volume that shows brain.
+    """Sampling of every slice of a volume that shows brain.
 
     The image-only branch runs once per slice. Noise is drawn per slice from the seed, so that the same seed gives
     the same masks whatever the batch size and the machine's load.
 
     Args:
         num_inference_steps: network evaluations per sample.
-        num_samples: samples per slice; the probability is their mean.
+        num_samples: samples per slice.
         sampling_batch_size: slices times samples in one batch, which bounds the memory.
-        seed: seed of the starting noise.
+        seed: seed of the noise.
+        sampler: ``ddpm``, ``ddim``, ``dpm_solver`` or ``unipc``.
+        eta: noise that DDIM adds, 0 to 1.
+        start_timestep: start here from the noised calibration map (truncated diffusion, Guo et al., PD-DDPM, ISBI
+            2023) instead of from pure noise at T - 1.
+        fusion: how samples become one mask: ``mean``, ``majority`` or ``staple``.
 
     Raises:
-        InputError: for a number below 1, or more samples than fit in a batch.
+        InputError: for a number below 1, more samples than fit in a batch, an unknown sampler or fusion.
     """
 
     def __init__(
-        self, num_inference_steps: int = 1, num_samples: int = 1, sampling_batch_size: int = 32, seed: int = 0
+        self,
+        num_inference_steps: int = 1,
+        num_samples: int = 1,
+        sampling_batch_size: int = 32,
+        seed: int = 0,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        start_timestep: int | None = None,
+        fusion: str = "mean",
     ) -> None:
         super().__init__()
         for name, value in (
@@ -43,10 +59,15 @@ class VolumeInferer(Inferer):
                 raise InputError(f"{name}={value} must be at least 1")
         if num_samples > sampling_batch_size:
             raise InputError(f"num_samples={num_samples} must not exceed sampling_batch_size={sampling_batch_size}")
+        if fusion not in FUSIONS:
+            raise InputError(f"fusion '{fusion}' is not one of {list(FUSIONS)}")
         self.num_inference_steps = num_inference_steps
         self.num_samples = num_samples
         self.sampling_batch_size = sampling_batch_size
         self.seed = seed
+        self.sampler = make_sampler(sampler, eta)
+        self.start_timestep = start_timestep
+        self.fusion = fusion
 
     def __call__(self, inputs: torch.Tensor, network, *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
         """Mask probability ``[B, R, H, W, S]`` of volumes ``[B, M, H, W, S]``; what MONAI Label calls."""
@@ -57,43 +78,47 @@ class VolumeInferer(Inferer):
         """Sample volumes ``[B, M, H, W, S]``.
 
         Returns:
-            ``pred``: mean probability of the samples ``[B, R, H, W, S]``; ``uncertainty``: its predictive entropy in
-            bits, same shape; both are 0 where a slice shows no brain. ``hgg_prob``: ``[B]``, NaN without a grading
-            head.
+            ``pred``: fused probability ``[B, R, H, W, S]``, of ``mean`` with the network's temperature;
+            ``uncertainty``: entropy of the mean in bits, same shape; ``variance``: over samples, same shape, when there
+            are several; all are 0 where a slice shows no brain. ``sample_dice``: agreement of the samples ``[B, R]``,
+            NaN for one. ``hgg_prob``: ``[B]``, with the network's temperature, NaN without a grading head.
         """
         results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
-        pred = torch.stack([prob for prob, _ in results])
-        hgg_prob = torch.stack([grade for _, grade in results])
-        uncertainty = entropy_bits(pred)
+        output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
         if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms
-            pred, uncertainty = MetaTensor(pred, meta=inputs.meta), MetaTensor(uncertainty, meta=inputs.meta)
-        return {"pred": pred, "uncertainty": uncertainty, "hgg_prob": hgg_prob}
+            for name in output.keys() & {"pred", "uncertainty", "variance"}:
+                output[name] = MetaTensor(output[name], meta=inputs.meta)
+        return output
 
-    def _predict_volume(
-        self, volume: torch.Tensor, network: MedSegDiff | PlainUNet
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probability ``[R, H, W, S]`` and P(HGG) ``[]`` of one volume ``[M, H, W, S]``."""
+    def _predict_volume(self, volume: torch.Tensor, network: MedSegDiff | PlainUNet) -> dict[str, torch.Tensor]:
+        """Results of :meth:`predict` for one volume ``[M, H, W, S]``."""
         slices = volume.movedim(-1, 0)
-        brain = torch.nonzero((slices != 0).flatten(1).any(dim=1)).flatten().tolist()
-        chunk = self.sampling_batch_size // self.num_samples
-        probs: dict[int, torch.Tensor] = {}
-        grades: list[torch.Tensor] = []
-        for start in range(0, len(brain), chunk):
-            indices = brain[start : start + chunk]
-            prob, grade = self.sample(slices[indices], network, indices)
-            probs.update(zip(indices, prob, strict=True))
-            grades.append(grade)
-        if not probs:
+        brain = torch.nonzero((slices != 0).flatten(1).any(dim=1)).flatten()
+        if not len(brain):
             raise InputError("a volume has no brain: every voxel is 0")
-        blank = torch.zeros_like(next(iter(probs.values())))
-        pred = torch.stack([probs.get(i, blank) for i in range(len(slices))], dim=-1)
-        area = torch.stack([(probs[i] > 0.5).sum() for i in brain])
-        return pred, area_weighted_mean(torch.cat(grades), area)
+        samples = volume.new_zeros(self.num_samples, network.out_channels, *volume.shape[1:], dtype=torch.float32)
+        grades = []
+        for indices in brain.split(self.sampling_batch_size // self.num_samples):
+            prob, grade = self.sample(slices[indices], network, indices.tolist())
+            samples[..., indices] = prob.movedim(0, -1)
+            grades.append(grade)
+        mean = samples.mean(dim=0)
+        prob = torch.zeros_like(mean)
+        prob[..., brain] = temperature_scaled(mean[..., brain], network.temperature[:, None, None, None])
+        area = (mean[..., brain] > 0.5).sum(dim=(0, 1, 2))
+        hgg_prob = temperature_scaled(area_weighted_mean(torch.cat(grades), area), network.grade_temperature)
+        result = {
+            "pred": prob if self.fusion == "mean" else fuse(samples, self.fusion),
+            "uncertainty": entropy_bits(prob),
+            "sample_dice": pairwise_dice(samples),
+            "hgg_prob": hgg_prob,
+        }
+        return result | ({"variance": samples.var(dim=0)} if self.num_samples > 1 else {})
 
     def sample(
         self, image: torch.Tensor, network: MedSegDiff | PlainUNet, indices: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean over samples of the mask probability ``[b, R, H, W]`` and of P(HGG) ``[b]`` for slices ``[b, M, H, W]``.
+        """Mask probability ``[b, N, R, H, W]`` of N samples, and mean P(HGG) ``[b]``, of slices ``[b, M, H, W]``.
 
         Args:
             image: slices.
@@ -101,34 +126,43 @@ class VolumeInferer(Inferer):
             indices: number of each slice in its volume, which seeds its noise.
         """
         diffusion = network.diffusion
+        pairs = timestep_pairs(diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
+        # a prime beyond any slice number keeps seeds apart
+        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + index) for index in indices]
+        shape = (self.num_samples, network.out_channels, *image.shape[2:])
+
+        def draw() -> torch.Tensor:
+            return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(image.device)
+
         calib_map = network.calibrate(image)
         if calib_map is not None:
             calib_map = calib_map.repeat_interleave(self.num_samples, dim=0)
-        shape = (self.num_samples, network.out_channels, *image.shape[2:])
-        x_t = torch.cat([self._noise(shape, index) for index in indices]).to(image)
-        repeated = image.repeat_interleave(self.num_samples, dim=0)
-        hgg = []
-        for t, t_prev in timestep_pairs(diffusion.num_train_timesteps, self.num_inference_steps):
-            timesteps = torch.full((len(repeated),), t, device=image.device)
-            logits, cls_logits, _ = network(repeated, x_t, timesteps, calib_map)
-            x_t = ddim_step(diffusion, x_t, diffusion.to_x0(logits.float()), t, t_prev)
+        image = image.repeat_interleave(self.num_samples, dim=0)
+        x_t, estimate, grades = draw(), None, []
+        if self.start_timestep is not None and calib_map is not None:
+            timesteps = torch.full((len(image),), self.start_timestep, device=image.device)
+            x_t = diffusion.add_noise(torch.tanh(calib_map.float() / 2), x_t, timesteps)
+
+        def denoise(x_t: torch.Tensor, t: int) -> torch.Tensor:
+            nonlocal estimate
+            timesteps = torch.full((len(image),), t, device=image.device)
+            logits, cls_logits, _ = network(image, x_t.to(image.dtype), timesteps, calib_map, estimate)
+            estimate = diffusion.to_x0(logits.float())
             if cls_logits is not None:
-                hgg.append(cls_logits.float().softmax(dim=1)[:, 1])
-        # the last step returned x_0 in [-1, 1], which is twice the probability minus one
-        prob = (x_t + 1) / 2
-        grade = torch.stack(hgg).mean(dim=0) if hgg else prob.new_full((len(prob),), torch.nan)
+                grades.append(cls_logits.float().softmax(dim=1)[:, 1])
+            return estimate
+
+        x_0 = self.sampler(denoise, x_t, pairs, diffusion.alphas_cumprod, draw)
+        grade = torch.stack(grades).mean(dim=0) if grades else x_0.new_full((len(x_0),), torch.nan)
         groups = (len(indices), self.num_samples)
-        return prob.unflatten(0, groups).mean(dim=1), grade.unflatten(0, groups).mean(dim=1)
+        return ((x_0 + 1) / 2).unflatten(0, groups), grade.unflatten(0, groups).mean(dim=1)
 
-    def _noise(self, shape: tuple[int, ...], index: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)  # a prime beyond any slice number
-        return torch.randn(shape, generator=generator)
-
-
-def check_sampling(network: MedSegDiff | PlainUNet, image_size: int, num_inference_steps: int) -> None:
-    """Raise InputError, before any volume is read, for an image size or a number of steps that cannot be sampled."""
-    check_image_size((image_size, image_size), network.divisor)
-    timestep_pairs(network.diffusion.num_train_timesteps, num_inference_steps)
+    def check(self, network: MedSegDiff | PlainUNet, image_size: int) -> None:
+        """Raise InputError, before any volume is read, for a size or trajectory that this network cannot sample."""
+        check_image_size((image_size, image_size), network.divisor)
+        timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
+        if self.start_timestep is not None and isinstance(network, PlainUNet):
+            raise InputError("start_timestep needs a calibration map; the plain U-Net has none: leave it null")
 
 
 def area_weighted_mean(values: torch.Tensor, area: torch.Tensor) -> torch.Tensor:

@@ -73,10 +73,14 @@ class MedSegDiff(nn.Module):
         calib_channels: channels of the image-only U-Net's levels; default twice ``channels``.
         num_res_blocks: residual blocks per level of the denoiser.
         use_cls_head: grade from the denoiser's bottleneck.
+        self_conditioning: the denoiser also sees the estimate of x_0 of the step before.
 
     Raises:
         InputError: for an unknown variant or an unusable list of channels.
     """
+
+    temperature: torch.Tensor
+    grade_temperature: torch.Tensor
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class MedSegDiff(nn.Module):
         calib_channels: Sequence[int] | None = None,
         num_res_blocks: int = 1,
         use_cls_head: bool = True,
+        self_conditioning: bool = False,
     ) -> None:
         super().__init__()
         if channels is None and variant not in VARIANTS:
@@ -96,11 +101,12 @@ class MedSegDiff(nn.Module):
         calib_channels = _check_channels("calib_channels", calib_channels or [2 * width for width in channels])
         self.diffusion = diffusion
         self.out_channels = out_channels
+        self.self_conditioning = self_conditioning
         self.divisor = 2 ** (max(len(channels), len(calib_channels)) - 1)
         self.calibrator = image_unet(in_channels, out_channels, calib_channels)
         self.denoiser = Denoiser(
             spatial_dims=2,
-            in_channels=in_channels + 2 * out_channels,
+            in_channels=in_channels + (3 if self_conditioning else 2) * out_channels,
             out_channels=out_channels,
             num_res_blocks=num_res_blocks,
             channels=channels,
@@ -109,6 +115,7 @@ class MedSegDiff(nn.Module):
             num_head_channels=math.gcd(channels[-1], 64),
         )
         self.cls_head = GradingHead(channels[-1]) if use_cls_head else None
+        _register_temperatures(self, out_channels)
 
     def calibrate(self, image: torch.Tensor) -> torch.Tensor:
         """Image-only branch: image ``[B, M, H, W]`` to logits of the calibration map ``[B, R, H, W]``."""
@@ -121,6 +128,7 @@ class MedSegDiff(nn.Module):
         x_t: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
         calib_map: torch.Tensor | None = None,
+        estimate: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | torch.Tensor:
         """Predict the clean mask and the grade from an image and a noisy mask.
 
@@ -129,6 +137,7 @@ class MedSegDiff(nn.Module):
             x_t: noisy masks ``[B, R, H, W]``.
             timesteps: ``[B]``, 0 to T - 1.
             calib_map: what :meth:`calibrate` gave for ``image``, so that sampling computes it once.
+            estimate: x_0 ``[B, R, H, W]`` of the step before, for self-conditioning; none is 0.
 
         Returns:
             ``(seg_logits [B, R, H, W], cls_logits [B, 2] or None, calib_map [B, R, H, W])``. Called with the image
@@ -143,8 +152,10 @@ class MedSegDiff(nn.Module):
             timesteps = torch.full((len(image),), steps - 1, device=image.device)
         if calib_map is None:
             calib_map = self.calibrate(image)
-        x = torch.cat([image, x_t, torch.tanh(calib_map / 2)], dim=1)
-        output, features = self.denoiser(x, timesteps * (1000 / steps))
+        x = [image, x_t, torch.tanh(calib_map / 2)]
+        if self.self_conditioning:
+            x.append(torch.zeros_like(x_t) if estimate is None else estimate)
+        output, features = self.denoiser(torch.cat(x, dim=1), timesteps * (1000 / steps))
         if self.diffusion.prediction_type == "sample":
             output = calib_map + output
         seg_logits = self.diffusion.to_logits(output, x_t, timesteps)
@@ -167,6 +178,9 @@ class PlainUNet(nn.Module):
         use_cls_head: grade from its bottleneck.
     """
 
+    temperature: torch.Tensor
+    grade_temperature: torch.Tensor
+
     def __init__(
         self,
         diffusion: GaussianDiffusion,
@@ -181,10 +195,12 @@ class PlainUNet(nn.Module):
         channels = _check_channels("channels", channels)
         self.diffusion = diffusion
         self.out_channels = out_channels
+        self.self_conditioning = False
         self.divisor = 2 ** (len(channels) - 1)
         self.unet = image_unet(in_channels, out_channels, channels)
         self.unet.bottleneck.register_forward_hook(self._keep_features)
         self.cls_head = GradingHead(channels[-1]) if use_cls_head else None
+        _register_temperatures(self, out_channels)
 
     def _keep_features(self, module: nn.Module, inputs: tuple, features: torch.Tensor) -> None:
         self.features = features
@@ -198,6 +214,7 @@ class PlainUNet(nn.Module):
         x_t: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
         calib_map: None = None,
+        estimate: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None] | torch.Tensor:
         """See :meth:`MedSegDiff.forward`; there is no calibration map."""
         check_image_size(image.shape[2:], self.divisor)
@@ -205,6 +222,12 @@ class PlainUNet(nn.Module):
         if x_t is None:
             return seg_logits
         return seg_logits, self.cls_head(self.features) if self.cls_head is not None else None, None
+
+
+def _register_temperatures(network: nn.Module, out_channels: int) -> None:
+    """Temperatures of the masks ``[R]`` and of the grade, 1 until they are fitted; they travel with the weights."""
+    network.register_buffer("temperature", torch.ones(out_channels))
+    network.register_buffer("grade_temperature", torch.tensor(1.0))
 
 
 def image_unet(in_channels: int, out_channels: int, channels: Sequence[int]) -> DynUNet:

@@ -1,11 +1,10 @@
-"""What people look at: learning curves, overlays, and the tables of evaluation and inference."""
+"""The tables of evaluation and inference."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,87 +13,31 @@ import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Events
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from monai.engines.workflow import Workflow
+from scipy.stats import spearmanr
+from sklearn.metrics import brier_score_loss
 
 from scripts.config import atomic_path
 from scripts.metrics import grading_scores, mask_scores, with_intervals
+from scripts.plots import plot_overlay, plot_reliability, plot_risk_coverage
+from scripts.uncertainty import (
+    calibration_bins,
+    error_auroc,
+    expected_calibration_error,
+    region_of_interest,
+    risk_coverage,
+    volume_estimate,
+)
 
 logger = logging.getLogger(__name__)
-
-PANELS = {
-    "losses": ["L_seg", "L_calib", "L_cls", "L_total"],
-    "Dice and IoU": ["dice", "iou"],
-    "grading per subject": ["auc", "f1", "accuracy"],
-    "sigma": ["sigma_seg", "sigma_cls"],
-    "learning rate": ["learning_rate"],
-    "gradient norm": ["grad_norm"],
-}
-
-SHARED = ("sigma_seg", "sigma_cls", "learning_rate")  # the same in both rows of an epoch
-
-
-def plot_learning_curves(table: pd.DataFrame, file: str | Path) -> None:
-    """Draw the epoch table: training solid, validation dashed with dots."""
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
-        for colour, name in enumerate(names):
-            for split, style in (("train", "-"), ("validation", ".--")):
-                rows = table[(table["split"] == split) & table[name].notna()]
-                if len(rows) and not (split == "validation" and name in SHARED):
-                    label = f"{name} {split}" if len(names) > 1 else split
-                    axes.plot(rows["epoch"], rows[name], style, color=f"C{colour}", label=label)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.lines:
-            axes.legend(fontsize="small")
-    _save(figure, file)
-
-
-def plot_overlay(
-    image: np.ndarray, pred: np.ndarray, uncertainty: np.ndarray, label: np.ndarray | None, title: str, file: str | Path
-) -> None:
-    """Draw the axial slice with most tumour: image with contours (prediction red, truth green), and uncertainty.
-
-    Args:
-        image: one modality ``[H, W, S]``, axes towards right, anterior and superior.
-        pred: binary mask ``[H, W, S]``.
-        uncertainty: entropy in bits ``[H, W, S]``.
-        label: true mask ``[H, W, S]``, where there is one.
-        title: what stands above.
-        file: PNG to write.
-    """
-    mask = pred if label is None or not label.any() else label
-    index = int(mask.sum(axis=(0, 1)).argmax()) if mask.any() else mask.shape[-1] // 2
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    turn = partial(np.rot90, k=1)  # anterior up; the patient's left is on the right, as radiologists view it
-    flip = slice(None, None, -1)
-    for axes in (left, right):
-        axes.imshow(turn(image[flip, :, index]), cmap="gray")
-        axes.set_axis_off()
-    shown = right.imshow(turn(uncertainty[flip, :, index]), cmap="magma", vmin=0, vmax=1, alpha=0.6)
-    figure.colorbar(shown, ax=right, label="entropy (bits)")
-    for volume, colour in ((pred, "red"), (label, "lime")):
-        if volume is not None and volume[..., index].any():
-            left.contour(turn(volume[flip, :, index]), levels=[0.5], colors=colour, linewidths=1)
-    left.set_title(f"{title}, slice {index + 1}\nred: prediction" + ("" if label is None else ", green: truth"))
-    right.set_title("uncertainty")
-    _save(figure, file)
-
-
-def _save(figure: Figure, file: str | Path) -> None:
-    FigureCanvasAgg(figure)  # no display, and none of pyplot's global state
-    with atomic_path(file) as path:
-        figure.savefig(path, dpi=90)
 
 
 class SubjectReport:
     """Evaluation: one row and one overlay per subject, then the summary with 95 % intervals.
 
-    Writes ``subjects.csv``, ``summary.json`` and ``overlays/<subject>.png``.
+    Writes ``subjects.csv``, ``summary.json``, ``reliability.png``, ``risk_coverage.png`` and
+    ``overlays/<subject>.png``. Calibration is over truth and prediction, dilated by 3 voxels; whether uncertainty ranks
+    errors, over the brain: the voxels of the first modality that are not 0.
 
     Args:
         output_dir: folder of the files.
@@ -117,44 +60,105 @@ class SubjectReport:
 
     def started(self, engine: Workflow) -> None:
         self.rows: list[dict] = []
+        self.bins: dict[str, list[np.ndarray]] = {region: [] for region in self.regions}
+        self.risks: dict[str, list[np.ndarray]] = {region: [] for region in self.regions}
 
     def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
+            background = read_background(item)
             spacing = item["label"].pixdim.tolist()
             row = {"subject": item["subject"], "grade": int(item["grade"]), "hgg_prob": float(item["hgg_prob"])}
             row |= mask_scores(item["pred"], item["label"], spacing, self.regions)
+            voxel_volume = float(np.prod(spacing)) / 1000
             for channel, region in enumerate(self.regions):
-                millilitre = float(np.prod(spacing)) / 1000
-                row[f"volume_ml_{region}"] = float(item["pred"][channel].sum()) * millilitre
-                row[f"true_volume_ml_{region}"] = float(item["label"][channel].sum()) * millilitre
+                row[f"volume_ml_{region}"] = float(item["pred"][channel].sum()) * voxel_volume
+                row[f"true_volume_ml_{region}"] = float(item["label"][channel].sum()) * voxel_volume
+                self._judge_uncertainty(item, channel, background != 0, row)
+            row |= estimates(item, self.regions, voxel_volume)
             self.rows.append(row)
             title = f"{item['subject']}  Dice {row[f'dice_{self.regions[0]}']:.2f}"
-            overlay(item, title, self.output_dir / "overlays")
+            overlay(item, background, title, self.output_dir / "overlays")
+
+    def _judge_uncertainty(self, item: Mapping[str, Any], channel: int, brain: np.ndarray, row: dict) -> None:
+        region = self.regions[channel]
+        prob, uncertainty = (np.asarray(item[key][channel].cpu()) for key in ("prob", "uncertainty"))
+        pred, label = (np.asarray(item[key][channel].cpu()) > 0 for key in ("pred", "label"))
+        roi, wrong = region_of_interest(pred, label), (pred != label)[brain]
+        bins, risk = calibration_bins(prob[roi], label[roi]), risk_coverage(uncertainty[brain], wrong)
+        self.bins[region].append(bins)
+        self.risks[region].append(risk)
+        row[f"ece_{region}"] = expected_calibration_error(bins[None])
+        row[f"brier_{region}"] = brier_score_loss(label[roi], prob[roi].clip(0, 1)) if roi.any() else np.nan
+        row[f"error_auroc_{region}"] = error_auroc(uncertainty[brain], wrong)
+        row[f"aurc_{region}"] = risk.mean()
 
     def completed(self, engine: Workflow) -> None:
         table = pd.DataFrame(self.rows)
         write_csv(table, self.output_dir / "subjects.csv")
-        summary = {"subjects": len(table), "settings": self.settings, **summarise(table, self.regions, self.seed)}
+        bins = {region: np.stack(values) for region, values in self.bins.items()}
+        plot_reliability(bins, self.output_dir / "reliability.png")
+        risks = {region: np.stack(values) for region, values in self.risks.items()}
+        plot_risk_coverage(risks, self.output_dir / "risk_coverage.png")
+        summary = {"subjects": len(table), "settings": self.settings, **summarise(table, bins, self.seed)}
         with atomic_path(self.output_dir / "summary.json") as path:
             path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
         logger.info("\n" + format_summary(summary))
 
 
-def summarise(table: pd.DataFrame, regions: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Mean and median of the mask scores per region, grading scores per subject, each with a 95 % interval."""
+def summarise(table: pd.DataFrame, bins: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, Any]:
+    """Scores of masks and uncertainty per region, and of grades per subject, each with a 95 % interval.
+
+    Args:
+        table: one row per subject.
+        bins: by region, :func:`~scripts.uncertainty.calibration_bins` of the same subjects, ``[n, 3, 20]``.
+        seed: seed of the bootstrap.
+    """
     masks = {
         region: {
             name: with_intervals(_centre, table[f"{name}_{region}"], seed=seed) for name in ("dice", "iou", "hd95")
         }
-        for region in regions
+        for region in bins
     }
     graded = table[(table["grade"] >= 0) & table["hgg_prob"].notna()]
     grading = with_intervals(grading_scores, graded["grade"].to_numpy(), graded["hgg_prob"].to_numpy(), seed=seed)
-    return {"segmentation": masks, "graded_subjects": len(graded), "grading": grading}
+    uncertainty = {
+        region: with_intervals(_uncertainty_scores(table, region, counts), range(len(table)), seed=seed)
+        for region, counts in bins.items()
+    }
+    return {"segmentation": masks, "uncertainty": uncertainty, "graded_subjects": len(graded), "grading": grading}
 
 
 def _centre(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "median": float(np.median(values))}
+
+
+def _uncertainty_scores(table: pd.DataFrame, region: str, bins: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
+    """Scores of the subjects with the given row numbers: ECE of all their voxels, means of the rest.
+
+    ``volume_coverage`` is the share of true volumes within their 90 % interval, ``quality_rank`` Spearman's rank
+    correlation of expected and true Dice.
+    """
+    columns = {name.removesuffix(f"_{region}"): values.to_numpy() for name, values in table.items()}
+    true = columns["true_volume_ml"]
+    inside = (columns["volume_low_ml"] <= true) & (true <= columns["volume_high_ml"])
+
+    def scores(rows: np.ndarray) -> dict[str, float]:
+        expected, dice = columns["expected_dice"][rows], columns["dice"][rows]
+        varied = min(len(np.unique(expected)), len(np.unique(dice))) > 1
+        means = {name: _mean(columns[name][rows]) for name in ("brier", "error_auroc", "aurc")}
+        return {
+            "ece": expected_calibration_error(bins[rows]),
+            **means,
+            "volume_coverage": float(inside[rows].mean()),
+            "quality_rank": float(spearmanr(expected, dice).statistic) if varied else np.nan,
+        }
+
+    return scores
+
+
+def _mean(values: np.ndarray) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else float("nan")
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
@@ -164,7 +168,10 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         for region, scores in summary["segmentation"].items()
         for name, kinds in scores.items()
         for kind, cell in kinds.items()
-    ] + list(summary["grading"].items())
+    ]
+    for region, scores in summary["uncertainty"].items():
+        rows += [(f"{region} {name}", cell) for name, cell in scores.items()]
+    rows += list(summary["grading"].items())
     lines = [f"{summary['subjects']} subjects, {summary['graded_subjects']} with a grade"]
     for name, cell in rows:
         value, low, high = ("undefined" if v is None else f"{v:.3f}" for v in cell.values())
@@ -173,15 +180,17 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 
 class GradeTable:
-    """Inference: ``grades.csv`` with P(HGG) and the predicted grade of each subject, and an overlay of its mask.
+    """Inference: ``grades.csv`` with each subject's P(HGG), grade, volumes and quality, and an overlay of its mask.
 
     Args:
         output_dir: folder of the files.
         grade_labels: class index of each grade's name.
+        regions: names of the region channels.
     """
 
-    def __init__(self, output_dir: str, grade_labels: Mapping[str, int]) -> None:
+    def __init__(self, output_dir: str, grade_labels: Mapping[str, int], regions: Sequence[str]) -> None:
         self.output_dir = Path(output_dir)
+        self.regions = list(regions)
         self.names = ["/".join(name for name, index in grade_labels.items() if index == i) for i in (0, 1)]
 
     def attach(self, engine: Workflow) -> None:
@@ -197,15 +206,36 @@ class GradeTable:
             prob = float(item["hgg_prob"])
             graded = not np.isnan(prob)
             grade = self.names[int(prob >= 0.5)] if graded else ""
-            self.rows.append({"subject": item["subject"], "hgg_prob": prob, "grade": grade})
-            overlay(item, item["subject"] + (f"  P(HGG) {prob:.2f}" if graded else ""), self.output_dir)
+            row = {"subject": item["subject"], "hgg_prob": prob, "grade": grade}
+            self.rows.append(row | estimates(item, self.regions, float(item["prob"].pixdim.prod()) / 1000))
+            title = item["subject"] + (f"  P(HGG) {prob:.2f}" if graded else "")
+            overlay(item, read_background(item), title, self.output_dir)
         write_csv(pd.DataFrame(self.rows), self.output_dir / "grades.csv")
 
 
-def overlay(item: Mapping[str, Any], title: str, folder: Path) -> None:
+def estimates(item: Mapping[str, Any], regions: Sequence[str], voxel_volume: float) -> dict[str, float]:
+    """What is known of each region without the truth: volumes, expected Dice, agreement of the samples.
+
+    Args:
+        item: an evaluated item.
+        regions: names of its channels.
+        voxel_volume: of one voxel (ml).
+    """
+    row: dict[str, float] = {}
+    for channel, region in enumerate(regions):
+        known = volume_estimate(np.asarray(item["prob"][channel].cpu()), voxel_volume)
+        known["sample_dice"] = float(item["sample_dice"][channel])
+        row |= {f"{name}_{region}": value for name, value in known.items()}
+    return row
+
+
+def read_background(item: Mapping[str, Any]) -> np.ndarray:
+    """First modality of an evaluated item, ``[H, W, S]`` as it is in the file."""
+    return nib.Nifti1Image.from_filename(item["pred"].meta["filename_or_obj"]).get_fdata(dtype=np.float32)
+
+
+def overlay(item: Mapping[str, Any], background: np.ndarray, title: str, folder: Path) -> None:
     """Write ``<folder>/<subject>_overlay.png`` from an evaluated item, all on the input's grid."""
-    meta = item["pred"].meta
-    background = nib.Nifti1Image.from_filename(meta["filename_or_obj"]).get_fdata(dtype=np.float32)
     flips = nib.io_orientation(np.asarray(item["pred"].affine))
 
     def canonical(volume: torch.Tensor | np.ndarray) -> np.ndarray:

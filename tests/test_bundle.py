@@ -85,6 +85,22 @@ def test_evaluation_judges_the_held_out_subjects(trained, phantoms, run_bundle, 
     assert len(list((out / "overlays").glob("*.png"))) == 2
 
 
+def test_calibration_is_stored_and_applied(trained, phantoms, run_bundle, tmp_path):
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained)}
+    files = ["train.yaml", "evaluate.yaml", "calibrate.yaml"]
+    run_bundle(files[:2], output_dir=str(tmp_path / "before"), **common)
+    run_bundle(files, output_dir=str(tmp_path / "calibrate"), **common)
+    run_bundle(files[:2], output_dir=str(tmp_path / "after"), **common)
+    fitted = json.loads((tmp_path / "calibrate" / "calibration.json").read_text())
+    before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("before", "after"))
+    assert fitted["WT"]["temperature"] != pytest.approx(1, abs=0.05)
+    scores = [summary["uncertainty"]["WT"] for summary in (before, after)]
+    assert scores[0]["ece"]["value"] == pytest.approx(fitted["WT"]["before"]["ece"], abs=1e-3)
+    assert scores[1]["brier"]["value"] < scores[0]["brier"]["value"]
+    dice = [summary["segmentation"]["WT"]["dice"]["mean"]["value"] for summary in (before, after)]
+    assert dice[0] == pytest.approx(dice[1], abs=0.02)  # masks move only where the resampling to their grid does
+
+
 def test_evaluation_of_all_and_of_some(trained, phantoms, run_bundle, tmp_path, capsys):
     common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained), "subset": "all", "num_eval_cases": 3}
     run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / "eval"), **common)
@@ -115,7 +131,7 @@ def test_inference_writes_on_the_inputs_own_grid(trained, copied, run_bundle, tm
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [
             *(f"{s}_{kind}" for s in ("BraTS20_Training_002", "BraTS20_Training_005")
-              for kind in ("seg.nii.gz", "prob.nii.gz", "uncertainty.nii.gz", "overlay.png")),
+              for kind in ("seg.nii.gz", "prob.nii.gz", "uncertainty.nii.gz", "variance.nii.gz", "overlay.png")),
             "grades.csv",
         ]
     )  # fmt: skip

@@ -97,7 +97,7 @@ def test_seed_settings_train_a_step_and_sample_a_slice():
     prepare = content("train::trainer::prepare_batch")
     image, targets, _, kwargs = prepare(batch)
     assert not network.denoiser.out[-1].conv.weight.any()
-    loss(network(image, **kwargs), targets).backward()
+    loss(content("train::inferer")(image, network, **kwargs), targets).backward()
     optimizer.step()
     assert network.denoiser.out[-1].conv.weight.any()  # it starts at zero
     prob = content("validate::inferer").predict(image[..., None], network.eval())["pred"]

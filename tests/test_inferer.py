@@ -35,13 +35,17 @@ def test_outputs(network, volume):
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
-@pytest.mark.parametrize("steps", [1, 4])
-def test_same_seed_same_masks_whatever_the_batch(volume, prediction_type, steps):
-    network = randomise(MedSegDiff(GaussianDiffusion(prediction_type=prediction_type), **TINY))
+@pytest.mark.parametrize(
+    "settings", [{}, {"eta": 1.0}, {"sampler": "ddpm"}, {"sampler": "dpm_solver"}, {"sampler": "unipc"}]
+)
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
+def test_same_seed_same_masks_whatever_the_batch(volume, prediction_type, settings, schedule):
+    network = randomise(MedSegDiff(GaussianDiffusion(20, schedule, prediction_type), **TINY))
     results = [
-        VolumeInferer(steps, num_samples=3, sampling_batch_size=size, seed=5).predict(volume, network)
-        for size in (3, 7, 100)
+        VolumeInferer(4, num_samples=3, sampling_batch_size=size, seed=5, **settings).predict(volume, network)
+        for size in (3, 100)
     ]
+    assert results[0]["pred"].isfinite().all()
     for other in results[1:]:
         assert torch.allclose(other["pred"], results[0]["pred"], atol=1e-5)
         assert torch.allclose(other["hgg_prob"], results[0]["hgg_prob"], atol=1e-5)
@@ -52,25 +56,70 @@ def test_the_seed_matters(network, volume):
     assert not torch.allclose(*masks)
 
 
-def test_samples_are_averaged(network, volume):
+def noise_of(seed, index, draws=1, shape=(1, 1, 16, 16)):
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    return [torch.randn(shape, generator=generator) for _ in range(draws)]
+
+
+def test_samples_differ_by_their_noise_alone(network, volume):
     image = volume[0].movedim(-1, 0)[1:2]
-    network.calibrate(image)
-    several, _ = VolumeInferer(2, num_samples=4).sample(image, network, [1])
-    inferer = VolumeInferer(2)
-    noise = VolumeInferer(2)._noise((4, 1, 16, 16), 1)
-    singles = []
-    for sample in noise:
-        inferer._noise = lambda shape, index, sample=sample: sample[None]
-        singles.append(inferer.sample(image, network, [1])[0])
-    assert torch.allclose(several, torch.stack(singles).mean(dim=0), atol=1e-6)
+    samples, _ = VolumeInferer(num_samples=4).sample(image, network, [1])
+    (noise,) = noise_of(0, 1, shape=(4, 1, 16, 16))
+    expected = network(image.expand(4, -1, -1, -1), noise, torch.full((4,), 999))[0].sigmoid()
+    assert torch.allclose(samples, expected[None], atol=1e-6)
+
+
+def test_the_mean_of_samples_and_their_spread(network, volume):
+    samples = torch.rand(3, 5, 1, 16, 16)
+    inferer = VolumeInferer(num_samples=5, sampling_batch_size=15)
+    inferer.sample = lambda image, network, indices: (samples[: len(indices)], torch.full((len(indices),), 0.5))
+    result = inferer.predict(volume[..., :4], network)
+    mean, variance = samples.mean(dim=1).movedim(0, -1), samples.var(dim=1).movedim(0, -1)
+    assert torch.allclose(result["pred"][0, ..., 1:], mean, atol=1e-6)
+    assert torch.allclose(result["variance"][0, ..., 1:], variance, atol=1e-6)
+    assert 0 < result["sample_dice"].item() < 1
+    inferer.fusion = "majority"
+    votes = (samples > 0.5).float().mean(dim=1).movedim(0, -1)
+    assert torch.allclose(inferer.predict(volume[..., :4], network)["pred"][0, ..., 1:], votes)
+    assert "variance" not in VolumeInferer().predict(volume, network)
 
 
 def test_one_step_is_one_evaluation_from_pure_noise(network, volume):
     image = volume[0].movedim(-1, 0)[1:3]
-    inferer = VolumeInferer(1)
-    noise = torch.cat([inferer._noise((1, 1, 16, 16), index) for index in (1, 2)])
+    noise = torch.cat([noise_of(0, index)[0] for index in (1, 2)])
     expected = network(image, noise, torch.tensor([999, 999]))[0].sigmoid()
-    assert torch.allclose(inferer.sample(image, network, [1, 2])[0], expected, atol=1e-6)
+    assert torch.allclose(VolumeInferer().sample(image, network, [1, 2])[0][:, 0], expected, atol=1e-6)
+
+
+def test_truncated_start_is_the_noised_calibration_map(network, volume):
+    image = volume[0].movedim(-1, 0)[1:2]
+    t = torch.tensor([300])
+    x_t = network.diffusion.add_noise(torch.tanh(network.calibrate(image) / 2), noise_of(0, 1)[0], t)
+    expected = network(image, x_t, t)[0].sigmoid()
+    assert torch.allclose(VolumeInferer(start_timestep=300).sample(image, network, [1])[0][0], expected, atol=1e-6)
+
+
+def test_self_conditioning_hands_the_estimate_on(volume):
+    network = randomise(MedSegDiff(GaussianDiffusion(), self_conditioning=True, **TINY))
+    seen = []
+    forward = network.forward
+    network.forward = lambda *args: seen.append(args[4]) or forward(*args)
+    VolumeInferer(3).sample(volume[0].movedim(-1, 0)[1:2], network, [1])
+    assert seen[0] is None
+    assert seen[1].abs().max() <= 1
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_temperatures_are_applied(network, volume):
+    before = VolumeInferer().predict(volume, network)
+    network.temperature.fill_(2.0)
+    network.grade_temperature.fill_(3.0)
+    after = VolumeInferer().predict(volume, network)
+    brain = (..., slice(1, None))
+    assert torch.allclose(after["pred"][brain].logit(), before["pred"][brain].logit() / 2, atol=1e-3)
+    assert torch.allclose(after["hgg_prob"].logit(), before["hgg_prob"].logit() / 3, atol=1e-3)
+    assert not after["pred"][..., 0].any()  # no brain, no probability
+    assert (after["uncertainty"][brain] > before["uncertainty"][brain]).float().mean() > 0.9
 
 
 def test_image_branch_runs_once_per_slice(network, volume):
@@ -113,15 +162,32 @@ def test_volume_without_brain(network, volume):
         VolumeInferer().predict(torch.zeros_like(volume), network)
 
 
-@pytest.mark.parametrize("bad", ["num_inference_steps", "num_samples", "sampling_batch_size"])
-def test_numbers_below_one(bad):
-    with pytest.raises(InputError, match=f"{bad}=0"):
-        VolumeInferer(**{bad: 0})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"sampling_batch_size": 0}, "sampling_batch_size=0"),
+        ({"num_samples": 5, "sampling_batch_size": 4}, "num_samples=5 must not exceed sampling_batch_size=4"),
+        ({"fusion": "median"}, "fusion 'median'"),
+        ({"sampler": "heun"}, "sampler 'heun'"),
+    ],
+)
+def test_unusable_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        VolumeInferer(**settings)
 
 
-def test_samples_of_a_slice_must_fit_in_a_batch():
-    with pytest.raises(InputError, match="num_samples=5 must not exceed sampling_batch_size=4"):
-        VolumeInferer(num_samples=5, sampling_batch_size=4)
+def test_check_before_any_volume_is_read(network):
+    VolumeInferer(1000).check(network, 16)
+    with pytest.raises(InputError, match="divisible by 4"):
+        VolumeInferer().check(network, 18)
+    with pytest.raises(InputError, match="num_inference_steps=1001"):
+        VolumeInferer(1001).check(network, 16)
+    with pytest.raises(InputError, match="start_timestep=1000"):
+        VolumeInferer(start_timestep=1000).check(network, 16)
+    with pytest.raises(InputError, match="plain U-Net has none"):
+        VolumeInferer(start_timestep=9).check(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]), 16)
 
 
 def test_grade_is_weighted_by_predicted_area():

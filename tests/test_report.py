@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib import image as mpimg
 from monai.data import MetaTensor
 
-from scripts.report import GradeTable, SubjectReport, plot_overlay, summarise
+from scripts.report import GradeTable, SubjectReport, summarise
+from scripts.uncertainty import calibration_bins, region_of_interest
 
 
 @pytest.fixture
@@ -33,7 +33,9 @@ def item(tmp_path):
         "hgg_prob": 0.7,
         "label": meta(label),
         "pred": meta(label.clone()),
+        "prob": meta(0.02 + 0.9 * label),
         "uncertainty": meta(0.5 * label),
+        "sample_dice": torch.tensor([0.75]),
     }
 
 
@@ -52,50 +54,75 @@ def test_evaluation_files(tmp_path, item):
     assert summary["graded_subjects"] == 1
     assert summary["grading"]["auc"]["value"] is None
     assert summary["segmentation"]["WT"]["dice"]["mean"] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert (tmp_path / "out" / "overlays" / "s1_overlay.png").is_file()
+    for name in ("overlays/s1_overlay.png", "reliability.png", "risk_coverage.png"):
+        assert (tmp_path / "out" / name).is_file()
+
+
+def test_evaluation_judges_uncertainty(tmp_path, item):
+    wrong = item["pred"].clone()
+    wrong[:, 2, 3, 1:3] = 0  # 2 voxels are missed, with full uncertainty
+    unsure = item["uncertainty"].clone()
+    unsure[:, 2, 3, 1:3] = 1
+    report = SubjectReport(str(tmp_path / "out"), ["WT"], {})
+    engine = SimpleNamespace(state=SimpleNamespace(output=[item | {"pred": wrong, "uncertainty": unsure}]))
+    report.started(engine)
+    report.iteration_completed(engine)
+    row = report.rows[0]
+    assert row["error_auroc_WT"] == 1
+    share = share_of_lesion(item)  # it has probability 0.92, all else 0.02
+    assert row["ece_WT"] == pytest.approx(0.08 * share + 0.02 * (1 - share), abs=1e-3)
+    assert row["volume_low_ml_WT"] == 0  # no voxel is as sure as 0.95
+    assert row["volume_high_ml_WT"] == pytest.approx(row["true_volume_ml_WT"])
+    assert row["sample_dice_WT"] == 0.75
+    report.completed(engine)
+    scores = json.loads((tmp_path / "out" / "summary.json").read_text())["uncertainty"]["WT"]
+    assert scores["volume_coverage"]["value"] == 1
+    assert scores["ece"]["value"] == pytest.approx(row["ece_WT"])
+    assert scores["quality_rank"]["value"] is None  # one subject has no rank
+
+
+def share_of_lesion(item):
+    label = np.asarray(item["label"][0]) > 0
+    return label.sum() / region_of_interest(label, label).sum()
 
 
 def test_grades_csv(tmp_path, item):
-    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1})
+    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"])
     table.started(None)
     del item["label"]
     for name, prob in (("s1", 0.7), ("s2", 0.2), ("s3", float("nan"))):
         table.iteration_completed(
             SimpleNamespace(state=SimpleNamespace(output=[item | {"subject": name, "hgg_prob": prob}]))
         )
-    assert (tmp_path / "grades.csv").read_text().splitlines() == [
-        "subject,hgg_prob,grade",
-        "s1,0.7,HGG",
-        "s2,0.2,LGG",
-        "s3,,",
-    ]
+    written = pd.read_csv(tmp_path / "grades.csv", keep_default_na=False)
+    assert written[["subject", "hgg_prob", "grade"]].to_numpy().tolist() == [
+        ["s1", "0.7", "HGG"], ["s2", "0.2", "LGG"], ["s3", "", ""]
+    ]  # fmt: skip
+    assert list(written.columns[3:]) == [
+        "volume_expected_ml_WT", "volume_low_ml_WT", "volume_high_ml_WT", "expected_dice_WT", "sample_dice_WT"
+    ]  # fmt: skip
+    assert written["volume_high_ml_WT"].tolist() == pytest.approx([4 * 4 * 2 * 8 / 1000] * 3)
 
 
 def test_grades_that_share_a_class_are_named_together(tmp_path):
-    assert GradeTable(str(tmp_path), {"G2": 0, "G3": 1, "G4": 1}).names == ["G2", "G3/G4"]
-
-
-def test_overlay_shows_the_patients_left_on_the_right(tmp_path):
-    shape = (32, 32, 3)
-    image, mask = np.zeros(shape), np.zeros(shape)
-    image[:, :, :] = 0.1
-    image[2:6, 24:30, 1] = 1  # axes point right, anterior, superior: this is left, anterior
-    mask[2:6, 24:30, 1] = 1
-    plot_overlay(image, mask, mask, None, "s", tmp_path / "o.png")
-    picture = mpimg.imread(tmp_path / "o.png")[..., :3]
-    left_panel = picture[:, : picture.shape[1] * 4 // 10]
-    rows, columns = np.nonzero((left_panel[..., 0] > 0.8) & (left_panel[..., 1] < 0.2))  # the red contour
-    assert rows.mean() < left_panel.shape[0] / 2
-    assert columns.mean() > left_panel.shape[1] / 2
+    assert GradeTable(str(tmp_path), {"G2": 0, "G3": 1, "G4": 1}, ["WT"]).names == ["G2", "G3/G4"]
 
 
 def test_summary_of_several_regions():
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"grade": [0, 1] * 10, "hgg_prob": [0.2, 0.9] * 10})
-    for name in ("dice", "iou", "hd95"):
+    columns = ["dice", "iou", "hd95", "true_volume_ml", "volume_low_ml", "volume_high_ml", "expected_dice"]
+    for name in [*columns, "brier", "error_auroc", "aurc"]:
         for region in ("TC", "WT"):
             table[f"{name}_{region}"] = rng.uniform(size=20)
-    summary = summarise(table, ["TC", "WT"])
+    table["expected_dice_TC"] = table["dice_TC"] ** 2
+    prob = rng.uniform(size=(20, 1000))
+    bins = {region: np.stack([calibration_bins(p, p > 0.5) for p in prob]) for region in ("TC", "WT")}
+    summary = summarise(table, bins)
+    assert summary["uncertainty"]["TC"]["quality_rank"]["value"] == pytest.approx(1)
+    assert summary["uncertainty"]["TC"]["ece"]["value"] == pytest.approx(0.25, abs=0.01)
+    inside = table.eval("volume_low_ml_WT <= true_volume_ml_WT <= volume_high_ml_WT").mean()
+    assert summary["uncertainty"]["WT"]["volume_coverage"]["value"] == pytest.approx(inside)
     assert set(summary["segmentation"]) == {"TC", "WT"}
     assert summary["grading"]["auc"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     cell = summary["segmentation"]["WT"]["dice"]["mean"]

@@ -1,44 +1,109 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from monai.networks.schedulers import DDPMScheduler
 
+from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
-from scripts.trainer import DiffusionPrepareBatch
+from scripts.net import MedSegDiff, PlainUNet
+from scripts.timesteps import TimestepSampler
+from scripts.trainer import DenoisingInferer, DiffusionPrepareBatch
+from test_net import TINY, randomise
 
 
 def batch(size):
     return {
-        "image": torch.randn(size, 4, 4, 4),
-        "label": (torch.rand(size, 1, 4, 4) > 0.5).float(),
+        "image": torch.randn(size, 4, 16, 16),
+        "label": (torch.rand(size, 1, 16, 16) > 0.5).float(),
         "grade": torch.randint(-1, 2, (size,)),
         "subject": [f"s{i}" for i in range(size)],
     }
 
 
-def test_noises_the_truth_to_the_drawn_timesteps():
-    torch.manual_seed(0)
-    data = batch(64)
-    image, targets, args, kwargs = DiffusionPrepareBatch(GaussianDiffusion(), terminal_fraction=0.0)(data)
+def seen_by_denoiser(network, noised_mask, data):
+    """What training hands the network: ``(x_t, timesteps, calib_map, estimate)`` and the noise."""
+    image, _, _, kwargs = DiffusionPrepareBatch(TimestepSampler("uniform", 1000))(data)
+    calls = []
+    forward = network.forward
+    network.forward = lambda image, *args: calls.append(args) or forward(image, *args)
+    outputs = DenoisingInferer(noised_mask)(image, network, **kwargs)
+    return calls, outputs, kwargs
+
+
+def test_prepares_what_the_loss_and_the_network_need():
+    data = batch(4)
+    image, targets, args, kwargs = DiffusionPrepareBatch(TimestepSampler("uniform", 7))(data)
     assert args == ()
     assert torch.equal(image, data["image"])
     assert targets["subject"] == data["subject"]
-    x_0, t = 2 * data["label"] - 1, kwargs["timesteps"]
-    abar = DDPMScheduler(1000, schedule="linear_beta").alphas_cumprod[t].reshape(-1, 1, 1, 1)
-    noise = (kwargs["x_t"] - abar.sqrt() * x_0) / (1 - abar).sqrt()
-    assert abs(noise.mean()) < 0.1
-    assert abs(noise.std() - 1) < 0.1
-    assert torch.equal(targets["timesteps"], t)
+    assert torch.equal(targets["timesteps"], kwargs["timesteps"])
+    assert kwargs["noise"].shape == targets["label"].shape
 
 
-def test_terminal_fraction_is_drawn_at_the_last_step():
+def test_noises_the_truth():
     torch.manual_seed(0)
-    for fraction in (0.0, 0.5, 1.0):
-        prepare = DiffusionPrepareBatch(GaussianDiffusion(), terminal_fraction=fraction)
-        last = (prepare(batch(2000))[3]["timesteps"] == 999).float().mean().item()
-        assert abs(last - fraction) < 0.05
+    data = batch(16)
+    calls, outputs, kwargs = seen_by_denoiser(randomise(MedSegDiff(GaussianDiffusion(), **TINY)), "truth", data)
+    ((x_t, t, _, estimate),) = calls
+    abar = DDPMScheduler(1000, schedule="linear_beta").alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    expected = abar.sqrt() * (2 * data["label"] - 1) + (1 - abar).sqrt() * kwargs["noise"]
+    assert torch.allclose(x_t, expected, atol=1e-5)
+    assert estimate is None
+    assert outputs[0].shape == data["label"].shape
 
 
-def test_few_train_timesteps():
-    timesteps = DiffusionPrepareBatch(GaussianDiffusion(1))(batch(8))[3]["timesteps"]
-    assert not timesteps.any()
+@pytest.mark.parametrize("noised_mask", ["prediction", "calibration"])
+def test_noises_what_the_network_says_and_nothing_of_the_truth(noised_mask):
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+    data = batch(4)
+    noised = []
+    for label in (data["label"], 1 - data["label"]):
+        torch.manual_seed(1)
+        calls, outputs, _ = seen_by_denoiser(network, noised_mask, data | {"label": label})
+        noised.append(calls[-1][0])
+        assert len(calls) == (2 if noised_mask == "prediction" else 1)
+        if noised_mask == "prediction":
+            assert (calls[0][1] == 999).all()  # from pure noise
+        outputs[0].sum().backward()
+        assert network.denoiser.conv_in.conv.weight.grad.abs().sum() > 0
+        assert network.calibrator.input_block.conv1.conv.weight.grad.abs().sum() > 0
+        network.zero_grad()
+    assert torch.equal(*noised)
+    assert not noised[0].requires_grad
+
+
+def test_the_calibration_map_is_what_is_noised():
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+    calls, _, kwargs = seen_by_denoiser(network, "calibration", batch(4))
+    ((x_t, t, calib_map, _),) = calls
+    expected = network.diffusion.add_noise(torch.tanh(calib_map / 2), kwargs["noise"], t)
+    assert torch.allclose(x_t, expected, atol=1e-6)
+
+
+def test_self_conditioning_sees_its_own_estimate_in_half_of_the_slices():
+    torch.manual_seed(0)
+    network = randomise(MedSegDiff(GaussianDiffusion(), self_conditioning=True, **TINY))
+    calls, outputs, _ = seen_by_denoiser(network, "truth", batch(64))
+    first, second = calls
+    assert len(first) == 3  # no estimate of an estimate
+    assert torch.equal(first[0], second[0])
+    used = second[3].flatten(1).any(dim=1)
+    assert 16 < used.sum() < 48
+    assert second[3].abs().max() <= 1
+    assert not second[3].requires_grad
+    outputs[0].sum().backward()  # the extra channel is trained
+    assert network.denoiser.conv_in.conv.weight.grad[:, -1].abs().sum() > 0
+
+
+def test_the_plain_unet_has_nothing_to_recycle():
+    network = randomise(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]))
+    for noised_mask in ("truth", "prediction"):
+        calls, _, _ = seen_by_denoiser(network, noised_mask, batch(2))
+        assert len(calls) == 1
+        del network.forward
+
+
+def test_unknown_noised_mask():
+    with pytest.raises(InputError, match="noised_mask 'mask'"):
+        DenoisingInferer("mask")

@@ -1,0 +1,123 @@
+"""What people look at: learning curves, overlays, reliability and risk-coverage diagrams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from scripts.config import atomic_path
+from scripts.uncertainty import COVERAGE, expected_calibration_error
+
+PANELS = {
+    "losses": ["L_seg", "L_calib", "L_cls", "L_total"],
+    "Dice and IoU": ["dice", "iou"],
+    "grading per subject": ["auc", "f1", "accuracy"],
+    "sigma": ["sigma_seg", "sigma_cls"],
+    "learning rate": ["learning_rate"],
+    "gradient norm": ["grad_norm"],
+}
+
+SHARED = ("sigma_seg", "sigma_cls", "learning_rate")  # the same in both rows of an epoch
+
+
+def plot_learning_curves(table: pd.DataFrame, file: str | Path) -> None:
+    """Draw the epoch table: training solid, validation dashed with dots."""
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        for colour, name in enumerate(names):
+            for split, style in (("train", "-"), ("validation", ".--")):
+                rows = table[(table["split"] == split) & table[name].notna()]
+                if len(rows) and not (split == "validation" and name in SHARED):
+                    label = f"{name} {split}" if len(names) > 1 else split
+                    axes.plot(rows["epoch"], rows[name], style, color=f"C{colour}", label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes.lines:
+            axes.legend(fontsize="small")
+    _save(figure, file)
+
+
+def plot_overlay(
+    image: np.ndarray, pred: np.ndarray, uncertainty: np.ndarray, label: np.ndarray | None, title: str, file: str | Path
+) -> None:
+    """Draw the axial slice with most tumour: image with contours (prediction red, truth green), and uncertainty.
+
+    Args:
+        image: one modality ``[H, W, S]``, axes towards right, anterior and superior.
+        pred: binary mask ``[H, W, S]``.
+        uncertainty: entropy in bits ``[H, W, S]``.
+        label: true mask ``[H, W, S]``, where there is one.
+        title: what stands above.
+        file: PNG to write.
+    """
+    mask = pred if label is None or not label.any() else label
+    index = int(mask.sum(axis=(0, 1)).argmax()) if mask.any() else mask.shape[-1] // 2
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    turn = partial(np.rot90, k=1)  # anterior up; the patient's left is on the right, as radiologists view it
+    flip = slice(None, None, -1)
+    for axes in (left, right):
+        axes.imshow(turn(image[flip, :, index]), cmap="gray")
+        axes.set_axis_off()
+    shown = right.imshow(turn(uncertainty[flip, :, index]), cmap="magma", vmin=0, vmax=1, alpha=0.6)
+    figure.colorbar(shown, ax=right, label="entropy (bits)")
+    for volume, colour in ((pred, "red"), (label, "lime")):
+        if volume is not None and volume[..., index].any():
+            left.contour(turn(volume[flip, :, index]), levels=[0.5], colors=colour, linewidths=1)
+    left.set_title(f"{title}, slice {index + 1}\nred: prediction" + ("" if label is None else ", green: truth"))
+    right.set_title("uncertainty")
+    _save(figure, file)
+
+
+def plot_reliability(bins: Mapping[str, np.ndarray], file: str | Path) -> None:
+    """Draw observed against predicted frequency of each region, and below how many voxels say so.
+
+    Args:
+        bins: by region, :func:`~scripts.uncertainty.calibration_bins` of the subjects, ``[n, 3, 20]``.
+        file: PNG to write.
+    """
+    figure = Figure(figsize=(5, 6.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    upper.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    for region, counts in bins.items():
+        prob, truth, count = counts.sum(axis=0)
+        seen = count > 0
+        label = f"{region}, ECE {expected_calibration_error(counts):.3f}"
+        upper.plot(prob[seen] / count[seen], truth[seen] / count[seen], ".-", label=label)
+        lower.stairs(count / count.sum(), np.linspace(0, 1, len(count) + 1))
+    upper.set(ylabel="observed frequency", title="truth and prediction, dilated by 3 voxels", aspect="equal")
+    upper.legend()
+    lower.set(xlabel="predicted probability", ylabel="share of voxels", yscale="log", xlim=(0, 1))
+    _save(figure, file)
+
+
+def plot_risk_coverage(risks: Mapping[str, np.ndarray], file: str | Path) -> None:
+    """Draw the share of wrong voxels among the surest ones, mean over subjects.
+
+    Args:
+        risks: by region, :func:`~scripts.uncertainty.risk_coverage` of the subjects, ``[n, 100]``.
+        file: PNG to write.
+    """
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (region, risk) in enumerate(risks.items()):
+        axes.plot(COVERAGE, risk.mean(axis=0), color=f"C{colour}", label=region)
+        axes.axhline(risk[:, -1].mean(), color=f"C{colour}", linestyle=":", label=f"{region}, in no order")
+    axes.set(
+        xlabel="coverage: share of the brain's voxels, surest first", ylabel="share of wrong voxels", ylim=(0, None)
+    )
+    axes.legend()
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: str | Path) -> None:
+    FigureCanvasAgg(figure)  # no display, and none of pyplot's global state
+    with atomic_path(file) as path:
+        figure.savefig(path, dpi=90)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.calibration import TemperatureFit, cross_fitted, fit_temperature, temperature_scaled
+from scripts.checkpoint import load_weights, read_checkpoint
+from scripts.config import InputError
+from scripts.diffusion import GaussianDiffusion
+from scripts.net import MedSegDiff
+from test_net import TINY
+
+
+def overconfident(temperature, num=100_000, seed=0):
+    rng = np.random.default_rng(seed)
+    logit = rng.normal(0, 2, num)
+    truth = rng.random(num) < 1 / (1 + np.exp(-logit))
+    return 1 / (1 + np.exp(-temperature * logit)), truth
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_is_found(temperature):
+    assert fit_temperature(*overconfident(temperature)) == pytest.approx(temperature, rel=0.03)
+
+
+def test_scaling_keeps_masks_and_orders():
+    prob = torch.linspace(0, 1, 101)
+    scaled = temperature_scaled(prob, torch.tensor(2.5))
+    assert torch.equal(scaled > 0.5, prob > 0.5)
+    assert (scaled.diff() > 0).all()
+    assert torch.equal(temperature_scaled(prob, torch.tensor(1.0)), prob)
+    assert temperature_scaled(torch.tensor(torch.nan), torch.tensor(2.0)).isnan()
+
+
+def test_cross_fitting_uses_the_others():
+    # nine subjects are twice too sure, one is exactly right: it must be scaled by what the nine say
+    subjects = [overconfident(2.0, 5000, seed) for seed in range(9)] + [overconfident(1.0, 5000, 9)]
+    probs, truths = map(list, zip(*subjects, strict=True))
+    scaled = cross_fitted(probs, truths)
+    expected = temperature_scaled(torch.tensor(probs[9]), torch.tensor(2.0)).numpy()
+    assert np.abs(scaled[9] - expected).max() < 0.02
+    assert cross_fitted(probs[:1], truths[:1])[0] is probs[0]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
+    torch.save({"model": network.state_dict(), "trained_for": {"seed": 1}}, tmp_path / "model.pt")
+    return str(tmp_path / "model.pt")
+
+
+def items(num=6, factor=2.0, grades=(0, 1)):
+    found = []
+    for i in range(num):
+        prob, truth = overconfident(factor, 2 * 16**3, i)
+        tensors = (torch.tensor(values, dtype=torch.float32).reshape(2, 16, 16, 16) for values in (prob, truth))
+        found.append(dict(zip(("prob", "label"), tensors, strict=True), grade=grades[i % 2], hgg_prob=0.2 + 0.1 * i))
+    return found
+
+
+def fit(checkpoint, folder, evaluated):
+    handler = TemperatureFit(checkpoint, str(folder), ["TC", "WT"])
+    network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
+    network.temperature.fill_(9)
+    engine = SimpleNamespace(network=network, state=SimpleNamespace(output=evaluated))
+    handler.started(engine)
+    assert (network.temperature == 1).all()  # an earlier fit does not enter the next
+    handler.iteration_completed(engine)
+    handler.completed(engine)
+    return network
+
+
+def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path):
+    network = fit(checkpoint, tmp_path, items())
+    load_weights(network, checkpoint, {"seed": 1})
+    assert network.temperature.tolist() == pytest.approx([2, 2], rel=0.1)
+    assert network.grade_temperature != 1
+    report = json.loads((tmp_path / "calibration.json").read_text())
+    for region in ("TC", "WT"):
+        scores = report[region]
+        assert scores["after"]["ece"] < 0.03 < scores["before"]["ece"]
+        assert scores["after"]["brier"] < scores["before"]["brier"]
+        assert scores["cross_fitted"]["ece"] == pytest.approx(scores["after"]["ece"], abs=0.02)
+    assert report["grade"]["after"]["log_loss"] <= report["grade"]["before"]["log_loss"]
+    assert report["subjects"] == 6
+    assert read_checkpoint(checkpoint)["trained_for"] == {"seed": 1}  # all else is kept
+
+
+def test_one_class_leaves_the_grade_alone(checkpoint, tmp_path, caplog):
+    network = fit(checkpoint, tmp_path, items(grades=(1, 1)))
+    load_weights(network, checkpoint, {"seed": 1})
+    assert network.grade_temperature == 1
+    assert "grades of one class" in caplog.text
+
+
+def test_nothing_to_calibrate_leaves_the_checkpoint(checkpoint, tmp_path):
+    empty = [dict(item, prob=torch.zeros(2, 4, 4, 4), label=torch.zeros(2, 4, 4, 4)) for item in items(2)]
+    with pytest.raises(InputError, match="no voxel of TC"):
+        fit(checkpoint, tmp_path, empty)
+    assert (read_checkpoint(checkpoint)["model"]["temperature"] == 1).all()
+    assert not (tmp_path / "calibration.json").exists()

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy as np
+from matplotlib import image as mpimg
+
+from scripts.plots import plot_overlay, plot_reliability, plot_risk_coverage
+from scripts.uncertainty import calibration_bins, risk_coverage
+
+
+def test_overlay_shows_the_patients_left_on_the_right(tmp_path):
+    shape = (32, 32, 3)
+    image, mask = np.zeros(shape), np.zeros(shape)
+    image[:, :, :] = 0.1
+    image[2:6, 24:30, 1] = 1  # axes point right, anterior, superior: this is left, anterior
+    mask[2:6, 24:30, 1] = 1
+    plot_overlay(image, mask, mask, None, "s", tmp_path / "o.png")
+    picture = mpimg.imread(tmp_path / "o.png")[..., :3]
+    left_panel = picture[:, : picture.shape[1] * 4 // 10]
+    rows, columns = np.nonzero((left_panel[..., 0] > 0.8) & (left_panel[..., 1] < 0.2))  # the red contour
+    assert rows.mean() < left_panel.shape[0] / 2
+    assert columns.mean() > left_panel.shape[1] / 2
+
+
+def test_diagrams_of_two_regions(tmp_path):
+    rng = np.random.default_rng(0)
+    prob = rng.uniform(size=(3, 1000))
+    bins = np.stack([calibration_bins(p, rng.uniform(size=1000) < p) for p in prob])
+    empty = np.zeros_like(bins)
+    empty[:, :, 0] = 1
+    risks = np.stack([risk_coverage(p, rng.uniform(size=1000) < p) for p in prob])
+    plot_reliability({"TC": bins, "WT": empty}, tmp_path / "reliability.png")
+    plot_risk_coverage({"TC": risks, "WT": risks / 2}, tmp_path / "risk.png")
+    for name in ("reliability.png", "risk.png"):
+        picture = mpimg.imread(tmp_path / name)[..., :3]
+        for colour in ([31, 119, 180], [255, 127, 14]):  # a line for each region
+            assert (np.abs(picture - np.array(colour) / 255).max(axis=-1) < 0.02).sum() > 20

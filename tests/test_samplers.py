@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.config import InputError
+from scripts.diffusion import GaussianDiffusion, timestep_pairs
+from scripts.samplers import DDIM, DDPM, SAMPLERS, make_sampler
+
+MU, S = 0.7, 0.5
+
+
+def gain_of_posterior_mean(abar):
+    """E[x_0 | x_t] = mu + k (x_t - sqrt(abar) mu) for x_0 ~ N(mu, s^2)."""
+    return math.sqrt(abar) * S**2 / (abar * S**2 + 1 - abar)
+
+
+def sample_gaussian(sampler, diffusion, pairs, seed=0, num=200_000):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return torch.randn(num, 1, generator=generator)
+
+    def denoise(x_t, t):
+        abar = diffusion.alphas_cumprod[t].item()
+        return MU + gain_of_posterior_mean(abar) * (x_t - math.sqrt(abar) * MU)
+
+    return sampler(denoise, draw(), pairs, diffusion.alphas_cumprod, draw)
+
+
+def derived_moments(diffusion, pairs, eta):
+    """Mean and standard deviation of the result, from d_t = x_t - sqrt(abar_t) mu, which is Gaussian at every step.
+
+    A step maps d_t to a d_t + sigma z, with a = sqrt(abar_prev) k + sqrt(1 - abar_prev - sigma^2) (1 - sqrt(abar) k) /
+    sqrt(1 - abar); at the start d_T ~ N(-sqrt(abar_T) mu, 1); the last step is the denoiser alone, a = k.
+    """
+    mean, variance = -math.sqrt(diffusion.alphas_cumprod[pairs[0][0]].item()) * MU, 1.0
+    for t, t_prev in pairs:
+        abar = diffusion.alphas_cumprod[t].item()
+        k = gain_of_posterior_mean(abar)
+        if t_prev < 0:
+            factor, sigma = k, 0.0
+        else:
+            prev = diffusion.alphas_cumprod[t_prev].item()
+            sigma = eta * math.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev))
+            noise = (1 - math.sqrt(abar) * k) / math.sqrt(1 - abar)
+            factor = math.sqrt(prev) * k + math.sqrt(1 - prev - sigma**2) * noise
+        mean, variance = factor * mean, factor**2 * variance + sigma**2
+    return MU + mean, math.sqrt(variance)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 50, 1000])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize(("sampler", "eta"), [(DDIM(), 0), (DDIM(0.5), 0.5), (DDIM(1), 1), (DDPM(), 1)])
+def test_a_gaussian_gives_the_moments_derived_on_paper(steps, schedule, sampler, eta):
+    diffusion = GaussianDiffusion(1000, schedule)
+    pairs = timestep_pairs(1000, steps)
+    x = sample_gaussian(sampler, diffusion, pairs, num=20_000 if steps == 1000 else 200_000)
+    mean, deviation = derived_moments(diffusion, pairs, eta)
+    assert x.mean().item() == pytest.approx(mean, abs=0.015)
+    assert x.std().item() == pytest.approx(deviation, abs=0.015)
+    if steps == 1000:
+        assert x.mean().item() == pytest.approx(MU, abs=0.03)
+        assert x.std().item() == pytest.approx(S, abs=0.015)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("train_steps", [1, 2, 20, 1000])
+def test_every_sampler_finds_the_gaussian_at_any_number_of_train_timesteps(name, train_steps):
+    diffusion = GaussianDiffusion(train_steps)
+    steps = min(train_steps, 50)
+    x = sample_gaussian(make_sampler(name), diffusion, timestep_pairs(train_steps, steps))
+    assert x.isfinite().all()
+    assert x.mean().item() == pytest.approx(MU, abs=0.03)
+
+
+def test_full_eta_is_ddpm():
+    diffusion, pairs = GaussianDiffusion(), timestep_pairs(1000, 20)
+    ours = sample_gaussian(DDPM(), diffusion, pairs, num=1000)
+    assert torch.allclose(ours, sample_gaussian(DDIM(1.0), diffusion, pairs, num=1000), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "options"),
+    [
+        ("dpm_solver", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+        ("unipc", "UniPCMultistepScheduler", {}),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_solvers_equal_diffusers_used_directly(name, scheduler, options, steps, schedule):
+    diffusers = pytest.importorskip("diffusers")
+    # diffusers' own schedules: its `linear` and `scaled_linear` are Ho's and Rombach's
+    start, end = (1e-4, 2e-2) if schedule == "linear" else (8.5e-4, 1.2e-2)
+    ours = GaussianDiffusion(1000, schedule)
+    abar = ours.alphas_cumprod.double()
+    betas = (1 - abar / torch.cat([torch.ones(1), abar[:-1]])).tolist()
+    theirs = getattr(diffusers, scheduler)(
+        trained_betas=betas,
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        **options,
+    )
+    published = getattr(diffusers, scheduler)(beta_schedule=schedule, beta_start=start, beta_end=end)
+    if schedule == "linear":
+        assert torch.allclose(published.alphas_cumprod, ours.alphas_cumprod, rtol=1e-3)
+    theirs.set_timesteps(steps)
+    x = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
+
+    def denoise(x_t, t):
+        return torch.tanh(x_t + t / 1000)  # not linear, and within [-1, 1] as masks are
+
+    expected = x
+    for t in theirs.timesteps:
+        expected = theirs.step(denoise(expected, int(t)), t, expected).prev_sample
+    result = make_sampler(name)(denoise, x, timestep_pairs(1000, steps), ours.alphas_cumprod, lambda: None)
+    assert torch.allclose(result, expected, atol=1e-5)
+
+
+def test_multistep_solvers_need_fewer_steps_than_ddim():
+    """What they are for: closer to the Gaussian's deviation at ten steps."""
+    diffusion, pairs = GaussianDiffusion(1000, "cosine"), timestep_pairs(1000, 10)
+    errors = {name: abs(sample_gaussian(make_sampler(name), diffusion, pairs).std().item() - S) for name in SAMPLERS}
+    assert errors["dpm_solver"] < errors["ddim"]
+    assert errors["unipc"] < errors["ddim"]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_evaluation_per_step_at_the_listed_timesteps(name):
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append(t)
+        return torch.zeros_like(x_t)
+
+    pairs, abar = timestep_pairs(1000, 7, start_timestep=499), GaussianDiffusion().alphas_cumprod
+    result = make_sampler(name)(denoise, torch.randn(5, 1), pairs, abar, lambda: torch.zeros(5, 1))
+    assert seen == [t for t, _ in pairs]
+    assert seen[0] == 499
+    assert torch.allclose(result, torch.zeros(5, 1), atol=1e-6)
+
+
+def test_the_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for name in ("dpm_solver", "unipc"):
+        with pytest.raises(InputError, match=r"medsegdiff-bundle\[solvers\]"):
+            make_sampler(name)
+    assert isinstance(make_sampler("ddim"), DDIM)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("ddmp", 0.0), "sampler 'ddmp'"),
+        (("ddim", 1.5), "eta=1.5"),
+        (("ddim", -0.1), "eta=-0.1"),
+        (("ddpm", 0.5), "eta=0.5 is for sampler=ddim"),
+    ],
+)
+def test_unusable_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        make_sampler(*settings)
+
+
+def test_ddpm_moments_agree_with_numpy_for_a_single_step():
+    """Equation 7 of Ho et al. by hand, from t = 1 to t = 0 of T = 2."""
+    diffusion = GaussianDiffusion(2)
+    abar = diffusion.alphas_cumprod.double().numpy()
+    beta = 1 - abar[1] / abar[0]
+    mean = (np.sqrt(abar[0]) * beta * 0.3 + np.sqrt(1 - beta) * (1 - abar[0]) * 1.1) / (1 - abar[1])
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append(x_t.item())
+        return torch.tensor([0.3])
+
+    DDPM()(denoise, torch.tensor([1.1]), [(1, 0), (0, -1)], diffusion.alphas_cumprod, lambda: torch.zeros(1))
+    assert seen[1] == pytest.approx(mean, abs=1e-6)

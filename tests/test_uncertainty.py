@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.metrics import CalibrationErrorMetric
+
+from scripts.uncertainty import (
+    COVERAGE,
+    calibration_bins,
+    error_auroc,
+    expected_calibration_error,
+    region_of_interest,
+    risk_coverage,
+    volume_estimate,
+)
+
+
+@pytest.fixture
+def voxels():
+    rng = np.random.default_rng(0)
+    prob = rng.random(50_000)
+    return prob, rng.random(50_000) < prob
+
+
+def test_the_error_is_monais(voxels):
+    prob, truth = voxels
+    prob = prob**2  # miscalibrated
+    metric = CalibrationErrorMetric()
+    metric(torch.tensor(prob, dtype=torch.float32)[None, None], torch.tensor(truth).float()[None, None])
+    ece = expected_calibration_error(calibration_bins(prob, truth)[None])
+    assert ece == pytest.approx(metric.aggregate().item(), abs=1e-5)
+    assert ece > 0.1
+
+
+def test_true_probabilities_are_calibrated(voxels):
+    assert expected_calibration_error(calibration_bins(*voxels)[None]) < 0.01
+
+
+def test_subjects_are_pooled_by_voxels():
+    # two subjects whose errors cancel: pooled, the frequency is right
+    bins = np.stack([calibration_bins(np.full(100, 0.5), np.full(100, v)) for v in (True, False)])
+    assert expected_calibration_error(bins) == pytest.approx(0)
+    assert expected_calibration_error(bins[:1]) == pytest.approx(0.5)
+    assert np.isnan(expected_calibration_error(np.zeros((1, 3, 20))))
+    assert calibration_bins(np.array([]), np.array([])).sum() == 0
+
+
+def test_region_of_interest_is_the_dilated_union():
+    pred, label = np.zeros((15, 15, 15), bool), np.zeros((15, 15, 15), bool)
+    assert not region_of_interest(pred, label).any()
+    pred[7, 7, 7] = True
+    assert region_of_interest(pred, label)[7, 7, 10]
+    assert not region_of_interest(pred, label)[7, 7, 11]
+    label[0, 0, 0] = True
+    assert region_of_interest(pred, label)[0, 0, 3]
+
+
+def test_error_auroc():
+    error = np.array([False, False, True, True])
+    assert error_auroc(np.array([0.1, 0.2, 0.8, 0.9]), error) == 1
+    assert error_auroc(np.array([0.9, 0.8, 0.2, 0.1]), error) == 0
+    assert np.isnan(error_auroc(np.ones(4), np.zeros(4, bool)))
+
+
+def test_risk_coverage():
+    error = np.zeros(1000, bool)
+    error[-100:] = True
+    sure_first = risk_coverage(np.linspace(0, 1, 1000), error)
+    assert sure_first[COVERAGE <= 0.9].max() == 0
+    assert sure_first[-1] == pytest.approx(0.1)
+    assert risk_coverage(np.linspace(1, 0, 1000), error)[9] == 1
+
+
+def test_volume_of_a_certain_mask():
+    prob = np.zeros((10, 10, 10))
+    prob[2:6, 2:6, 2:6] = 1
+    known = volume_estimate(prob, 0.5)
+    assert known["volume_expected_ml"] == known["volume_low_ml"] == known["volume_high_ml"] == 32
+    assert known["expected_dice"] == 1
+    assert volume_estimate(np.zeros((4, 4, 4)), 1.0) == {
+        "volume_expected_ml": 0, "volume_low_ml": 0, "volume_high_ml": 0, "expected_dice": 1
+    }  # fmt: skip
+
+
+def test_volume_and_dice_are_those_of_drawn_truths():
+    """Truths {prob > u} with one u for the whole lesion: moments, quantiles and Dice follow by drawing them."""
+    rng = np.random.default_rng(0)
+    prob = np.linspace(0, 1, 2001)[1:-1]
+    known = volume_estimate(prob, 1.0)
+    drawn = np.array([(prob > u).sum() for u in rng.random(5000)])
+    mask = (prob > 0.5).sum()
+    dice = 2 * np.minimum(drawn, mask) / (drawn + mask)
+    assert known["volume_expected_ml"] == pytest.approx(drawn.mean(), rel=0.03)
+    assert known["volume_low_ml"] == pytest.approx(np.quantile(drawn, 0.05), abs=20)
+    assert known["volume_high_ml"] == pytest.approx(np.quantile(drawn, 0.95), abs=20)
+    assert known["expected_dice"] == pytest.approx(dice.mean(), abs=0.02)
