@@ -17,13 +17,15 @@ demo: $(VENV)/.installed
 	$(RUN) -m scripts.phantom --output_dir demo/data
 	$(RUN) -m scripts.phantom --output_dir demo/new --num_subjects 1 --seed 1
 	$(RUN) -W ignore -m monai.bundle run --config_file $(DEMO)
+	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml','configs/calibrate.yaml']" --output_dir demo/calibrate
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml']" --output_dir demo/evaluate
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/inference.yaml','configs/demo.yaml']" --dataset_dir demo/new --output_dir demo/inference
 	@echo
 	@echo "epoch table      demo/train/metrics.csv"
 	@echo "curves           demo/train/learning_curves.png"
 	@echo "weights          demo/models/model.pt"
-	@echo "scores           demo/evaluate/summary.json, subjects.csv, overlays/"
+	@echo "temperatures     demo/calibrate/calibration.json"
+	@echo "scores           demo/evaluate/summary.json, subjects.csv, reliability.png, risk_coverage.png, overlays/"
 	@ls demo/inference/*_seg.nii.gz | sed 's/^/mask             /'
 	@echo "grade            demo/inference/grades.csv"
 	@cat demo/inference/grades.csv

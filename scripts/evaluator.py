@@ -24,7 +24,10 @@ class VolumeEvaluator(SupervisedEvaluator):
         device = engine.state.device
         image = batchdata["image"].to(device, non_blocking=engine.non_blocking)
         engine.state.output = {"image": image}
-        autocast = torch.autocast("cuda", **engine.amp_kwargs) if engine.amp else contextlib.nullcontext()
+        # MONAI has "cuda" here; bfloat16 on processors that have it is worth as much
+        autocast = (
+            torch.autocast(torch.device(device).type, **engine.amp_kwargs) if engine.amp else contextlib.nullcontext()
+        )
         with engine.mode(engine.network), autocast:
             engine.state.output |= engine.inferer.predict(image, engine.network)  # type: ignore[arg-type]
         engine.state.output["subject"] = batchdata["subject"]

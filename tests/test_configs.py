@@ -119,7 +119,9 @@ def test_metadata_at_the_root_is_a_link():
 
 def test_metadata_names_the_pinned_versions():
     pins = dict(
-        line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")
+        line.split(" ;")[0].split("==")
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if not line.startswith("#")
     )
     pins = {name.lower(): version for name, version in pins.items()}
     metadata = json.loads((CONFIGS / "metadata.json").read_text())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.data import MetaTensor
+from test_samplers import NAMES
 
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
@@ -35,9 +36,7 @@ def test_outputs(network, volume):
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"eta": 1.0}, {"sampler": "ddpm"}, {"sampler": "dpm_solver"}, {"sampler": "unipc"}]
-)
+@pytest.mark.parametrize("settings", [{"eta": 1.0}, *({"sampler": name} for name in NAMES)])
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
 def test_same_seed_same_masks_whatever_the_batch(volume, prediction_type, settings, schedule):
     network = randomise(MedSegDiff(GaussianDiffusion(20, schedule, prediction_type), **TINY))

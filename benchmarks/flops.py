@@ -1,0 +1,67 @@
+"""GFLOP of one finished slice, beside the published cost of the official network.
+
+The official MedSegDiff-V2 costs 61.4 GFLOP per evaluation at 64 px and 521.5 at 256 px, and takes 1000 evaluations for
+each of 5 samples by default.
+
+Example:
+    python benchmarks/flops.py --variant S --num_samples 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+import yaml
+from monai.bundle import ConfigParser
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.tables import hardware, markdown  # noqa: E402
+
+OFFICIAL = {64: 61.4, 256: 521.5}  # GFLOP per evaluation
+OFFICIAL_EVALUATIONS = 5 * 1000
+
+
+def main() -> None:
+    """Count with torch's counter, at 64, 128 and 256 px."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="inference.yaml", help="file in configs/")
+    args, overrides = parser.parse_known_args()
+    config = ConfigParser()
+    config.read_config(str(ROOT / "configs" / args.config))
+    pairs = zip(overrides[::2], overrides[1::2], strict=True)
+    config.update({key.removeprefix("--"): yaml.safe_load(text) for key, text in pairs})
+    network = config.get_parsed_content("network_def").eval()
+    evaluations = config.get_parsed_content("num_inference_steps") * config.get_parsed_content("num_samples")
+    modalities = len(config.get_parsed_content("modalities"))
+    rows = []
+    for size in (64, 128, 256):
+        image = torch.zeros(1, modalities, size, size)
+        x_t = torch.zeros(1, network.out_channels, size, size)
+        calib_map = network.calibrate(image)
+        branch = count(lambda image=image: network.calibrate(image))
+        denoiser = count(lambda: network(image, x_t, torch.tensor([0]), calib_map))  # noqa: B023
+        total = branch + evaluations * denoiser
+        official = OFFICIAL[size] * OFFICIAL_EVALUATIONS if size in OFFICIAL else float("nan")
+        row = {"size": size, "image branch": branch, "denoiser": denoiser, "evaluations": evaluations, "slice": total}
+        rows.append(row | {"official slice": official, "times less": official / total})
+    print(hardware())
+    print(markdown(pd.DataFrame(rows).astype({"size": object, "evaluations": object})))
+
+
+@torch.no_grad()
+def count(call) -> float:
+    """GFLOP of a call; a multiplication and an addition are two."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+if __name__ == "__main__":
+    main()
