@@ -117,10 +117,8 @@ def timestep_pairs(
         InputError: unless 0 <= start_timestep < T and 1 <= num_inference_steps <= start_timestep + 1.
     """
     start = num_train_timesteps - 1 if start_timestep is None else start_timestep
-    if not 0 <= start < num_train_timesteps:
-        raise InputError(
-            f"start_timestep={start} must lie between 0 and num_train_timesteps - 1 = {num_train_timesteps - 1}"
-        )
+    if not isinstance(start, int) or not 0 <= start < num_train_timesteps:
+        raise InputError(f"start_timestep={start!r} must be a whole number from 0 to {num_train_timesteps - 1}")
     if not 1 <= num_inference_steps <= start + 1:
         reason = "num_train_timesteps" if start_timestep is None else "start_timestep + 1"
         raise InputError(f"num_inference_steps={num_inference_steps} must lie between 1 and {reason}, {start + 1}")

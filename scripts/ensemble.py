@@ -30,7 +30,7 @@ def staple(masks: torch.Tensor) -> tuple[torch.Tensor, list[float], list[float]]
 
     Returns:
         Probability of the truth ``[H, W, S]``, and each sample's sensitivity and specificity. Samples that all agree
-        are the truth; ITK would divide by zero where they are empty.
+        are the truth; ITK gives NaN where all are empty.
     """
     import itk  # takes seconds to load
 

@@ -77,7 +77,8 @@ def test_pairs_cover_the_schedule_and_agree():
 def test_pairs_from_a_later_start():
     assert timestep_pairs(1000, 2, start_timestep=499) == [(499, 249), (249, -1)]
     assert timestep_pairs(1000, 1, start_timestep=0) == [(0, -1)]
-    with pytest.raises(InputError, match="start_timestep=1000 must lie"):
-        timestep_pairs(1000, 1, start_timestep=1000)
+    for unusable in (1000, -1, "half", 0.5):
+        with pytest.raises(InputError, match="start_timestep=.* must be a whole number from 0 to 999"):
+            timestep_pairs(1000, 1, start_timestep=unusable)
     with pytest.raises(InputError, match=r"between 1 and start_timestep \+ 1, 10"):
         timestep_pairs(1000, 11, start_timestep=9)
