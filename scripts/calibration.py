@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,21 @@ from scipy.optimize import minimize_scalar
 from sklearn.metrics import brier_score_loss, log_loss
 from sklearn.model_selection import KFold
 
-from scripts.checkpoint import store_temperatures
+from scripts.checkpoint import store_in_model
 from scripts.config import InputError, atomic_path
-from scripts.uncertainty import calibration_bins, expected_calibration_error, region_of_interest
+from scripts.report import read_background
+from scripts.uncertainty import (
+    CALIBRATED_FOR,
+    calibration_bins,
+    expected_calibration_error,
+    region_of_interest,
+    temperature_scaled,
+)
 
 logger = logging.getLogger(__name__)
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_VOXELS = 200_000  # of one subject and region: bounds memory, and no subject outweighs many others
-
-
-def temperature_scaled(prob: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """sigmoid(logit(prob) / temperature) (Guo et al., ICML 2017); what is above one half stays there."""
-    return torch.where(temperature == 1, prob, torch.sigmoid(torch.logit(prob, eps=1e-6) / temperature))
 
 
 def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> float:
@@ -59,11 +62,13 @@ def _scaled(prob: np.ndarray, temperature: float) -> np.ndarray:
 
 
 class TemperatureFit:
-    """Handler of the evaluator that fits the temperatures of masks (one per region) and of the grade.
+    """Handler of the evaluator that fits the temperatures of masks (per region and :data:`CALIBRATED_FOR`) and grade.
 
-    Mask voxels are those of truth and prediction, dilated (:func:`~scripts.uncertainty.region_of_interest`). Writes
-    both temperatures into the checkpoint and ``calibration.json`` with the scores before, after, and cross-fitted:
-    each subject under the temperature of the others, the honest figure.
+    ``brain``: all voxels of the brain. ``lesion``: those of truth and prediction, dilated
+    (:func:`~scripts.uncertainty.region_of_interest`); what was missed is among them and the sure background is not, so
+    that this temperature is far higher and holds there alone. Writes the temperatures into the checkpoint and
+    ``calibration.json`` with the scores before, after, and cross-fitted: each subject under the temperature of the
+    others, the honest figure.
 
     Args:
         ckpt_path: the checkpoint.
@@ -83,56 +88,64 @@ class TemperatureFit:
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: SupervisedEvaluator) -> None:
-        for name in ("temperature", "grade_temperature"):
-            engine.network.get_buffer(name).fill_(1)  # they are fitted to what the network says by itself
-        self.voxels: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self.regions]
+        for name in (*CALIBRATED_FOR, "grade"):  # fitted to what the network says by itself
+            engine.network.get_buffer(f"{name}_temperature").fill_(1)
+        self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
         self.grades: list[tuple[float, int]] = []
         self.rng = np.random.default_rng(0)
 
     def iteration_completed(self, engine: SupervisedEvaluator) -> None:
         for item in engine.state.output:
-            prob, label = np.asarray(item["prob"].cpu()), np.asarray(item["label"].cpu()) > 0
-            for channel, kept in enumerate(self.voxels):
-                roi = np.flatnonzero(region_of_interest(prob[channel] > 0.5, label[channel]))
-                if len(roi) > MAX_VOXELS:
-                    roi = self.rng.choice(roi, MAX_VOXELS, replace=False)
-                kept.append((prob[channel].ravel()[roi], label[channel].ravel()[roi]))
+            brain = read_background(item) != 0
+            for channel, region in enumerate(self.regions):
+                prob, label = np.asarray(item["prob"][channel].cpu()), np.asarray(item["label"][channel].cpu()) > 0
+                self._keep(region, "brain", prob[brain], label[brain])
+                lesion = region_of_interest(prob > 0.5, label)
+                self._keep(region, "lesion", prob[lesion], label[lesion])
             if int(item["grade"]) >= 0 and not np.isnan(float(item["hgg_prob"])):
                 self.grades.append((float(item["hgg_prob"]), int(item["grade"])))
 
+    def _keep(self, region: str, voxels: str, prob: np.ndarray, label: np.ndarray) -> None:
+        if len(prob) > MAX_VOXELS:
+            drawn = self.rng.choice(len(prob), MAX_VOXELS, replace=False)
+            prob, label = prob[drawn], label[drawn]
+        self.voxels[region, voxels].append((prob, label))
+
     def completed(self, engine: SupervisedEvaluator) -> None:
-        report: dict[str, Any] = {"subjects": len(self.voxels[0])}
-        temperature = []
-        for region, kept in zip(self.regions, self.voxels, strict=True):
+        report: dict[str, Any] = {region: {} for region in self.regions}
+        for (region, voxels), kept in self.voxels.items():
             probs, truths = map(list, zip(*kept, strict=True))
-            if not sum(map(len, probs)):
-                raise InputError(f"no voxel of {region} in truth or prediction: there is nothing to calibrate")
-            report[region], fitted = _fit(probs, truths, voxel_scores)
-            temperature.append(fitted)
-        grade_temperature = 1.0
+            if not any(truth.any() for truth in truths):
+                raise InputError(f"no voxel of {region} in any truth: there is nothing to calibrate")
+            report[region][voxels] = _fit(probs, truths, voxel_scores)
         if len({grade for _, grade in self.grades}) == 2:
             probs, truths = (list(np.array(column)[:, None]) for column in zip(*self.grades, strict=True))
-            report["grade"], grade_temperature = _fit(probs, truths, grade_scores)
+            report["grade"] = _fit(probs, truths, grade_scores)
         else:
             logger.warning("grades of one class or none: the temperature of the grade stays 1")
-        store_temperatures(self.ckpt_path, temperature, grade_temperature)
+        buffers = {
+            f"{voxels}_temperature": torch.tensor([report[region][voxels]["temperature"] for region in self.regions])
+            for voxels in CALIBRATED_FOR
+        }
+        grade = report.get("grade", {"temperature": 1.0})
+        store_in_model(self.ckpt_path, buffers | {"grade_temperature": torch.tensor(grade["temperature"])})
         with atomic_path(self.output_dir / "calibration.json") as path:
             path.write_text(json.dumps(report, indent=1), encoding="utf-8")
         logger.info("\n" + json.dumps(report, indent=1))
 
 
-def _fit(probs: list[np.ndarray], truths: list[np.ndarray], scores: Any) -> tuple[dict[str, Any], float]:
-    """Scores before, after and cross-fitted, and the temperature of all subjects together."""
+def _fit(probs: list[np.ndarray], truths: list[np.ndarray], scores: Any) -> dict[str, Any]:
+    """The temperature of all subjects together, and scores before, after and cross-fitted."""
     prob, truth = np.concatenate(probs), np.concatenate(truths)
     temperature = fit_temperature(prob, truth)
     held_out = np.concatenate(cross_fitted(probs, truths))
-    report = {
+    return {
+        "subjects": len(probs),
         "temperature": temperature,
         "before": scores(prob, truth),
         "after": scores(_scaled(prob, temperature), truth),
         "cross_fitted": scores(held_out, truth),
     }
-    return report, temperature
 
 
 def voxel_scores(prob: np.ndarray, truth: np.ndarray) -> dict[str, float]:

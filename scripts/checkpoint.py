@@ -89,13 +89,10 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def store_temperatures(ckpt_path: str, temperature: Sequence[float], grade_temperature: float) -> None:
-    """Replace the temperatures of the masks (one per region) and of the grade in a checkpoint, in one step."""
+def store_in_model(ckpt_path: str, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Replace named tensors of a checkpoint's network, in one step."""
     checkpoint = read_checkpoint(ckpt_path)
-    checkpoint["model"] |= {
-        "temperature": torch.tensor(temperature),
-        "grade_temperature": torch.tensor(grade_temperature),
-    }
+    checkpoint["model"] |= buffers
     with atomic_path(ckpt_path) as path:
         torch.save(checkpoint, path)
 

@@ -8,13 +8,13 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 
-from scripts.calibration import temperature_scaled
 from scripts.config import InputError
 from scripts.diffusion import timestep_pairs
 from scripts.ensemble import FUSIONS, fuse, pairwise_dice
 from scripts.net import MedSegDiff, PlainUNet, check_image_size
 from scripts.samplers import make_sampler
 from scripts.transforms import entropy_bits
+from scripts.uncertainty import CALIBRATED_FOR, temperature_scaled
 
 
 class VolumeInferer(Inferer):
@@ -33,9 +33,10 @@ class VolumeInferer(Inferer):
         start_timestep: start here from the noised calibration map (truncated diffusion, Guo et al., PD-DDPM, ISBI
             2023) instead of from pure noise at T - 1.
         fusion: how samples become one mask: ``mean``, ``majority`` or ``staple``.
+        calibrated_for: the voxels whose temperature is applied, ``brain`` or ``lesion``.
 
     Raises:
-        InputError: for a number below 1, more samples than fit in a batch, an unknown sampler or fusion.
+        InputError: for a number below 1, more samples than fit in a batch, an unknown name.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class VolumeInferer(Inferer):
         eta: float = 0.0,
         start_timestep: int | None = None,
         fusion: str = "mean",
+        calibrated_for: str = "brain",
     ) -> None:
         super().__init__()
         for name, value in (
@@ -61,6 +63,8 @@ class VolumeInferer(Inferer):
             raise InputError(f"num_samples={num_samples} must not exceed sampling_batch_size={sampling_batch_size}")
         if fusion not in FUSIONS:
             raise InputError(f"fusion '{fusion}' is not one of {list(FUSIONS)}")
+        if calibrated_for not in CALIBRATED_FOR:
+            raise InputError(f"calibrated_for '{calibrated_for}' is not one of {list(CALIBRATED_FOR)}")
         self.num_inference_steps = num_inference_steps
         self.num_samples = num_samples
         self.sampling_batch_size = sampling_batch_size
@@ -68,6 +72,7 @@ class VolumeInferer(Inferer):
         self.sampler = make_sampler(sampler, eta)
         self.start_timestep = start_timestep
         self.fusion = fusion
+        self.calibrated_for = calibrated_for
 
     def __call__(self, inputs: torch.Tensor, network, *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
         """Mask probability ``[B, R, H, W, S]`` of volumes ``[B, M, H, W, S]``; what MONAI Label calls."""
@@ -81,7 +86,8 @@ class VolumeInferer(Inferer):
             ``pred``: fused probability ``[B, R, H, W, S]``, of ``mean`` with the network's temperature;
             ``uncertainty``: entropy of the mean in bits, same shape; ``variance``: over samples, same shape, when there
             are several; all are 0 where a slice shows no brain. ``sample_dice``: agreement of the samples ``[B, R]``,
-            NaN for one. ``hgg_prob``: ``[B]``, with the network's temperature, NaN without a grading head.
+            NaN for one. ``to_brain``: temperature ``[B, R]`` that brings the mean to the brain's. ``hgg_prob``:
+            ``[B]``, with the network's temperature, NaN without a grading head.
         """
         results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
         output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
@@ -104,13 +110,15 @@ class VolumeInferer(Inferer):
             grades.append(grade)
         mean = samples.mean(dim=0)
         prob = torch.zeros_like(mean)
-        prob[..., brain] = temperature_scaled(mean[..., brain], network.temperature[:, None, None, None])
+        temperature = network.get_buffer(f"{self.calibrated_for}_temperature")
+        prob[..., brain] = temperature_scaled(mean[..., brain], temperature[:, None, None, None])
         area = (mean[..., brain] > 0.5).sum(dim=(0, 1, 2))
         hgg_prob = temperature_scaled(area_weighted_mean(torch.cat(grades), area), network.grade_temperature)
         result = {
             "pred": prob if self.fusion == "mean" else fuse(samples, self.fusion),
             "uncertainty": entropy_bits(prob),
             "sample_dice": pairwise_dice(samples),
+            "to_brain": network.brain_temperature / temperature,
             "hgg_prob": hgg_prob,
         }
         return result | ({"variance": samples.var(dim=0)} if self.num_samples > 1 else {})

@@ -79,7 +79,8 @@ class MedSegDiff(nn.Module):
         InputError: for an unknown variant or an unusable list of channels.
     """
 
-    temperature: torch.Tensor
+    brain_temperature: torch.Tensor
+    lesion_temperature: torch.Tensor
     grade_temperature: torch.Tensor
 
     def __init__(
@@ -178,7 +179,8 @@ class PlainUNet(nn.Module):
         use_cls_head: grade from its bottleneck.
     """
 
-    temperature: torch.Tensor
+    brain_temperature: torch.Tensor
+    lesion_temperature: torch.Tensor
     grade_temperature: torch.Tensor
 
     def __init__(
@@ -226,7 +228,8 @@ class PlainUNet(nn.Module):
 
 def _register_temperatures(network: nn.Module, out_channels: int) -> None:
     """Temperatures of the masks ``[R]`` and of the grade, 1 until they are fitted; they travel with the weights."""
-    network.register_buffer("temperature", torch.ones(out_channels))
+    network.register_buffer("brain_temperature", torch.ones(out_channels))
+    network.register_buffer("lesion_temperature", torch.ones(out_channels))
     network.register_buffer("grade_temperature", torch.tensor(1.0))
 
 

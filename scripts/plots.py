@@ -80,7 +80,7 @@ def plot_reliability(bins: Mapping[str, np.ndarray], file: str | Path) -> None:
     """Draw observed against predicted frequency of each region, and below how many voxels say so.
 
     Args:
-        bins: by region, :func:`~scripts.uncertainty.calibration_bins` of the subjects, ``[n, 3, 20]``.
+        bins: by region and voxels, :func:`~scripts.uncertainty.calibration_bins` of the subjects, ``[n, 3, 20]``.
         file: PNG to write.
     """
     figure = Figure(figsize=(5, 6.5), layout="constrained")
@@ -92,7 +92,7 @@ def plot_reliability(bins: Mapping[str, np.ndarray], file: str | Path) -> None:
         label = f"{region}, ECE {expected_calibration_error(counts):.3f}"
         upper.plot(prob[seen] / count[seen], truth[seen] / count[seen], ".-", label=label)
         lower.stairs(count / count.sum(), np.linspace(0, 1, len(count) + 1))
-    upper.set(ylabel="observed frequency", title="truth and prediction, dilated by 3 voxels", aspect="equal")
+    upper.set(ylabel="observed frequency", title="lesion: truth and prediction, dilated by 3 voxels", aspect="equal")
     upper.legend()
     lower.set(xlabel="predicted probability", ylabel="share of voxels", yscale="log", xlim=(0, 1))
     _save(figure, file)

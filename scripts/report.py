@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from scripts.config import atomic_path
 from scripts.metrics import grading_scores, mask_scores, with_intervals
 from scripts.plots import plot_overlay, plot_reliability, plot_risk_coverage
 from scripts.uncertainty import (
+    CALIBRATED_FOR,
     calibration_bins,
     error_auroc,
     expected_calibration_error,
     region_of_interest,
     risk_coverage,
+    temperature_scaled,
     volume_estimate,
 )
 
@@ -36,8 +39,8 @@ class SubjectReport:
     """Evaluation: one row and one overlay per subject, then the summary with 95 % intervals.
 
     Writes ``subjects.csv``, ``summary.json``, ``reliability.png``, ``risk_coverage.png`` and
-    ``overlays/<subject>.png``. Calibration is over truth and prediction, dilated by 3 voxels; whether uncertainty ranks
-    errors, over the brain: the voxels of the first modality that are not 0.
+    ``overlays/<subject>.png``. Calibration is over the brain (the voxels of the first modality that are not 0) and over
+    the lesion (truth and prediction, dilated by 3 voxels); whether uncertainty ranks errors, over the brain.
 
     Args:
         output_dir: folder of the files.
@@ -60,8 +63,8 @@ class SubjectReport:
 
     def started(self, engine: Workflow) -> None:
         self.rows: list[dict] = []
-        self.bins: dict[str, list[np.ndarray]] = {region: [] for region in self.regions}
-        self.risks: dict[str, list[np.ndarray]] = {region: [] for region in self.regions}
+        self.bins: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.risks: dict[str, list[np.ndarray]] = defaultdict(list)
 
     def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
@@ -84,10 +87,12 @@ class SubjectReport:
         prob, uncertainty = (np.asarray(item[key][channel].cpu()) for key in ("prob", "uncertainty"))
         pred, label = (np.asarray(item[key][channel].cpu()) > 0 for key in ("pred", "label"))
         roi, wrong = region_of_interest(pred, label), (pred != label)[brain]
-        bins, risk = calibration_bins(prob[roi], label[roi]), risk_coverage(uncertainty[brain], wrong)
-        self.bins[region].append(bins)
+        for voxels, chosen in (("brain", brain), ("lesion", roi)):
+            bins = calibration_bins(prob[chosen], label[chosen])
+            self.bins[f"{region} {voxels}"].append(bins)
+            row[f"ece_{voxels}_{region}"] = expected_calibration_error(bins[None])
+        risk = risk_coverage(uncertainty[brain], wrong)
         self.risks[region].append(risk)
-        row[f"ece_{region}"] = expected_calibration_error(bins[None])
         row[f"brier_{region}"] = brier_score_loss(label[roi], prob[roi].clip(0, 1)) if roi.any() else np.nan
         row[f"error_auroc_{region}"] = error_auroc(uncertainty[brain], wrong)
         row[f"aurc_{region}"] = risk.mean()
@@ -99,31 +104,35 @@ class SubjectReport:
         plot_reliability(bins, self.output_dir / "reliability.png")
         risks = {region: np.stack(values) for region, values in self.risks.items()}
         plot_risk_coverage(risks, self.output_dir / "risk_coverage.png")
-        summary = {"subjects": len(table), "settings": self.settings, **summarise(table, bins, self.seed)}
+        summary = {"subjects": len(table), "settings": self.settings, **summarise(table, self.regions, bins, self.seed)}
         with atomic_path(self.output_dir / "summary.json") as path:
             path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
         logger.info("\n" + format_summary(summary))
 
 
-def summarise(table: pd.DataFrame, bins: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, Any]:
+def summarise(
+    table: pd.DataFrame, regions: Sequence[str], bins: Mapping[str, np.ndarray], seed: int = 0
+) -> dict[str, Any]:
     """Scores of masks and uncertainty per region, and of grades per subject, each with a 95 % interval.
 
     Args:
         table: one row per subject.
-        bins: by region, :func:`~scripts.uncertainty.calibration_bins` of the same subjects, ``[n, 3, 20]``.
+        regions: names of the regions.
+        bins: by region and voxels, as ``WT brain`` and ``WT lesion``, the
+            :func:`~scripts.uncertainty.calibration_bins` of the same subjects, ``[n, 3, 20]``.
         seed: seed of the bootstrap.
     """
     masks = {
         region: {
             name: with_intervals(_centre, table[f"{name}_{region}"], seed=seed) for name in ("dice", "iou", "hd95")
         }
-        for region in bins
+        for region in regions
     }
     graded = table[(table["grade"] >= 0) & table["hgg_prob"].notna()]
     grading = with_intervals(grading_scores, graded["grade"].to_numpy(), graded["hgg_prob"].to_numpy(), seed=seed)
     uncertainty = {
-        region: with_intervals(_uncertainty_scores(table, region, counts), range(len(table)), seed=seed)
-        for region, counts in bins.items()
+        region: with_intervals(_uncertainty_scores(table, region, bins), range(len(table)), seed=seed)
+        for region in regions
     }
     return {"segmentation": masks, "uncertainty": uncertainty, "graded_subjects": len(graded), "grading": grading}
 
@@ -132,7 +141,9 @@ def _centre(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "median": float(np.median(values))}
 
 
-def _uncertainty_scores(table: pd.DataFrame, region: str, bins: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
+def _uncertainty_scores(
+    table: pd.DataFrame, region: str, bins: Mapping[str, np.ndarray]
+) -> Callable[[np.ndarray], dict[str, float]]:
     """Scores of the subjects with the given row numbers: ECE of all their voxels, means of the rest.
 
     ``volume_coverage`` is the share of true volumes within their 90 % interval, ``quality_rank`` Spearman's rank
@@ -147,7 +158,10 @@ def _uncertainty_scores(table: pd.DataFrame, region: str, bins: np.ndarray) -> C
         varied = min(len(np.unique(expected)), len(np.unique(dice))) > 1
         means = {name: _mean(columns[name][rows]) for name in ("brier", "error_auroc", "aurc")}
         return {
-            "ece": expected_calibration_error(bins[rows]),
+            **{
+                f"ece_{voxels}": expected_calibration_error(bins[f"{region} {voxels}"][rows])
+                for voxels in CALIBRATED_FOR
+            },
             **means,
             "volume_coverage": float(inside[rows].mean()),
             "quality_rank": float(spearmanr(expected, dice).statistic) if varied else np.nan,
@@ -223,7 +237,9 @@ def estimates(item: Mapping[str, Any], regions: Sequence[str], voxel_volume: flo
     """
     row: dict[str, float] = {}
     for channel, region in enumerate(regions):
-        known = volume_estimate(np.asarray(item["prob"][channel].cpu()), voxel_volume)
+        # volumes are sums over the brain: they need its temperature
+        prob = temperature_scaled(torch.as_tensor(item["prob"][channel]), torch.as_tensor(item["to_brain"][channel]))
+        known = volume_estimate(prob.cpu().numpy(), voxel_volume)
         known["sample_dice"] = float(item["sample_dice"][channel])
         row |= {f"{name}_{region}": value for name, value in known.items()}
     return row

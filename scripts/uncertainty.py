@@ -8,8 +8,14 @@ from monai.metrics import calibration_binning
 from scipy.ndimage import binary_dilation
 from sklearn.metrics import roc_auc_score
 
+CALIBRATED_FOR = ("brain", "lesion")  # voxels that a temperature is fitted on
 DILATION = 3  # voxels
 COVERAGE = np.linspace(0.01, 1, 100)
+
+
+def temperature_scaled(prob: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """sigmoid(logit(prob) / temperature) (Guo et al., ICML 2017); what is above one half stays there."""
+    return torch.where(temperature == 1, prob, torch.sigmoid(torch.logit(prob, eps=1e-6) / temperature))
 
 
 def region_of_interest(pred: np.ndarray, label: np.ndarray) -> np.ndarray:

@@ -93,10 +93,10 @@ def test_calibration_is_stored_and_applied(trained, phantoms, run_bundle, tmp_pa
     run_bundle(files[:2], output_dir=str(tmp_path / "after"), **common)
     fitted = json.loads((tmp_path / "calibrate" / "calibration.json").read_text())
     before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("before", "after"))
-    assert fitted["WT"]["temperature"] != pytest.approx(1, abs=0.05)
+    assert fitted["WT"]["brain"]["temperature"] != pytest.approx(1, abs=0.05)
     scores = [summary["uncertainty"]["WT"] for summary in (before, after)]
-    assert scores[0]["ece"]["value"] == pytest.approx(fitted["WT"]["before"]["ece"], abs=1e-3)
-    assert scores[1]["brier"]["value"] < scores[0]["brier"]["value"]
+    assert scores[0]["ece_brain"]["value"] == pytest.approx(fitted["WT"]["brain"]["before"]["ece"], abs=1e-3)
+    assert scores[1]["ece_brain"]["value"] < scores[0]["ece_brain"]["value"]
     dice = [summary["segmentation"]["WT"]["dice"]["mean"]["value"] for summary in (before, after)]
     assert dice[0] == pytest.approx(dice[1], abs=0.02)  # masks move only where the resampling to their grid does
 

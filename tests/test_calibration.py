@@ -3,15 +3,18 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 
-from scripts.calibration import TemperatureFit, cross_fitted, fit_temperature, temperature_scaled
+from scripts.calibration import TemperatureFit, cross_fitted, fit_temperature
 from scripts.checkpoint import load_weights, read_checkpoint
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
 from scripts.net import MedSegDiff
+from scripts.uncertainty import temperature_scaled
 from test_net import TINY
 
 
@@ -53,53 +56,68 @@ def checkpoint(tmp_path):
     return str(tmp_path / "model.pt")
 
 
-def items(num=6, factor=2.0, grades=(0, 1)):
-    found = []
-    for i in range(num):
-        prob, truth = overconfident(factor, 2 * 16**3, i)
-        tensors = (torch.tensor(values, dtype=torch.float32).reshape(2, 16, 16, 16) for values in (prob, truth))
-        found.append(dict(zip(("prob", "label"), tensors, strict=True), grade=grades[i % 2], hgg_prob=0.2 + 0.1 * i))
-    return found
+@pytest.fixture
+def items(tmp_path):
+    """Six subjects of 16^3 voxels whose probabilities are twice too sure, half of them outside the brain."""
+
+    def make(grades=(0, 1)):
+        found = []
+        for i in range(6):
+            background = np.ones((16, 16, 16), np.float32)
+            background[8:] = 0
+            nib.save(nib.Nifti1Image(background, np.eye(4)), tmp_path / f"{i}_t1.nii")
+            prob, truth = overconfident(2.0, 2 * 16**3, i)
+            prob, label = (torch.tensor(values, dtype=torch.float32).reshape(2, 16, 16, 16) for values in (prob, truth))
+            prob[:, 8:] = label[:, 8:]  # must not count for the brain
+            pred = MetaTensor(prob > 0.5, meta={"filename_or_obj": str(tmp_path / f"{i}_t1.nii")})
+            found.append(
+                {"prob": prob, "label": label, "pred": pred, "grade": grades[i % 2], "hgg_prob": 0.2 + 0.1 * i}
+            )
+        return found
+
+    return make
 
 
 def fit(checkpoint, folder, evaluated):
     handler = TemperatureFit(checkpoint, str(folder), ["TC", "WT"])
     network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
-    network.temperature.fill_(9)
+    network.brain_temperature.fill_(9)
     engine = SimpleNamespace(network=network, state=SimpleNamespace(output=evaluated))
     handler.started(engine)
-    assert (network.temperature == 1).all()  # an earlier fit does not enter the next
+    assert (network.brain_temperature == 1).all()  # an earlier fit does not enter the next
     handler.iteration_completed(engine)
     handler.completed(engine)
     return network
 
 
-def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path):
+def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items):
     network = fit(checkpoint, tmp_path, items())
     load_weights(network, checkpoint, {"seed": 1})
-    assert network.temperature.tolist() == pytest.approx([2, 2], rel=0.1)
+    assert network.brain_temperature.tolist() == pytest.approx([2, 2], rel=0.1)
+    # the voxels outside the brain, which are right, are among the lesion's alone
+    assert (network.lesion_temperature < network.brain_temperature).all()
     assert network.grade_temperature != 1
     report = json.loads((tmp_path / "calibration.json").read_text())
     for region in ("TC", "WT"):
-        scores = report[region]
+        scores = report[region]["brain"]
         assert scores["after"]["ece"] < 0.03 < scores["before"]["ece"]
         assert scores["after"]["brier"] < scores["before"]["brier"]
         assert scores["cross_fitted"]["ece"] == pytest.approx(scores["after"]["ece"], abs=0.02)
+        assert scores["subjects"] == 6
     assert report["grade"]["after"]["log_loss"] <= report["grade"]["before"]["log_loss"]
-    assert report["subjects"] == 6
     assert read_checkpoint(checkpoint)["trained_for"] == {"seed": 1}  # all else is kept
 
 
-def test_one_class_leaves_the_grade_alone(checkpoint, tmp_path, caplog):
+def test_one_class_leaves_the_grade_alone(checkpoint, tmp_path, caplog, items):
     network = fit(checkpoint, tmp_path, items(grades=(1, 1)))
     load_weights(network, checkpoint, {"seed": 1})
     assert network.grade_temperature == 1
     assert "grades of one class" in caplog.text
 
 
-def test_nothing_to_calibrate_leaves_the_checkpoint(checkpoint, tmp_path):
-    empty = [dict(item, prob=torch.zeros(2, 4, 4, 4), label=torch.zeros(2, 4, 4, 4)) for item in items(2)]
+def test_nothing_to_calibrate_leaves_the_checkpoint(checkpoint, tmp_path, items):
+    empty = [item | {"label": torch.zeros(2, 16, 16, 16)} for item in items()]
     with pytest.raises(InputError, match="no voxel of TC"):
         fit(checkpoint, tmp_path, empty)
-    assert (read_checkpoint(checkpoint)["model"]["temperature"] == 1).all()
+    assert (read_checkpoint(checkpoint)["model"]["brain_temperature"] == 1).all()
     assert not (tmp_path / "calibration.json").exists()

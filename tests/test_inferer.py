@@ -111,13 +111,18 @@ def test_self_conditioning_hands_the_estimate_on(volume):
 
 def test_temperatures_are_applied(network, volume):
     before = VolumeInferer().predict(volume, network)
-    network.temperature.fill_(2.0)
+    network.brain_temperature.fill_(2.0)
+    network.lesion_temperature.fill_(4.0)
     network.grade_temperature.fill_(3.0)
     after = VolumeInferer().predict(volume, network)
     brain = (..., slice(1, None))
     assert torch.allclose(after["pred"][brain].logit(), before["pred"][brain].logit() / 2, atol=1e-3)
     assert torch.allclose(after["hgg_prob"].logit(), before["hgg_prob"].logit() / 3, atol=1e-3)
     assert not after["pred"][..., 0].any()  # no brain, no probability
+    assert after["to_brain"].tolist() == [[1.0]]
+    lesion = VolumeInferer(calibrated_for="lesion").predict(volume, network)
+    assert torch.allclose(lesion["pred"][brain].logit(), before["pred"][brain].logit() / 4, atol=1e-3)
+    assert lesion["to_brain"].tolist() == [[0.5]]
     assert (after["uncertainty"][brain] > before["uncertainty"][brain]).float().mean() > 0.9
 
 
@@ -170,6 +175,7 @@ def test_volume_without_brain(network, volume):
         ({"num_samples": 5, "sampling_batch_size": 4}, "num_samples=5 must not exceed sampling_batch_size=4"),
         ({"fusion": "median"}, "fusion 'median'"),
         ({"sampler": "heun"}, "sampler 'heun'"),
+        ({"calibrated_for": "head"}, "calibrated_for 'head'"),
     ],
 )
 def test_unusable_settings(settings, message):

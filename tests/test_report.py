@@ -36,6 +36,7 @@ def item(tmp_path):
         "prob": meta(0.02 + 0.9 * label),
         "uncertainty": meta(0.5 * label),
         "sample_dice": torch.tensor([0.75]),
+        "to_brain": torch.tensor([1.0]),
     }
 
 
@@ -70,14 +71,14 @@ def test_evaluation_judges_uncertainty(tmp_path, item):
     row = report.rows[0]
     assert row["error_auroc_WT"] == 1
     share = share_of_lesion(item)  # it has probability 0.92, all else 0.02
-    assert row["ece_WT"] == pytest.approx(0.08 * share + 0.02 * (1 - share), abs=1e-3)
+    assert row["ece_lesion_WT"] == pytest.approx(0.08 * share + 0.02 * (1 - share), abs=1e-3)
     assert row["volume_low_ml_WT"] == 0  # no voxel is as sure as 0.95
     assert row["volume_high_ml_WT"] == pytest.approx(row["true_volume_ml_WT"])
     assert row["sample_dice_WT"] == 0.75
     report.completed(engine)
     scores = json.loads((tmp_path / "out" / "summary.json").read_text())["uncertainty"]["WT"]
     assert scores["volume_coverage"]["value"] == 1
-    assert scores["ece"]["value"] == pytest.approx(row["ece_WT"])
+    assert scores["ece_lesion"]["value"] == pytest.approx(row["ece_lesion_WT"])
     assert scores["quality_rank"]["value"] is None  # one subject has no rank
 
 
@@ -117,10 +118,11 @@ def test_summary_of_several_regions():
             table[f"{name}_{region}"] = rng.uniform(size=20)
     table["expected_dice_TC"] = table["dice_TC"] ** 2
     prob = rng.uniform(size=(20, 1000))
-    bins = {region: np.stack([calibration_bins(p, p > 0.5) for p in prob]) for region in ("TC", "WT")}
-    summary = summarise(table, bins)
+    keys = [f"{region} {voxels}" for region in ("TC", "WT") for voxels in ("brain", "lesion")]
+    bins = {key: np.stack([calibration_bins(p, p > 0.5) for p in prob]) for key in keys}
+    summary = summarise(table, ["TC", "WT"], bins)
     assert summary["uncertainty"]["TC"]["quality_rank"]["value"] == pytest.approx(1)
-    assert summary["uncertainty"]["TC"]["ece"]["value"] == pytest.approx(0.25, abs=0.01)
+    assert summary["uncertainty"]["TC"]["ece_brain"]["value"] == pytest.approx(0.25, abs=0.01)
     inside = table.eval("volume_low_ml_WT <= true_volume_ml_WT <= volume_high_ml_WT").mean()
     assert summary["uncertainty"]["WT"]["volume_coverage"]["value"] == pytest.approx(inside)
     assert set(summary["segmentation"]) == {"TC", "WT"}
