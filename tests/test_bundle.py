@@ -174,6 +174,8 @@ def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tm
         {"regions": ["TC", "WT", "ET"]},
         {"prediction_type": "epsilon", "num_train_timesteps": 20, "num_inference_steps": 4},
         {"prediction_type": "v_prediction", "schedule": "cosine", "num_samples": 2},
+        {"noised_mask": "prediction", "timestep_sampling": "importance", "start_timestep": 499, "fusion": "staple"},
+        {"self_conditioning": True, "noised_mask": "truth", "eta": 1.0, "num_inference_steps": 3},
         {"cache_dir": "cache"},
     ],
     ids=lambda overrides: next(iter(overrides)),
