@@ -14,7 +14,7 @@ $(VENV)/.installed: requirements.txt
 
 demo: $(VENV)/.installed
 	rm -rf demo
-	$(RUN) -m scripts.phantom --output_dir demo/data
+	$(RUN) -m scripts.phantom --output_dir demo/data --num_subjects 160
 	$(RUN) -m scripts.phantom --output_dir demo/new --num_subjects 1 --seed 1
 	$(RUN) -W ignore -m monai.bundle run --config_file $(DEMO)
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml','configs/calibrate.yaml']" --output_dir demo/calibrate
