@@ -22,6 +22,7 @@ from scripts.config import InputError, atomic_path
 from scripts.report import read_background
 from scripts.uncertainty import (
     CALIBRATED_FOR,
+    MIN_PROBABILITY,
     calibration_bins,
     expected_calibration_error,
     region_of_interest,
@@ -36,7 +37,8 @@ MAX_VOXELS = 200_000  # of one subject and region: bounds memory, and no subject
 
 def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> float:
     """Temperature of least log loss for probabilities ``[n]`` and binary truths ``[n]``, 0.05 to 20."""
-    logits, target = torch.logit(torch.as_tensor(prob, dtype=torch.float32), eps=1e-6), torch.as_tensor(truth).float()
+    logits = torch.logit(torch.as_tensor(prob, dtype=torch.float64), eps=MIN_PROBABILITY)
+    target = torch.as_tensor(truth, dtype=torch.float64)
 
     def loss(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)

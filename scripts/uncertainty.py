@@ -10,12 +10,15 @@ from sklearn.metrics import roc_auc_score
 
 CALIBRATED_FOR = ("brain", "lesion")  # voxels that a temperature is fitted on
 DILATION = 3  # voxels
+MIN_PROBABILITY = 1e-8  # a larger one would give all of the background a volume once a temperature has raised it
 COVERAGE = np.linspace(0.01, 1, 100)
 
 
 def temperature_scaled(prob: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """sigmoid(logit(prob) / temperature) (Guo et al., ICML 2017); what is above one half stays there."""
-    return torch.where(temperature == 1, prob, torch.sigmoid(torch.logit(prob, eps=1e-6) / temperature))
+    return torch.where(
+        temperature == 1, prob, torch.sigmoid(torch.logit(prob.double(), eps=MIN_PROBABILITY) / temperature).to(prob)
+    )
 
 
 def region_of_interest(pred: np.ndarray, label: np.ndarray) -> np.ndarray:

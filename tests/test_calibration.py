@@ -36,6 +36,8 @@ def test_scaling_keeps_masks_and_orders():
     assert torch.equal(scaled > 0.5, prob > 0.5)
     assert (scaled.diff() > 0).all()
     assert torch.equal(temperature_scaled(prob, torch.tensor(1.0)), prob)
+    background = temperature_scaled(torch.zeros(1000), torch.tensor(2.0))
+    assert background.sum() < 0.2  # a background without doubt adds no volume
     assert temperature_scaled(torch.tensor(torch.nan), torch.tensor(2.0)).isnan()
 
 

@@ -72,7 +72,9 @@ def test_both_bases_build_the_same_network():
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
-@pytest.mark.parametrize("overlay", ["baseline_unet.yaml", "data_brats2023.yaml", "demo.yaml", "fast.yaml", "small.yaml"])
+@pytest.mark.parametrize(
+    "overlay", ["baseline_unet.yaml", "data_brats2023.yaml", "demo.yaml", "fast.yaml", "small.yaml"]
+)
 def test_overlays_build_networks(overlay):
     network = parsed("train.yaml", overlay).get_parsed_content("network_def")
     assert network(torch.zeros(1, 4, 64, 64)).shape == (1, 1, 64, 64)
