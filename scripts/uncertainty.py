@@ -55,15 +55,15 @@ def volume_estimate(prob: np.ndarray, voxel_volume: float) -> dict[str, float]:
     """Expected volume, its 90 % interval and the expected Dice of the mask at one half, from ``prob [H, W, S]``.
 
     Voxels of one lesion err together, not each for itself. If all of them depend on one uniform u, so that the truth is
-    {prob > u}, the volume has the mean sum(prob), and its quantiles 5 % and 95 % are the volumes of the level sets
-    at 0.95 and 0.05. The expected Dice is the mean over u of the Dice of {prob > u} and {prob > 0.5}, 1 where
-    both are empty. Neither needs a second sample.
+    {prob > u}, the volume's quantiles 5 % and 95 % are the volumes of the level sets at 0.95 and 0.05, its mean is their
+    mean over u, and the expected Dice is the mean over u of the Dice of {prob > u} and {prob > 0.5}, 1 where both
+    are empty. Means are over 20 levels from 0.025 to 0.975, so that a faint probability all over the brain, which
+    sum(prob) would add up, counts for nothing. Neither needs a second sample.
 
     Args:
         prob: calibrated probability.
         voxel_volume: of one voxel (ml).
     """
-    expected = float(prob.sum())
     levels = np.linspace(0.025, 0.975, 20)
     prob = prob[prob > levels[0]]
     volumes = np.array([(prob > u).sum() for u in levels], dtype=float)
@@ -71,7 +71,7 @@ def volume_estimate(prob: np.ndarray, voxel_volume: float) -> dict[str, float]:
     total = volumes + mask
     dice = np.where(total > 0, 2 * np.minimum(volumes, mask) / np.maximum(total, 1), 1.0)
     return {
-        "volume_expected_ml": expected * voxel_volume,
+        "volume_expected_ml": float(volumes.mean()) * voxel_volume,
         "volume_low_ml": float(low) * voxel_volume,
         "volume_high_ml": float(high) * voxel_volume,
         "expected_dice": float(dice.mean()),

@@ -74,6 +74,7 @@ def test_risk_coverage():
 
 def test_volume_of_a_certain_mask():
     prob = np.zeros((10, 10, 10))
+    prob[:] = 0.01  # faint everywhere
     prob[2:6, 2:6, 2:6] = 1
     known = volume_estimate(prob, 0.5)
     assert known["volume_expected_ml"] == known["volume_low_ml"] == known["volume_high_ml"] == 32
