@@ -55,7 +55,7 @@ def volume_estimate(prob: np.ndarray, voxel_volume: float) -> dict[str, float]:
     """Expected volume, its 90 % interval and the expected Dice of the mask at one half, from ``prob [H, W, S]``.
 
     Voxels of one lesion err together, not each for itself. If all of them depend on one uniform u, so that the truth is
-    {prob > u}, the volume's quantiles 5 % and 95 % are the volumes of the level sets at 0.95 and 0.05, its mean is their
+    {prob > u}, its quantiles 5 % and 95 % are the volumes of the level sets at 0.95 and 0.05, the mean volume is their
     mean over u, and the expected Dice is the mean over u of the Dice of {prob > u} and {prob > 0.5}, 1 where both
     are empty. Means are over 20 levels from 0.025 to 0.975, so that a faint probability all over the brain, which
     sum(prob) would add up, counts for nothing. Neither needs a second sample.
