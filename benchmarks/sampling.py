@@ -93,9 +93,8 @@ def judge(inferer: VolumeInferer, network: MedSegDiff, items: list[dict], back_t
         output = inferer.predict(image, network)
         seconds += time.perf_counter() - start
         slices += int((image != 0).any(dim=-2).any(dim=-2).any(dim=1).sum())
-        result = back_to_grid(
-            {"image": item["image"], "pred": output["pred"][0], "uncertainty": output["uncertainty"][0]}
-        )
+        volumes = {name: output[name][0] for name in ("pred", "prob", "uncertainty")}
+        result = back_to_grid({"image": item["image"], **volumes})
         prob, pred, label = (torch.as_tensor(part)[:1] for part in (result["prob"], result["pred"], item["label"]))
         dice.append(float(compute_dice(pred[None], label[None], ignore_empty=False)))
         roi = region_of_interest(pred[0].numpy() > 0, label[0].numpy() > 0)

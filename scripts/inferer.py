@@ -83,16 +83,16 @@ class VolumeInferer(Inferer):
         """Sample volumes ``[B, M, H, W, S]``.
 
         Returns:
-            ``pred``: fused probability ``[B, R, H, W, S]``, of ``mean`` with the network's temperature;
-            ``uncertainty``: entropy of the mean in bits, same shape; ``variance``: over samples, same shape, when there
-            are several; all are 0 where a slice shows no brain. ``sample_dice``: agreement of the samples ``[B, R]``,
-            NaN for one. ``to_brain``: temperature ``[B, R]`` that brings the mean to the brain's. ``hgg_prob``:
-            ``[B]``, with the network's temperature, NaN without a grading head.
+            ``prob``: mean probability ``[B, R, H, W, S]`` with the network's temperature. ``pred``: what the mask is
+            cut from, the same or fused otherwise. ``uncertainty``: entropy of ``prob`` in bits. ``variance``: over
+            samples, when there are several. All have the same shape and are 0 where a slice shows no brain.
+            ``sample_dice``: agreement of the samples ``[B, R]``, NaN for one. ``to_brain``: temperature ``[B, R]`` that
+            brings ``prob`` to the brain's. ``hgg_prob``: ``[B]``, with its temperature, NaN without a grading head.
         """
         results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
         output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
         if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms
-            for name in output.keys() & {"pred", "uncertainty", "variance"}:
+            for name in output.keys() & {"pred", "prob", "uncertainty", "variance"}:
                 output[name] = MetaTensor(output[name], meta=inputs.meta)
         return output
 
@@ -116,6 +116,7 @@ class VolumeInferer(Inferer):
         hgg_prob = temperature_scaled(area_weighted_mean(torch.cat(grades), area), network.grade_temperature)
         result = {
             "pred": prob if self.fusion == "mean" else fuse(samples, self.fusion),
+            "prob": prob,
             "uncertainty": entropy_bits(prob),
             "sample_dice": pairwise_dice(samples),
             "to_brain": network.brain_temperature / temperature,

@@ -79,7 +79,9 @@ def test_the_mean_of_samples_and_their_spread(network, volume):
     assert 0 < result["sample_dice"].item() < 1
     inferer.fusion = "majority"
     votes = (samples > 0.5).float().mean(dim=1).movedim(0, -1)
-    assert torch.allclose(inferer.predict(volume[..., :4], network)["pred"][0, ..., 1:], votes)
+    fused = inferer.predict(volume[..., :4], network)
+    assert torch.allclose(fused["pred"][0, ..., 1:], votes)
+    assert torch.equal(fused["prob"], result["prob"])  # volumes and uncertainty are those of the mean
     assert "variance" not in VolumeInferer().predict(volume, network)
 
 
