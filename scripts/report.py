@@ -237,7 +237,7 @@ def estimates(item: Mapping[str, Any], regions: Sequence[str], voxel_volume: flo
     """
     row: dict[str, float] = {}
     for channel, region in enumerate(regions):
-        # volumes are sums over the brain: they need its temperature
+        # the lesion's temperature raises the background above the levels that volumes are read at
         prob = temperature_scaled(torch.as_tensor(item["prob"][channel]), torch.as_tensor(item["to_brain"][channel]))
         known = volume_estimate(prob.cpu().numpy(), voxel_volume)
         known["sample_dice"] = float(item["sample_dice"][channel])
