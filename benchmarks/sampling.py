@@ -10,7 +10,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from monai.transforms import Compose
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.bundle import run_bundle  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.checkpoint import load_weights  # noqa: E402
 from scripts.inferer import VolumeInferer  # noqa: E402
@@ -51,7 +51,7 @@ def main() -> None:
         folder = args.output_dir / prediction_type
         settings = ["--dataset_dir", args.dataset_dir, "--prediction_type", prediction_type, *overrides]
         if not (folder / "last.pt").is_file():
-            train(args.configs, folder, settings)
+            run_bundle(args.configs, [*settings, "--output_dir", folder, "--ckpt_dir", folder])
         config = configured(args, settings)
         network, items = config.get_parsed_content("network"), list(config.get_parsed_content("validate::dataset"))
         load_weights(network, str(folder / "last.pt"), config.get_parsed_content("trained_for"))
@@ -64,13 +64,6 @@ def main() -> None:
                 write_csv(pd.DataFrame(rows), args.output_dir / "sampling.csv")
     print(hardware())
     print(markdown(pd.DataFrame(rows)))
-
-
-def train(configs: list[str], folder: Path, settings: list[str]) -> None:
-    """Train the configured network into ``folder`` with the command line of the docs."""
-    files = str([f"configs/{name}" for name in configs])
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
-    subprocess.run([*command, *settings, "--output_dir", folder, "--ckpt_dir", folder], cwd=ROOT, check=True)
 
 
 def configured(args: argparse.Namespace, settings: list[str]) -> ConfigParser:

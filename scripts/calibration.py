@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections import defaultdict
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Events
@@ -19,6 +21,7 @@ from sklearn.model_selection import KFold
 
 from scripts.checkpoint import store_in_model
 from scripts.config import InputError, atomic_path
+from scripts.distributed import gathered
 from scripts.report import read_background
 from scripts.uncertainty import (
     CALIBRATED_FOR,
@@ -115,16 +118,21 @@ class TemperatureFit:
 
     def completed(self, engine: SupervisedEvaluator) -> None:
         report: dict[str, Any] = {region: {} for region in self.regions}
-        for (region, voxels), kept in self.voxels.items():
-            probs, truths = map(list, zip(*kept, strict=True))
+        for region, voxels in itertools.product(self.regions, CALIBRATED_FOR):
+            probs, truths = map(list, zip(*gathered(self.voxels[region, voxels]), strict=True))
             if not any(truth.any() for truth in truths):
                 raise InputError(f"no voxel of {region} in any truth: there is nothing to calibrate")
             report[region][voxels] = _fit(probs, truths, voxel_scores)
-        if len({grade for _, grade in self.grades}) == 2:
-            probs, truths = (list(np.array(column)[:, None]) for column in zip(*self.grades, strict=True))
+        grades = gathered(self.grades)
+        if len({grade for _, grade in grades}) == 2:
+            probs, truths = (list(np.array(column)[:, None]) for column in zip(*grades, strict=True))
             report["grade"] = _fit(probs, truths, grade_scores)
         else:
             logger.warning("grades of one class or none: the temperature of the grade stays 1")
+        if idist.get_rank() == 0:
+            self._write(report)
+
+    def _write(self, report: dict[str, Any]) -> None:
         buffers = {
             f"{voxels}_temperature": torch.tensor([report[region][voxels]["temperature"] for region in self.regions])
             for voxels in CALIBRATED_FOR

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
 from monai.engines.workflow import Workflow
 from torch import nn
 
-from scripts.config import InputError, atomic_path
+from scripts.config import InputError, TrainingError, atomic_path
 from scripts.datalist import patient
 
 logger = logging.getLogger(__name__)
@@ -22,14 +24,16 @@ class SaveCheckpoints:
     """Handler that writes ``last.pt`` (full state) every epoch and ``model.pt`` (weights) at the best validation.
 
     ignite's and MONAI's savers remove the old file before they write a new one under the same name; these are
-    replaced in one step. When training ends without any validation, ``model.pt`` holds the last weights.
+    replaced in one step, ``model.pt`` first: a run that is killed in between finds it again when it is resumed from
+    ``last.pt``. When training ends without any validation, ``model.pt`` holds the last weights.
 
     Args:
         ckpt_dir: folder of both files.
-        save_dict: objects with a ``state_dict``; ``model`` is the network.
+        save_dict: objects with a ``state_dict``, or None; ``model`` is the network that is validated.
         evaluator: engine whose best epoch decides.
         training_subjects: names kept in the checkpoint, so that evaluation can tell what the network has seen.
         trained_for: settings kept in the checkpoint, under which alone its weights mean what they say.
+        training_plan: settings kept in the checkpoint, under which alone its training can be resumed.
     """
 
     def __init__(
@@ -39,36 +43,85 @@ class SaveCheckpoints:
         evaluator: Workflow,
         training_subjects: Sequence[str],
         trained_for: Mapping[str, Any],
+        training_plan: Mapping[str, Any],
     ) -> None:
         self.notes = {"training_subjects": list(training_subjects), "trained_for": dict(trained_for)}
+        self.training_plan = dict(training_plan)
         self.ckpt_dir = Path(ckpt_dir)
-        self.save_dict = save_dict
+        self.save_dict = {name: part for name, part in save_dict.items() if part is not None}
         self.evaluator = evaluator
 
-    def attach(self, engine: Engine) -> None:
-        """Attach to the trainer."""
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """Attach to the trainer, after all handlers whose state is saved."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
-    def epoch_completed(self, engine: Engine) -> None:
+    def epoch_completed(self, engine: SupervisedTrainer) -> None:
         state = self.evaluator.state
-        full = {name: part.state_dict() for name, part in self.save_dict.items()}
-        full |= {"epoch": engine.state.epoch, "best_metric": float(state.best_metric)}
-        self._save(full, "last.pt")
         if state.best_metric_epoch == engine.state.epoch:
             self._save_best(engine)
+        full = {name: part.state_dict() for name, part in self.save_dict.items()}
+        if engine.scaler is not None:
+            full["scaler"] = engine.scaler.state_dict()
+        best = {"best_metric": float(state.best_metric), "best_metric_epoch": state.best_metric_epoch}
+        self._save(full | best | {"epoch": engine.state.epoch, "training_plan": self.training_plan}, "last.pt")
 
-    def completed(self, engine: Engine) -> None:
+    def completed(self, engine: SupervisedTrainer) -> None:
         if self.evaluator.state.best_metric_epoch == -1:
             self._save_best(engine)
 
-    def _save_best(self, engine: Engine) -> None:
+    def _save_best(self, engine: SupervisedTrainer) -> None:
         best = {name: self.save_dict[name].state_dict() for name in ("model", "loss")}
         self._save(best | {"epoch": engine.state.epoch}, "model.pt")
 
+    @idist.one_rank_only()
     def _save(self, content: dict, name: str) -> None:
-        with atomic_path(self.ckpt_dir / name) as path:
-            torch.save(content | self.notes, path)
+        try:
+            with atomic_path(self.ckpt_dir / name) as path:
+                torch.save(content | self.notes, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise TrainingError(
+                f"cannot write {self.ckpt_dir / name}: {error}. The file of before, if there was one, is whole; "
+                "make room and go on with configs/resume.yaml"
+            ) from error
+
+    def resume(self, engine: SupervisedTrainer) -> None:
+        """Bring the trainer and all that is saved to the end of the epoch that ``last.pt`` was written in.
+
+        Without ``last.pt`` training starts at its beginning, so that one command serves for both.
+
+        Raises:
+            InputError: when the file is damaged, or of a training with other data, network or settings.
+        """
+        file = self.ckpt_dir / "last.pt"
+        if idist.get_rank() == 0:
+            for partial in self.ckpt_dir.glob(".partial_*"):
+                partial.unlink(missing_ok=True)
+        if not file.is_file():
+            logger.info(f"no {file}: training starts at the beginning")
+            return
+        checkpoint = read_checkpoint(str(file))
+        for key, planned in checkpoint.get("training_plan", {}).items():
+            if self.training_plan[key] != planned:
+                raise InputError(
+                    f"{file} was trained with {key}={planned}, now it is {self.training_plan[key]}: resume with the "
+                    "same settings, or start anew from its weights with init_ckpt and another ckpt_dir"
+                )
+        if checkpoint["training_subjects"] != self.notes["training_subjects"]:
+            raise InputError(
+                f"{file} was trained on {len(checkpoint['training_subjects'])} subjects that are not the "
+                f"{len(self.notes['training_subjects'])} of now: resume with the same dataset_dir, fold and seed"
+            )
+        load_weights(self.save_dict["network"], str(file), self.notes["trained_for"])
+        for name, part in self.save_dict.items():
+            part.load_state_dict(checkpoint[name])
+        if engine.scaler is not None and checkpoint.get("scaler"):
+            engine.scaler.load_state_dict(checkpoint["scaler"])
+        self.evaluator.state.best_metric = checkpoint["best_metric"]
+        self.evaluator.state.best_metric_epoch = checkpoint["best_metric_epoch"]
+        engine.state.epoch = checkpoint["epoch"]
+        engine.state.iteration = checkpoint["epoch"] * engine.state.epoch_length
+        logger.info(f"resumed after epoch {checkpoint['epoch']} of {engine.state.max_epochs}")
 
 
 def read_checkpoint(ckpt_path: str) -> dict[str, Any]:

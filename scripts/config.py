@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+import ignite.distributed as idist
 import torch
 import yaml
 from monai.bundle import ConfigParser
@@ -89,6 +90,7 @@ def check_values(config: dict, base: str) -> None:
         raise InputError(f"device='{device}': no GPU can be used here; leave the key out, or set device=cpu")
 
 
+@idist.one_rank_only()
 def save_config(file: str) -> None:
     """Write the merged configuration of the running bundle to ``file``; it can be run again."""
     config = {k: v for k, v in _running_parser().get().items() if k != ConfigParser.meta_key}

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
@@ -246,6 +247,7 @@ def make_datalist(
     return parts
 
 
+@idist.one_rank_only()
 def write_datalist(parts: Mapping[str, Sequence[Item]], file: str, dataset_dir: str) -> None:
     """Write ``{"training": [...], "validation": [...]}`` with paths relative to ``dataset_dir``."""
     root = Path(dataset_dir).resolve()

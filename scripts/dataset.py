@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -14,8 +20,10 @@ from monai.data.utils import pickle_hashing
 from monai.transforms import Compose
 from tqdm import tqdm
 
-from scripts.config import InputError
+from scripts.config import InputError, atomic_path
 from scripts.datalist import item_files
+
+logger = logging.getLogger(__name__)
 
 
 def cached_dataset(
@@ -27,7 +35,7 @@ def cached_dataset(
         data: items of :mod:`scripts.datalist`.
         transform: preprocessing, then random transforms; what precedes the first random one is cached.
         cache_dir: folder of the cache on disk (for sets that do not fit in memory); None caches in memory.
-        num_workers: threads that fill the cache in memory.
+        num_workers: threads that fill the cache.
 
     Raises:
         InputError: when there is no item, or naming the file that cannot be read or the subject that is unfit.
@@ -38,18 +46,56 @@ def cached_dataset(
         if cache_dir is None:
             # the first random transform is a crop, which copies: deep-copying whole volumes would cost more
             return CacheDataset(data, transform, num_workers=num_workers, copy_cache=False)
-        cached = PersistentDataset(
-            data, transform, cache_dir, hash_item, hash_transform=pickle_hashing, track_meta=True, weights_only=False
-        )
-        for item in tqdm(cached.data, desc="Caching volumes"):
-            cached._cachecheck(item)
+        cached = VolumeCache(data, transform, cache_dir)
+        with ThreadPool(max(1, num_workers)) as pool:
+            for _ in tqdm(pool.imap_unordered(cached.entry, cached.data), "Caching volumes", len(data)):
+                pass
         return cached
 
 
-def hash_item(item: dict) -> bytes:
-    """Cache key of an item: what it names, and size and time of its files, so that a repaired file is read anew."""
-    files = [Path(file).stat() for file in item_files(item)]
-    return pickle_hashing([item, [(file.st_size, file.st_mtime_ns) for file in files]])
+class VolumeCache(PersistentDataset):
+    """MONAI's PersistentDataset with entries that are keyed by content, mapped into memory, and repaired.
+
+    The key is what an item's files hold, its subject and grade, and the settings of the deterministic transforms: a
+    copied data set finds its entries again, a changed file or setting does not. Volumes ``[C, H, W, S]`` are stored
+    slice by slice and mapped, so that drawing a slice reads that slice alone. Entries are written in one step,
+    so that several processes may fill one folder and any of them may be killed.
+    """
+
+    def __init__(self, data: Sequence[dict], transform: Compose, cache_dir: str) -> None:
+        super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing)
+
+    def entry(self, item: dict) -> dict:
+        """The cached item, mapped; made when it is absent or damaged."""
+        file = Path(str(self.cache_dir)) / f"{hash_item(item).decode()}{self.transform_hash}.pt"
+        if file.is_file():
+            try:
+                return torch.load(file, mmap=True, weights_only=False)
+            except Exception as error:
+                logger.warning(f"cache entry {file} of '{item['subject']}' is damaged ({error}): it is made anew")
+        content = self._pre_transform(copy.deepcopy(item))
+        for key, value in content.items():
+            if isinstance(value, torch.Tensor) and value.ndim == 4:
+                content[key] = value.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+        with atomic_path(file) as path:
+            torch.save(content, path)
+        return content
+
+    def _cachecheck(self, item: dict) -> dict:
+        return self.entry(item)
+
+
+def hash_item(item: Mapping[str, Any]) -> bytes:
+    """Cache key of an item: its subject, its grade, and what its files hold."""
+    return pickle_hashing([item["subject"], item["grade"], [fingerprint(file) for file in item_files(item)]])
+
+
+def fingerprint(file: str) -> tuple[int, bytes]:
+    """Size and checksum of a file; gzip ends with CRC-32 and length of its content, which saves reading it."""
+    with Path(file).open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 8) if file.endswith(".gz") else 0)
+        return size, hashlib.sha256(stream.read()).digest()
 
 
 class ExplainedDataset(Dataset):

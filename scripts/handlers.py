@@ -1,4 +1,4 @@
-"""Training handlers: gradient clipping, the stop at a non-finite loss, and the epoch table."""
+"""Training handlers: seeds, guards, gradients, early stopping, and the epoch table."""
 
 from __future__ import annotations
 
@@ -7,20 +7,52 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Events
+from monai.data import DataLoader
+from monai.data.utils import set_rnd
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
+from monai.utils import set_determinism
+from torch.nn.functional import cosine_similarity
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.config import TrainingError, atomic_path
-from scripts.losses import MultiTaskLoss
+from scripts.losses import TASKS, MultiTaskLoss
+from scripts.net import MedSegDiff, PlainUNet
 from scripts.plots import plot_learning_curves
 
 logger = logging.getLogger(__name__)
+
+
+class EpochSeeds:
+    """Make the random numbers of an epoch depend on nothing but seed, epoch and process.
+
+    Training that is resumed at any epoch then draws what it would have drawn uninterrupted.
+
+    Args:
+        dataloader: of training; its transforms and its sampler are seeded beside the global generators.
+        seed: seed of the training.
+    """
+
+    def __init__(self, dataloader: DataLoader, seed: int) -> None:
+        self.dataloader = dataloader
+        self.seed = seed
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: SupervisedTrainer) -> None:
+        key = (self.seed, engine.state.epoch, idist.get_rank())
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        set_determinism(seed)
+        set_rnd(self.dataloader.dataset, seed)
+        self.dataloader.sampler.generator.manual_seed(seed)
 
 
 class StopOnNonFiniteLoss:
@@ -43,6 +75,8 @@ class StopOnNonFiniteLoss:
 class GradientClipping:
     """Clip the total gradient norm and log its mean before clipping as the metric ``grad_norm``.
 
+    Right before the optimiser steps: there the gradients are accumulated over batches and free of the loss scale.
+
     Args:
         max_norm: largest norm let through.
     """
@@ -52,23 +86,88 @@ class GradientClipping:
 
     def attach(self, engine: SupervisedTrainer) -> None:
         """Attach to the trainer."""
+        engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
-        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.backward_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+
+    def started(self, engine: SupervisedTrainer) -> None:
+        engine.optimizer.register_step_pre_hook(self.clip)
+
+    def epoch_started(self, engine: SupervisedTrainer) -> None:
+        self.norms: list[torch.Tensor] = []
+
+    def clip(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.max_norm).detach())
+
+    def epoch_completed(self, engine: SupervisedTrainer) -> None:
+        engine.state.metrics["grad_norm"] = float(torch.stack(self.norms).mean()) if self.norms else float("nan")
+
+
+class GradientCosine:
+    """Do the tasks pull the shared features the same way? Their gradients' cosine, as the metric ``gradient_cosine``.
+
+    At every ``every``-th iteration the gradients of the two task losses with respect to the output of the network's
+    ``bottleneck`` are compared, over the slices that grading learns from; the epoch's mean is logged. 1 is the same
+    direction, 0 none in common, below 0 a conflict (Yu et al., NeurIPS 2020, Gradient Surgery).
+
+    Args:
+        network: has a ``bottleneck``.
+        loss: whose ``task_losses`` are compared.
+        every: iterations between comparisons, each of which costs two backward passes to the bottleneck.
+    """
+
+    def __init__(self, network: MedSegDiff | PlainUNet, loss: MultiTaskLoss, every: int = 10) -> None:
+        self.loss = loss
+        self.every = every
+        network.bottleneck.register_forward_hook(self.keep_features)
+
+    def keep_features(self, module: torch.nn.Module, inputs: tuple, features: torch.Tensor) -> None:
+        self.features = features
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.loss_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
 
     def epoch_started(self, engine: SupervisedTrainer) -> None:
-        self.norms: list[float] = []
+        self.cosines: list[float] = []
 
-    def backward_completed(self, engine: SupervisedTrainer) -> None:
-        if engine.scaler is not None:
-            engine.scaler.unscale_(engine.optimizer)
-        parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_norm))
-        if np.isfinite(norm):  # under AMP the scaler skips a step that overflowed
-            self.norms.append(norm)
+    def loss_completed(self, engine: SupervisedTrainer) -> None:
+        losses = self.loss.task_losses
+        if engine.state.iteration % self.every == 0 and len(losses) == 2 and self.features.requires_grad:
+            masks, grade = (
+                torch.autograd.grad(losses[task], self.features, retain_graph=True)[0].float() for task in TASKS
+            )
+            learnt = grade.flatten(1).any(dim=1)
+            self.cosines.append(float(cosine_similarity(masks[learnt].flatten(), grade[learnt].flatten(), dim=0)))
 
     def epoch_completed(self, engine: SupervisedTrainer) -> None:
-        engine.state.metrics["grad_norm"] = float(np.mean(self.norms)) if self.norms else float("nan")
+        engine.state.metrics["gradient_cosine"] = float(np.mean(self.cosines)) if self.cosines else float("nan")
+
+
+class EarlyStopping:
+    """Stop when the best validation Dice is older than ``patience`` epochs; MONAI's keeps a count no checkpoint holds.
+
+    Args:
+        evaluator: validation engine.
+        patience: epochs.
+    """
+
+    def __init__(self, evaluator: Workflow, patience: int) -> None:
+        self.evaluator = evaluator
+        self.patience = patience
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """Attach to the trainer, after the handler that validates."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: SupervisedTrainer) -> None:
+        best = self.evaluator.state.best_metric_epoch
+        if 0 < best <= engine.state.epoch - self.patience:
+            logger.info(f"no better validation Dice since epoch {best}: training stops early")
+            engine.terminate()
 
 
 class EpochTable:
@@ -86,7 +185,8 @@ class EpochTable:
 
     COLUMNS = (
         "epoch", "split", "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_cls",
-        "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm", "learning_rate", "seconds",
+        "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm", "gradient_cosine",
+        "learning_rate", "seconds",
     )  # fmt: skip
 
     def __init__(self, evaluator: Workflow, loss: MultiTaskLoss, alpha: Sequence[float], output_dir: str) -> None:
@@ -96,6 +196,14 @@ class EpochTable:
         self.output_dir = Path(output_dir)
         self.rows: list[dict] = []
 
+    def state_dict(self) -> dict[str, list]:
+        """The rows so far, for a training that is resumed."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        """Go on after the rows of :meth:`state_dict`."""
+        self.rows = list(state["rows"])
+
     def attach(self, engine: SupervisedTrainer) -> None:
         """Attach to the trainer, after the handler that validates."""
         engine.add_event_handler(Events.STARTED, self.started)
@@ -103,13 +211,16 @@ class EpochTable:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
+    @idist.one_rank_only()
     def started(self, engine: SupervisedTrainer) -> None:
-        self.writer = SummaryWriter(str(self.output_dir / "tensorboard"))
+        # what an interrupted run logged after its last checkpoint is logged anew
+        self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=engine.state.epoch + 1)
 
     def epoch_started(self, engine: SupervisedTrainer) -> None:
         self.start = time.monotonic()
         self.learning_rate = engine.optimizer.param_groups[0]["lr"]  # the scheduler has stepped when the epoch ends
 
+    @idist.one_rank_only()
     def epoch_completed(self, engine: SupervisedTrainer) -> None:
         epoch = engine.state.epoch
         shared = {"epoch": epoch} | self.loss.sigmas | self.alpha
@@ -120,6 +231,7 @@ class EpochTable:
         self.rows += [{column: row.get(column, float("nan")) for column in self.COLUMNS} for row in new]
         self._write(self.rows[-len(new) :])
 
+    @idist.one_rank_only()
     def completed(self, engine: SupervisedTrainer) -> None:
         self.writer.close()
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import ignite.distributed as idist
 import torch
 from monai.losses import DiceFocalLoss, FocalLoss
 from torch import nn
 
+from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
+from scripts.distributed import average
 
 MIN_SIGMA = 0.1
+TASKS = ("segmentation", "grading")
 
 
 class UncertaintyWeighting(nn.Module):
@@ -32,6 +36,8 @@ class UncertaintyWeighting(nn.Module):
     def __init__(self, num_losses: int) -> None:
         super().__init__()
         self.log_sigma = nn.Parameter(torch.full((num_losses,), 0.5 * math.log(1 - MIN_SIGMA**2)))
+        if idist.get_world_size() > 1:  # it lies outside the network, whose gradients are averaged already
+            self.log_sigma.register_hook(average)
 
     @property
     def variance(self) -> torch.Tensor:
@@ -56,6 +62,7 @@ class MultiTaskLoss(nn.Module):
     L_calib = Dice + lambda focal of the calibration map, added to L_seg before the weighting.
     L_cls = focal loss (gamma 2) with class weights alpha, over slices with tumour of subjects with a grade; in a
     batch without such a slice it is left out.
+    With one of the :data:`TASKS` alone, L_total is its loss, without any weighting; the other is not learnt.
 
     Args:
         diffusion: the schedule; its ``prediction_type`` chooses L_seg.
@@ -64,6 +71,10 @@ class MultiTaskLoss(nn.Module):
         lambda_focal: weight of the mask's focal loss.
         cls_gamma: gamma of the grading loss.
         calib_weight: weight of L_calib.
+        tasks: what is learnt, of :data:`TASKS`.
+
+    Raises:
+        InputError: for an unknown task, or none.
     """
 
     def __init__(
@@ -74,16 +85,21 @@ class MultiTaskLoss(nn.Module):
         lambda_focal: float = 0.5,
         cls_gamma: float = 2.0,
         calib_weight: float = 1.0,
+        tasks: Sequence[str] = TASKS,
     ) -> None:
         super().__init__()
+        if not tasks or not set(tasks) <= set(TASKS):
+            raise InputError(f"tasks={tasks!r} must list one or both of {list(TASKS)}")
+        self.tasks = set(tasks)
         self.diffusion = diffusion
         self.calib_weight = calib_weight
         self.mask_loss = DiceFocalLoss(sigmoid=True, batch=True, gamma=seg_gamma, lambda_focal=lambda_focal)
         self.cls_loss = FocalLoss(
             to_onehot_y=True, use_softmax=True, gamma=cls_gamma, weight=list(alpha), reduction="none"
         )
-        self.weighting = UncertaintyWeighting(2)
-        self.components: dict[str, float] = {}
+        self.weighting = UncertaintyWeighting(2).requires_grad_(len(self.tasks) == 2)
+        self.components: dict[str, torch.Tensor] = {}
+        self.task_losses: dict[str, torch.Tensor] = {}  # before their weighting, with their gradient
 
     def forward(
         self,
@@ -108,14 +124,24 @@ class MultiTaskLoss(nn.Module):
         if calib_map is not None:
             parts["L_calib"] = self.mask_loss(calib_map.float(), label)
             masks = loss_seg + self.calib_weight * parts["L_calib"]
-        total = masks
+        self.task_losses = {"segmentation": masks}
         if cls_logits is not None:
             loss_cls = self.grading_loss(cls_logits.float(), targets["grade"], label)
-            total = self.weighting([masks, loss_cls])
             if loss_cls is not None:
-                parts["L_cls"] = loss_cls
-        self.components = {name: float(value.detach()) for name, value in (parts | {"L_total": total}).items()}
+                parts["L_cls"] = self.task_losses["grading"] = loss_cls
+        total = self._total(cls_logits)
+        self.components = {name: value.detach() for name, value in (parts | {"L_total": total}).items()}
         return total
+
+    def _total(self, cls_logits: torch.Tensor | None) -> torch.Tensor:
+        """L_total of :attr:`task_losses`, in which every output keeps a gradient, as training on several devices needs."""
+        losses = [self.task_losses.get(task) if task in self.tasks else None for task in TASKS]
+        nothing = 0 * self.task_losses["segmentation"]
+        if cls_logits is not None:
+            nothing = nothing + 0 * cls_logits.sum()
+        if len(self.tasks) == 2 and cls_logits is not None:
+            return self.weighting(losses) + nothing
+        return nothing + sum(loss for loss in losses if loss is not None)
 
     def grading_loss(self, cls_logits: torch.Tensor, grade: torch.Tensor, label: torch.Tensor) -> torch.Tensor | None:
         """Mean over graded items with tumour of alpha_c (1 - p_c)^gamma (-log p_c), None when there are none."""

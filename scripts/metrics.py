@@ -13,6 +13,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from scipy.stats import bootstrap
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
+from scripts.distributed import gathered
 from scripts.inferer import area_weighted_mean
 from scripts.losses import MultiTaskLoss
 
@@ -27,17 +28,19 @@ class AverageLosses(Metric):
     """
 
     def reset(self) -> None:
-        self.values: dict[str, list[float]] = defaultdict(list)
+        self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def update(self, output: Iterable[tuple[str, float]]) -> None:
+    def update(self, output: Iterable[tuple[str, torch.Tensor]]) -> None:
         for name, value in output:
-            self.values[name].append(value)
+            self.values[name].append(value)  # a number would make every iteration wait for the GPU
 
     def compute(self) -> dict[str, float]:
-        return {name: float(np.mean(values)) for name, values in self.values.items()}
+        values = gathered([(name, float(value)) for name, column in self.values.items() for value in column])
+        names = list(dict.fromkeys(name for name, _ in values))
+        return {name: float(np.mean([value for other, value in values if other == name])) for name in names}
 
 
-def sampled_losses(output: Sequence[Mapping[str, Any]], loss: MultiTaskLoss) -> Iterable[tuple[str, float]]:
+def sampled_losses(output: Sequence[Mapping[str, Any]], loss: MultiTaskLoss) -> Iterable[tuple[str, torch.Tensor]]:
     """Loss components of one sampled volume: the training loss of the mean mask and of the subject's grade."""
     (item,) = output
     prob, label = torch.as_tensor(item["prob"])[None], torch.as_tensor(item["label"])[None]
@@ -69,8 +72,12 @@ class SubjectGrades(Metric):
                 self.grades[subject] = int(grade)
 
     def compute(self) -> dict[str, float]:
-        prob = [float(area_weighted_mean(*torch.tensor(rows).T)) for rows in self.slices.values()]
-        return grading_scores(list(self.grades.values()), prob)
+        slices: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for subject, rows in gathered(list(self.slices.items())):
+            slices[subject] += rows  # training may share a subject among processes
+        grades = dict(gathered(list(self.grades.items())))
+        prob = [float(area_weighted_mean(*torch.tensor(rows).T)) for rows in slices.values()]
+        return grading_scores([grades[subject] for subject in slices], prob)
 
 
 def training_grades(output: Mapping[str, Any]) -> tuple:

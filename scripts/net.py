@@ -118,6 +118,11 @@ class MedSegDiff(nn.Module):
         self.cls_head = GradingHead(channels[-1]) if use_cls_head else None
         _register_temperatures(self, out_channels)
 
+    @property
+    def bottleneck(self) -> nn.Module:
+        """Where the tasks part: its output feeds the grading head and the decoder."""
+        return self.denoiser.middle_block
+
     def calibrate(self, image: torch.Tensor) -> torch.Tensor:
         """Image-only branch: image ``[B, M, H, W]`` to logits of the calibration map ``[B, R, H, W]``."""
         check_image_size(image.shape[2:], self.divisor)
@@ -200,9 +205,14 @@ class PlainUNet(nn.Module):
         self.self_conditioning = False
         self.divisor = 2 ** (len(channels) - 1)
         self.unet = image_unet(in_channels, out_channels, channels)
-        self.unet.bottleneck.register_forward_hook(self._keep_features)
+        self.bottleneck.register_forward_hook(self._keep_features)
         self.cls_head = GradingHead(channels[-1]) if use_cls_head else None
         _register_temperatures(self, out_channels)
+
+    @property
+    def bottleneck(self) -> nn.Module:
+        """Where the tasks part: its output feeds the grading head and the decoder."""
+        return self.unet.bottleneck
 
     def _keep_features(self, module: nn.Module, inputs: tuple, features: torch.Tensor) -> None:
         self.features = features

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import brier_score_loss
 
 from scripts.config import atomic_path
+from scripts.distributed import gathered
 from scripts.metrics import grading_scores, mask_scores, with_intervals
 from scripts.plots import plot_overlay, plot_reliability, plot_risk_coverage
 from scripts.uncertainty import (
@@ -63,8 +64,8 @@ class SubjectReport:
 
     def started(self, engine: Workflow) -> None:
         self.rows: list[dict] = []
-        self.bins: dict[str, list[np.ndarray]] = defaultdict(list)
-        self.risks: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.bins: list[dict[str, np.ndarray]] = []  # one of each a subject
+        self.risks: list[dict[str, np.ndarray]] = []
 
     def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
@@ -73,6 +74,8 @@ class SubjectReport:
             row = {"subject": item["subject"], "grade": int(item["grade"]), "hgg_prob": float(item["hgg_prob"])}
             row |= mask_scores(item["pred"], item["label"], spacing, self.regions)
             voxel_volume = float(np.prod(spacing)) / 1000
+            self.bins.append({})
+            self.risks.append({})
             for channel, region in enumerate(self.regions):
                 row[f"volume_ml_{region}"] = float(item["pred"][channel].sum()) * voxel_volume
                 row[f"true_volume_ml_{region}"] = float(item["label"][channel].sum()) * voxel_volume
@@ -89,20 +92,22 @@ class SubjectReport:
         roi, wrong = region_of_interest(pred, label), (pred != label)[brain]
         for voxels, chosen in (("brain", brain), ("lesion", roi)):
             bins = calibration_bins(prob[chosen], label[chosen])
-            self.bins[f"{region} {voxels}"].append(bins)
+            self.bins[-1][f"{region} {voxels}"] = bins
             row[f"ece_{voxels}_{region}"] = expected_calibration_error(bins[None])
         risk = risk_coverage(uncertainty[brain], wrong)
-        self.risks[region].append(risk)
+        self.risks[-1][region] = risk
         row[f"brier_{region}"] = brier_score_loss(label[roi], prob[roi].clip(0, 1)) if roi.any() else np.nan
         row[f"error_auroc_{region}"] = error_auroc(uncertainty[brain], wrong)
         row[f"aurc_{region}"] = risk.mean()
 
     def completed(self, engine: Workflow) -> None:
-        table = pd.DataFrame(self.rows)
+        table, bins, risks = pd.DataFrame(gathered(self.rows)), _stacked(self.bins), _stacked(self.risks)
+        if idist.get_rank() == 0:
+            self._write(table, bins, risks)
+
+    def _write(self, table: pd.DataFrame, bins: dict[str, np.ndarray], risks: dict[str, np.ndarray]) -> None:
         write_csv(table, self.output_dir / "subjects.csv")
-        bins = {region: np.stack(values) for region, values in self.bins.items()}
         plot_reliability(bins, self.output_dir / "reliability.png")
-        risks = {region: np.stack(values) for region, values in self.risks.items()}
         plot_risk_coverage(risks, self.output_dir / "risk_coverage.png")
         summary = {"subjects": len(table), "settings": self.settings, **summarise(table, self.regions, bins, self.seed)}
         with atomic_path(self.output_dir / "summary.json") as path:
@@ -135,6 +140,12 @@ def summarise(
         for region in regions
     }
     return {"segmentation": masks, "uncertainty": uncertainty, "graded_subjects": len(graded), "grading": grading}
+
+
+def _stacked(subjects: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of all processes' subjects, stacked per name."""
+    everyone = gathered(subjects)
+    return {name: np.stack([arrays[name] for arrays in everyone]) for name in everyone[0]}
 
 
 def _centre(values: np.ndarray) -> dict[str, float]:
@@ -211,9 +222,13 @@ class GradeTable:
         """Attach to the evaluator."""
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: Workflow) -> None:
         self.rows: list[dict] = []
+
+    def completed(self, engine: Workflow) -> None:
+        self._write(gathered(self.rows))
 
     def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
@@ -224,7 +239,11 @@ class GradeTable:
             self.rows.append(row | estimates(item, self.regions, float(item["prob"].pixdim.prod()) / 1000))
             title = item["subject"] + (f"  P(HGG) {prob:.2f}" if graded else "")
             overlay(item, read_background(item), title, self.output_dir)
-        write_csv(pd.DataFrame(self.rows), self.output_dir / "grades.csv")
+        self._write(self.rows)  # what is done so far
+
+    @idist.one_rank_only()
+    def _write(self, rows: list[dict]) -> None:
+        write_csv(pd.DataFrame(rows), self.output_dir / "grades.csv")
 
 
 def estimates(item: Mapping[str, Any], regions: Sequence[str], voxel_volume: float) -> dict[str, float]:

@@ -46,6 +46,14 @@ class TimestepSampler:
         """``num`` timesteps, ``[num]`` on the CPU."""
         return torch.multinomial(self.weight, num, replacement=True)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What ``importance`` has learnt."""
+        return {"weight": self.weight, "squared_loss": self.squared_loss}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.weight, self.squared_loss = state["weight"], state["squared_loss"]
+
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer, whose output ``importance`` learns from."""
         if self.strategy == "importance":

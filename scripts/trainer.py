@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from monai.engines import PrepareBatch
 from monai.inferers import Inferer
+from torch.nn.parallel import DistributedDataParallel
 
 from scripts.config import InputError
 from scripts.net import MedSegDiff, PlainUNet
 from scripts.timesteps import TimestepSampler
 
 NOISED_MASKS = ("truth", "prediction", "calibration")
+AMP_DTYPES = ("bfloat16", "float16")
 
 
 class DiffusionPrepareBatch(PrepareBatch):
@@ -18,10 +22,12 @@ class DiffusionPrepareBatch(PrepareBatch):
 
     Args:
         timestep_sampler: how timesteps are drawn.
+        channels_last: hand the image over with its channels innermost in memory.
     """
 
-    def __init__(self, timestep_sampler: TimestepSampler) -> None:
+    def __init__(self, timestep_sampler: TimestepSampler, channels_last: bool = False) -> None:
         self.timestep_sampler = timestep_sampler
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
 
     def __call__(  # type: ignore[override]
         self,
@@ -35,6 +41,7 @@ class DiffusionPrepareBatch(PrepareBatch):
             torch.as_tensor(batchdata[key]).to(device=device, non_blocking=non_blocking, **kwargs)
             for key in ("image", "label", "grade")
         )
+        image = image.to(memory_format=self.memory_format)
         timesteps = self.timestep_sampler(len(image)).to(image.device)
         targets = {"label": label, "grade": grade, "timesteps": timesteps, "subject": batchdata["subject"]}
         return image, targets, (), {"label": label, "noise": torch.randn_like(label), "timesteps": timesteps}
@@ -52,43 +59,62 @@ class DenoisingInferer(Inferer):
 
     Args:
         noised_mask: one of :data:`NOISED_MASKS`.
+        amp: compute in ``amp_dtype`` where torch's autocast does; MONAI's trainer does so on GPUs alone.
+        amp_dtype: one of :data:`AMP_DTYPES`.
 
     Raises:
-        InputError: for an unknown ``noised_mask``.
+        InputError: for an unknown ``noised_mask`` or ``amp_dtype``.
     """
 
-    def __init__(self, noised_mask: str = "truth") -> None:
+    def __init__(self, noised_mask: str = "truth", amp: bool = False, amp_dtype: str = "bfloat16") -> None:
         super().__init__()
         if noised_mask not in NOISED_MASKS:
             raise InputError(f"noised_mask '{noised_mask}' is not one of {list(NOISED_MASKS)}")
+        if amp_dtype not in AMP_DTYPES:
+            raise InputError(f"amp_dtype '{amp_dtype}' is not one of {list(AMP_DTYPES)}")
         self.noised_mask = noised_mask
+        self.amp = amp
+        self.amp_dtype = getattr(torch, amp_dtype)
 
     def __call__(  # type: ignore[override]
         self,
         inputs: torch.Tensor,
-        network: MedSegDiff | PlainUNet,
+        network: MedSegDiff | PlainUNet | DistributedDataParallel,
         label: torch.Tensor,
         noise: torch.Tensor,
         timesteps: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Outputs of the network for ``inputs [B, M, H, W]``, ``label, noise [B, R, H, W]`` and ``timesteps [B]``."""
-        calib_map = network.calibrate(inputs)
+        with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp):
+            return self._denoise(inputs, network, label, noise, timesteps)
+
+    def _denoise(
+        self,
+        inputs: torch.Tensor,
+        network: torch.nn.Module,
+        label: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        model: Any = network.module if isinstance(network, DistributedDataParallel) else network
+        diffusion = model.diffusion
+        calib_map = model.calibrate(inputs)
 
         @torch.no_grad()
         def predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return network.diffusion.to_x0(network(inputs, x_t, t, calib_map)[0].float())
+            return diffusion.to_x0(model(inputs, x_t, t, calib_map)[0].float())
 
         if self.noised_mask == "truth" or calib_map is None:
             x_0 = 2 * label - 1
         elif self.noised_mask == "prediction":
             x_0 = predict(
-                torch.randn_like(noise), torch.full_like(timesteps, network.diffusion.num_train_timesteps - 1)
+                torch.randn_like(noise), torch.full_like(timesteps, diffusion.num_train_timesteps - 1)
             )
         else:
             x_0 = torch.tanh(calib_map.detach().float() / 2)
-        x_t = network.diffusion.add_noise(x_0, noise, timesteps)
+        x_t = diffusion.add_noise(x_0, noise, timesteps)
         estimate = None
-        if network.self_conditioning:
+        if model.self_conditioning:
             half = torch.rand(len(inputs), 1, 1, 1, device=inputs.device) < 0.5
             estimate = predict(x_t, timesteps) * half
         return network(inputs, x_t, timesteps, calib_map, estimate)

@@ -1,4 +1,4 @@
-"""Dictionary transforms that MONAI lacks: volume checks, regions, slice indices, atomic NIfTI files."""
+"""Dictionary transforms that MONAI lacks: volume checks, regions, slice indices, modality dropout, atomic NIfTI files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, NibabelWriter
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, RandomizableTransform
 
 from scripts.config import InputError, atomic_path
 
@@ -149,6 +149,28 @@ class SliceIndicesd(MapTransform):
             centre = (height // 2 * width + width // 2) * depth
             d["fg_indices"] = (centre + torch.nonzero(tumour).flatten()).numpy()
             d["bg_indices"] = (centre + torch.nonzero(brain & ~tumour).flatten()).numpy()
+        return d
+
+
+class RandModalityDropoutd(RandomizableTransform, MapTransform):
+    """Set one modality of ``[M, H, W]``, M > 1, to zero (the mean of its z-scores), as if it had not been acquired.
+
+    Args:
+        keys: keys of the images.
+        prob: how often.
+    """
+
+    def __init__(self, keys: KeysCollection, prob: float = 0.1) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
+        d = dict(data)
+        self.randomize(None)
+        for key in self.key_iterator(d):
+            if self._do_transform and len(d[key]) > 1:
+                d[key] = d[key].clone()
+                d[key][self.R.randint(len(d[key]))] = 0
         return d
 
 

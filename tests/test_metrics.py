@@ -89,8 +89,8 @@ def test_training_grades_leave_out_empty_slices():
 
 def test_losses_average_over_the_iterations_that_have_them():
     metric = AverageLosses()
-    metric.update({"L_seg": 1.0, "L_cls": 4.0}.items())
-    metric.update({"L_seg": 3.0}.items())
+    metric.update({"L_seg": torch.tensor(1.0), "L_cls": torch.tensor(4.0)}.items())
+    metric.update({"L_seg": torch.tensor(3.0)}.items())
     assert metric.compute() == {"L_seg": 2.0, "L_cls": 4.0}
 
 
