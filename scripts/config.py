@@ -21,6 +21,17 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 BUNDLE_ROOT = Path(__file__).resolve().parents[1]
 
 
+# errors of torch that come from outside: a part of their message, and what they mean
+SIGNS = {
+    "exited unexpectedly": "a process that loads data was killed, often for want of memory: lower num_workers or give "
+    "cache_dir, and go on with configs/resume.yaml",
+    "Connection closed by peer": "another process of this run died; its own message says why. Go on with "
+    "configs/resume.yaml",
+    "CUDA out of memory": "the GPU's memory is full: lower batch_size and raise accumulation_steps as much, or "
+    "(in evaluation and inference) lower sampling_batch_size",
+}
+
+
 class InputError(ValueError):
     """Something a user gave is wrong; the message says what, where and what to do."""
 
@@ -130,10 +141,21 @@ def _running_parser() -> ConfigParser:
 
 def _report_own_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """``sys.excepthook`` that prints our errors alone: MONAI wraps them in pages of 'failed to instantiate'."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, (InputError, TrainingError)):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
+    message = explain(error)
+    if message is None:
         sys.__excepthook__(kind, error, trace)
     else:
-        print(f"\nerror: {cause}", file=sys.stderr)
+        print(f"\nerror: {message}", file=sys.stderr)
+
+
+def explain(error: BaseException) -> str | None:
+    """What an error, or the one behind it, means to a user; None for those that only a developer can read."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (InputError, TrainingError)):
+            return str(cause)
+        for sign, meaning in SIGNS.items():
+            if sign in str(cause):
+                return meaning
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -18,6 +18,7 @@ import torch
 from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from scripts.config import InputError, atomic_path
@@ -129,13 +130,16 @@ def explained(data: Sequence[dict]) -> Iterator[None]:
         raise
 
 
-class SliceSampler(torch.utils.data.RandomSampler):
+class SliceSampler(Sampler[int]):
     """Visit every volume ``slices_per_volume`` times an epoch, in random order: one slice is drawn each time.
+
+    Whole permutations of the volumes follow one another, so that a batch mixes subjects. torch's RandomSampler, asked
+    for as many, draws from its generator once more when it is exhausted, within the next epoch.
 
     Args:
         data_source: data set of volumes.
         slices_per_volume: visits per volume and epoch.
-        seed: seed of the order.
+        seed: seed of the order, for the iterators to come.
 
     Raises:
         InputError: when ``slices_per_volume`` is not positive.
@@ -144,9 +148,14 @@ class SliceSampler(torch.utils.data.RandomSampler):
     def __init__(self, data_source: Dataset, slices_per_volume: int, seed: int) -> None:
         if slices_per_volume < 1:
             raise InputError(f"slices_per_volume={slices_per_volume} must be at least 1")
-        # without replacement, torch gives whole permutations of the volumes, one after another
-        super().__init__(
-            data_source,
-            num_samples=slices_per_volume * len(data_source),
-            generator=torch.Generator().manual_seed(seed),
-        )
+        self.volumes = len(data_source)
+        self.slices_per_volume = slices_per_volume
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.volumes * self.slices_per_volume
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.slices_per_volume):
+            yield from torch.randperm(self.volumes, generator=generator).tolist()

@@ -72,6 +72,11 @@ def parallel(network: nn.Module) -> nn.Module:
     if idist.get_world_size() == 1:
         return network
     device = next(network.parameters()).device
-    return DistributedDataParallel(
-        network, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-    )
+    return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def same_buffers(network: nn.Module) -> None:
+    """Give all processes the running statistics of the first, whose network is saved."""
+    if idist.get_world_size() > 1:
+        for buffer in network.buffers():
+            buffer.copy_(idist.broadcast(buffer, src=0))

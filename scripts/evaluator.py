@@ -8,6 +8,7 @@ import torch
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 
+from scripts.distributed import same_buffers
 from scripts.inferer import VolumeInferer
 
 
@@ -19,6 +20,11 @@ class VolumeEvaluator(SupervisedEvaluator):
     """
 
     inferer: VolumeInferer
+
+    def run(self, global_epoch: int = 1) -> None:
+        """Evaluate the first process' network in all processes."""
+        same_buffers(self.network)
+        super().run(global_epoch)
 
     def _iteration(self, engine: VolumeEvaluator, batchdata: dict) -> dict:  # type: ignore[override]
         device = engine.state.device

@@ -52,7 +52,7 @@ class EpochSeeds:
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         set_determinism(seed)
         set_rnd(self.dataloader.dataset, seed)
-        self.dataloader.sampler.generator.manual_seed(seed)
+        self.dataloader.sampler.seed = seed
 
 
 class StopOnNonFiniteLoss:
@@ -213,6 +213,7 @@ class EpochTable:
 
     @idist.one_rank_only()
     def started(self, engine: SupervisedTrainer) -> None:
+        self.next_drawing = 0.0
         # what an interrupted run logged after its last checkpoint is logged anew
         self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=engine.state.epoch + 1)
 
@@ -233,6 +234,7 @@ class EpochTable:
 
     @idist.one_rank_only()
     def completed(self, engine: SupervisedTrainer) -> None:
+        self._draw()
         self.writer.close()
 
     def _write(self, new: Sequence[Mapping]) -> None:
@@ -244,7 +246,15 @@ class EpochTable:
         table = pd.DataFrame(self.rows, columns=list(self.COLUMNS))
         with atomic_path(self.output_dir / "metrics.csv") as path:
             table.to_csv(path, index=False, float_format="%.6g")
+        if time.monotonic() >= self.next_drawing:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Draw the curves, and let a hundred times as long go by before they are drawn again."""
+        start = time.monotonic()
+        table = pd.DataFrame(self.rows, columns=list(self.COLUMNS))
         plot_learning_curves(table, self.output_dir / "learning_curves.png")
+        self.next_drawing = time.monotonic() + 100 * (time.monotonic() - start)
 
 
 def format_rows(rows: Sequence[Mapping]) -> str:

@@ -22,14 +22,30 @@ VARIANTS: dict[str, tuple[int, ...]] = {
 }
 
 
+class Standardise(nn.BatchNorm1d):
+    """Batch norm without weights of ``[B, C]``; a batch of one is standardised by the running statistics."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        training = self.training and len(x) > 1
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=training, eps=self.eps)
+
+
 class GradingHead(nn.Sequential):
-    """Grade logits ``[B, 2]`` from bottleneck features ``[B, C, h, w]``: pool, C -> C/2 -> 2."""
+    """Grade logits ``[B, 2]`` from bottleneck features ``[B, C, h, w]``: pool, C -> C/2 -> 2.
+
+    From slice to slice the pooled features move by a hundredth of their size. Unless they are standardised, the first
+    layer sees a constant, and its ReLUs learn the share of the grades and die (docs/results.md).
+    """
 
     def __init__(self, channels: int) -> None:
         hidden = max(channels // 2, 1)
         super().__init__(
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
+            Standardise(channels),
             nn.Linear(channels, hidden),
             nn.ReLU(),
             nn.Dropout(0.3),

@@ -19,6 +19,21 @@ from scripts.config import InputError, TrainingError  # noqa: E402
 from scripts.phantom import make_dataset  # noqa: E402
 
 MODALITIES = ["t1", "t1ce", "t2", "flair"]
+TINY_TRAINING = {
+    "image_size": 32,
+    "channels": [8, 8, 8],
+    "calib_channels": [8, 8, 8],
+    "max_epochs": 2,
+    "val_interval": 1,
+    "slices_per_volume": 2,
+    "batch_size": 8,
+}
+
+
+def tiny_settings(configs: list[str]) -> dict:
+    """A network and a training of seconds; inference knows the network's keys alone."""
+    network = ("image_size", "channels", "calib_channels")
+    return {k: v for k, v in TINY_TRAINING.items() if configs[0] == "train.yaml" or k in network}
 
 
 @pytest.fixture(scope="session")
@@ -68,21 +83,9 @@ def run_bundle(monkeypatch):
     import monai.bundle
 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    tiny = {
-        "image_size": 32,
-        "channels": [8, 8, 8],
-        "calib_channels": [8, 8, 8],
-        "max_epochs": 2,
-        "val_interval": 1,
-        "slices_per_volume": 2,
-        "batch_size": 8,
-    }
-
     def run(configs: list[str], **overrides) -> None:
         files = [str(ROOT / "configs" / name) for name in configs]
-        keys = (
-            tiny if configs[0] == "train.yaml" else {k: v for k, v in tiny.items() if k.endswith(("size", "channels"))}
-        )
+        keys = tiny_settings(configs)
         try:
             monai.bundle.run(config_file=files, **keys | overrides)
         except RuntimeError as error:

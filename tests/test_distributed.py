@@ -1,0 +1,103 @@
+"""Two gloo processes under torchrun do what one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import ROOT
+from scripts.config import InputError
+from scripts.distributed import gathered, shard
+from test_faults import command, folders, wait_for
+
+
+def together(configs: list[str], **settings) -> list[str]:
+    run = command([*configs, "multi_gpu.yaml"], **settings)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "monai.bundle"]
+    return [sys.executable, "-W", "ignore", *launcher, *run[run.index("run") :]]
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms, tmp_path_factory) -> Path:
+    """Output folder of two epochs by two processes."""
+    folder = tmp_path_factory.mktemp("together")
+    run = together(["train.yaml"], dataset_dir=str(phantoms), **folders(folder))
+    subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def test_one_process_keeps_everything():
+    assert shard(["a", "b", "c"]) == gathered(["a", "b", "c"]) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("even", "shares"), [(False, ["ace", "bd"]), (True, ["ace", "bda"])])
+def test_shares_of_two_processes(even, shares, monkeypatch):
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    for rank, share in enumerate(shares):
+        monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
+        assert "".join(shard("abcde", even)) == share
+    monkeypatch.setattr("ignite.distributed.all_gather", lambda values: [["a", "c", "e"], ["b", "d"]])
+    assert "".join(gathered([])) == "abcde"
+    with pytest.raises(InputError, match="1 subjects cannot be shared by 2 processes"):
+        shard(["a"])
+
+
+def test_two_processes_train_one_network(trained):
+    table = pd.read_csv(trained / "metrics.csv")
+    assert table["split"].tolist() == ["train", "validation"] * 2  # written once
+    last = torch.load(trained / "last.pt", weights_only=True)
+    steps = {int(part["step"]) for part in last["optimizer"]["state"].values()}
+    assert steps == {2}  # 8 subjects x 2 slices in batches of 8, shared: one step an epoch
+    assert table["sigma_seg"].nunique() == 2
+
+
+def test_evaluation_and_inference_are_those_of_one_process(trained, phantoms, run_bundle, tmp_path):
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained)}
+    runs = {"evaluate": (["train.yaml", "evaluate.yaml"], {"subset": "all"}), "infer": (["inference.yaml"], {})}
+    for name, (configs, options) in runs.items():
+        run_bundle(configs, **common, **options, output_dir=str(tmp_path / name / "alone"))
+        run = together(configs, **common, **options, output_dir=str(tmp_path / name / "together"))
+        subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
+        ours, theirs = ({p.name: p for p in (tmp_path / name / who).rglob("*.*")} for who in ("alone", "together"))
+        assert ours.keys() == theirs.keys()
+        for file in ("subjects.csv", "summary.json", "grades.csv"):
+            if file in ours:
+                assert ours[file].read_text() == theirs[file].read_text()
+
+
+def test_validation_scores_of_the_epoch_table_are_gathered(trained, phantoms, run_bundle, tmp_path):
+    """The table's validation row against an evaluation of the same weights by one process."""
+    common = {"dataset_dir": str(phantoms), "ckpt_path": str(trained / "last.pt")}
+    run_bundle(["train.yaml", "evaluate.yaml"], **common, output_dir=str(tmp_path))
+    subjects = pd.read_csv(tmp_path / "subjects.csv")
+    row = pd.read_csv(trained / "metrics.csv").iloc[-1]
+    assert row["dice"] == pytest.approx(subjects["dice_WT"].mean(), abs=1e-5)
+    assert row["iou"] == pytest.approx(subjects["iou_WT"].mean(), abs=1e-5)
+    assert row["accuracy"] == np.mean((subjects["hgg_prob"] >= 0.5) == subjects["grade"])
+
+
+def test_when_one_process_dies_the_other_stops_with_a_message(phantoms, tmp_path):
+    run = together(["train.yaml"], dataset_dir=str(phantoms), max_epochs=1000, val_interval=1000, **folders(tmp_path))
+    log = tmp_path / "log.txt"
+    with log.open("w") as stream, subprocess.Popen(run, cwd=ROOT, stdout=stream, stderr=stream) as process:
+        wait_for(lambda: (tmp_path / "last.pt").is_file(), process)
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, check=True)
+        victim = max(map(int, children.stdout.split()))
+        start = time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        process.wait(timeout=60)
+    assert time.monotonic() - start < 60
+    assert process.returncode != 0
+    text = log.read_text()
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in text
+    assert "error: another process of this run died" in text or "Signal 15 (SIGTERM)" in text
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] >= 1

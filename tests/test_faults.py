@@ -1,0 +1,190 @@
+"""Training that is left alone: killed, resumed, out of disk, with damaged files and dying processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from conftest import ROOT, tiny_settings
+from scripts.config import InputError
+
+# everything that has a state of its own
+STATEFUL = {
+    "max_epochs": 4,
+    "val_interval": 2,
+    "slices_per_volume": 4,
+    "batch_size": 4,
+    "ema_decay": 0.9,
+    "ema_warmup_steps": 10,
+    "timestep_sampling": "importance",
+    "augmentation": 1.0,
+    "lr_schedule": "cosine_restarts",
+    "restart_epochs": 3,
+    "accumulation_steps": 2,
+}
+
+
+def command(configs: list[str], **settings) -> list[str]:
+    files = str([f"configs/{name}" for name in configs])
+    options = [text for key, value in (tiny_settings(configs) | settings).items() for text in (f"--{key}", str(value))]
+    return [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files, *options]
+
+
+def folders(folder: Path) -> dict[str, str]:
+    return {"output_dir": str(folder), "ckpt_dir": str(folder)}
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def state(file: Path) -> dict:
+    return torch.load(file, weights_only=True)
+
+
+def assert_same(ours, theirs) -> None:
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"rows"}:  # they hold the seconds
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, (list, tuple)):
+        for pair in zip(ours, theirs, strict=True):
+            assert_same(*pair)
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def test_killed_training_resumes_to_the_same_weights(phantoms, run_bundle, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {"dataset_dir": str(phantoms), **STATEFUL}
+    run_bundle(["train.yaml"], **settings, **folders(whole))
+    run = command(["train.yaml", "resume.yaml"], **settings, **folders(killed))
+    with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: (killed / "last.pt").is_file(), process)  # at some moment of the second epoch, or later
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert 1 <= state(killed / "last.pt")["epoch"] < 4
+    (killed / ".partial_left.pt").write_bytes(b"half")
+    run_bundle(["train.yaml", "resume.yaml"], **settings, **folders(killed))
+    for name in ("last.pt", "model.pt"):
+        assert_same(state(whole / name), state(killed / name))
+    tables = [pd.read_csv(folder / "metrics.csv").drop(columns="seconds") for folder in (whole, killed)]
+    pd.testing.assert_frame_equal(*tables)
+    assert not list(killed.glob(".partial_*"))
+
+
+def test_a_complete_training_is_left_as_it_is(phantoms, run_bundle, tmp_path, capsys):
+    settings = {"dataset_dir": str(phantoms), "max_epochs": 1, **folders(tmp_path)}
+    run_bundle(["train.yaml", "resume.yaml"], **settings)
+    assert "training starts at the beginning" in capsys.readouterr().out
+    before = (tmp_path / "last.pt").read_bytes()
+    run_bundle(["train.yaml", "resume.yaml"], **settings)
+    assert "training is complete" in capsys.readouterr().out
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"channels": [16, 16, 16]}, "does not fit the configured network"),
+        ({"image_size": 16}, "was trained with image_size=32"),
+        ({"max_epochs": 9}, "was trained with max_epochs=2, now it is 9"),
+        ({"learning_rate": 1e-2}, "was trained with learning_rate=0.0005"),
+        ({"fold": 1}, "was trained on 8 subjects that are not the 8 of now"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_resume_with_another_network_plan_or_data_is_refused(override, message, phantoms, run_bundle, tmp_path):
+    settings = {"dataset_dir": str(phantoms), **folders(tmp_path)}
+    run_bundle(["train.yaml"], **settings)
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
+    with pytest.raises(InputError, match=message):
+        run_bundle(["train.yaml", "resume.yaml"], **settings | override)
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*")} == before
+
+
+def test_a_damaged_checkpoint_is_named(phantoms, run_bundle, tmp_path):
+    file = tmp_path / "last.pt"
+    file.write_bytes(b"PK\x03\x04 half of a file")
+    with pytest.raises(InputError, match=rf"{file}' cannot be read as a checkpoint"):
+        run_bundle(["train.yaml", "resume.yaml"], dataset_dir=str(phantoms), **folders(tmp_path))
+
+
+SAVER = """
+import os, resource, signal, sys, torch
+from types import SimpleNamespace
+sys.path.insert(0, {root!r})
+from scripts.checkpoint import SaveCheckpoints
+save, fault = torch.save, sys.argv[1]
+def killed(content, path):
+    save(content, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+evaluator = SimpleNamespace(state=SimpleNamespace(best_metric=0.5, best_metric_epoch=0))
+network = torch.nn.Linear(300, 300)
+saver = SaveCheckpoints({folder!r}, {{"model": network, "loss": network}}, evaluator, ["s1"], {{}}, {{}})
+saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=1), scaler=None))
+if fault == "killed":
+    torch.save = killed
+else:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=2), scaler=None))
+"""
+
+
+@pytest.mark.parametrize(("fault", "returncode"), [("killed", -signal.SIGKILL), ("full", 1)])
+def test_the_old_checkpoint_outlives_a_failed_save(fault, returncode, tmp_path):
+    """A SIGKILL half way through the file, and a file that cannot grow any further, as on a full disk."""
+    script = SAVER.format(root=str(ROOT), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script, fault], capture_output=True, text=True, check=False)
+    assert done.returncode == returncode, done.stderr
+    assert state(tmp_path / "last.pt")["epoch"] == 1
+    if fault == "full":
+        assert f"TrainingError: cannot write {tmp_path / 'last.pt'}" in done.stderr
+        assert "make room" in done.stderr
+        assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_killed_loader_process_is_explained(phantoms, tmp_path):
+    overlay = tmp_path / "kill.yaml"
+    kill = {"_target_": "Lambdad", "keys": "image", "func": "$lambda image: __import__('os')._exit(1)"}
+    overlay.write_text(yaml.safe_dump({"train::augmentations": [kill]}))
+    settings = {"dataset_dir": str(phantoms), "num_workers": 1, "augmentation": 1.0, **folders(tmp_path / "out")}
+    run = command(["train.yaml"], **settings)
+    run[run.index("--config_file") + 1] = str(["configs/train.yaml", str(overlay)])
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: a process that loads data was killed")
+
+
+@pytest.fixture
+def alone():
+    """torchrun's variables must not leak from one test into the next."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_processes_and_configuration_must_agree(phantoms, run_bundle, tmp_path, alone):
+    with pytest.raises(InputError, match=r"configs/multi_gpu.yaml is for processes that torchrun starts"):
+        run_bundle(["train.yaml", "multi_gpu.yaml"], dataset_dir=str(phantoms), **folders(tmp_path))
+    os.environ |= {"WORLD_SIZE": "2", "RANK": "0"}
+    with pytest.raises(InputError, match="2 processes that would all do the same"):
+        run_bundle(["train.yaml"], dataset_dir=str(phantoms), **folders(tmp_path))
