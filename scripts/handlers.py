@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -17,6 +18,7 @@ from monai.data.utils import set_rnd
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
+from monai.handlers import MLFlowHandler
 from monai.utils import set_determinism
 from torch.nn.functional import cosine_similarity
 from torch.utils.tensorboard import SummaryWriter
@@ -195,6 +197,19 @@ class EpochTable:
         self.alpha = {"alpha_LGG": alpha[0], "alpha_HGG": alpha[1]}
         self.output_dir = Path(output_dir)
         self.rows: list[dict] = []
+        self.tracker: MLFlowHandler | None = None
+
+    def track(self, handlers: Sequence[Any], files: Sequence[str]) -> None:
+        """Hand rows and files to the first of MONAI's MLFlow handlers, which ``--tracking mlflow`` puts among ours.
+
+        By themselves they expect decollated output, and log training and validation under the same names.
+        """
+        trackers = [handler for handler in handlers if isinstance(handler, MLFlowHandler)]
+        for tracker in trackers:
+            tracker.iteration_log = tracker.epoch_log = False
+        if trackers:
+            self.tracker = trackers[0]
+            self.tracker.artifacts = (*self.tracker.artifacts, *map(Path, files))
 
     def state_dict(self) -> dict[str, list]:
         """The rows so far, for a training that is resumed."""
@@ -213,7 +228,7 @@ class EpochTable:
 
     @idist.one_rank_only()
     def started(self, engine: SupervisedTrainer) -> None:
-        self.next_drawing = 0.0
+        self.next_drawing, self.max_epochs = 0.0, engine.state.max_epochs
         # what an interrupted run logged after its last checkpoint is logged anew
         self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=engine.state.epoch + 1)
 
@@ -234,19 +249,20 @@ class EpochTable:
 
     @idist.one_rank_only()
     def completed(self, engine: SupervisedTrainer) -> None:
-        self._draw()
         self.writer.close()
 
     def _write(self, new: Sequence[Mapping]) -> None:
         logger.info("\n" + format_rows(new))
         for row in new:
-            for name in self.COLUMNS[2:]:
-                if not np.isnan(row[name]):
-                    self.writer.add_scalar(f"{name}/{row['split']}", row[name], row["epoch"])
+            scores = {f"{name}/{row['split']}": row[name] for name in self.COLUMNS[2:] if not np.isnan(row[name])}
+            for name, value in scores.items():
+                self.writer.add_scalar(name, value, row["epoch"])
+            if self.tracker is not None:
+                self.tracker._log_metrics(scores, row["epoch"])
         table = pd.DataFrame(self.rows, columns=list(self.COLUMNS))
         with atomic_path(self.output_dir / "metrics.csv") as path:
             table.to_csv(path, index=False, float_format="%.6g")
-        if time.monotonic() >= self.next_drawing:
+        if time.monotonic() >= self.next_drawing or new[0]["epoch"] == self.max_epochs:
             self._draw()
 
     def _draw(self) -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -131,6 +134,90 @@ def test_cache_on_disk_gives_what_memory_gives(phantoms, tmp_path):
         assert torch.equal(disk[0]["image"].affine, memory[0]["image"].affine)
         assert len(disk[0]["image"].applied_operations) == len(memory[0]["image"].applied_operations)
     assert len(list(tmp_path.glob("*.pt"))) == len(disk)
+
+
+def cached(items, phantoms, folder, **settings):
+    """The training data set of ``items``, cached in ``folder``."""
+    config = training_config(phantoms, cache_dir=str(folder), **settings)
+    config.update({"train::dataset::data": items})
+    return config.get_parsed_content("train::dataset")
+
+
+def test_drawing_from_the_mapped_cache_gives_what_memory_gives(phantoms, tmp_path):
+    items = load_subjects(str(phantoms), MODALITIES)[:2]
+    memory, disk = (cached(items, phantoms, folder) for folder in (None, tmp_path / "cache"))
+    disk = cached(items, phantoms, tmp_path / "cache")  # read from the files
+    for dataset in (memory, disk):
+        dataset.transform.set_random_state(0)
+    for _ in range(4):
+        ours, theirs = memory[1][0], disk[1][0]
+        assert torch.equal(ours["image"], theirs["image"])
+        assert torch.equal(ours["label"], theirs["label"])
+
+
+def test_cache_is_keyed_by_content_and_settings(copied_phantoms, phantoms, tmp_path):
+    cache = tmp_path / "cache"
+
+    def entries(folder, **settings):
+        cached(load_subjects(str(folder), MODALITIES)[:2], folder, cache, **settings)
+        return {file.name for file in cache.iterdir()}
+
+    first = entries(phantoms)
+    assert len(first) == 2
+    assert entries(copied_phantoms) == first  # another place and time, the same content
+    assert len(entries(phantoms, image_size=48)) == 4
+    file = copied_phantoms / "BraTS20_Training_001" / "BraTS20_Training_001_t1.nii.gz"
+    image, before = nib.load(file), file.stat()
+    volume = np.asarray(image.dataobj).copy()
+    volume[16, 16, 4] += 1
+    nib.save(nib.Nifti1Image(volume, image.affine), file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(entries(copied_phantoms)) == 5
+
+
+@pytest.mark.parametrize("damage", [lambda old: old[: len(old) // 2], lambda old: b"", lambda old: b"x" * len(old)])
+def test_a_damaged_cache_entry_is_named_and_made_anew(damage, phantoms, tmp_path, caplog):
+    items = load_subjects(str(phantoms), MODALITIES)[:1]
+    before = cached(items, phantoms, tmp_path / "cache")[0][0]["image"].shape
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert cached(items, phantoms, tmp_path / "cache")[0][0]["image"].shape == before
+    assert f"cache entry {file} of '{items[0]['subject']}' is damaged" in caplog.text
+    assert abs(len(file.read_bytes()) - len(whole)) < 1000
+
+
+FILL = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import test_dataset
+items = test_dataset.load_subjects({data!r}, test_dataset.MODALITIES)
+if {kill}:
+    from scripts.dataset import VolumeCache
+    make, count = VolumeCache._pre_transform, []
+    def fail(self, item):
+        count.append(item)
+        return make(self, item) if len(count) < 4 else os._exit(9)
+    VolumeCache._pre_transform = fail
+test_dataset.cached(items, {data!r}, {cache!r})
+"""
+
+
+def test_cache_survives_a_kill_and_two_processes_fill_it(phantoms, tmp_path):
+    cache = tmp_path / "cache"
+
+    def fill(kill: bool) -> subprocess.Popen:
+        places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "data": str(phantoms), "cache": str(cache)}
+        return subprocess.Popen([sys.executable, "-W", "ignore", "-c", FILL.format(kill=kill, **places)])
+
+    assert fill(kill=True).wait() == 9
+    assert len(list(cache.glob("[!.]*.pt"))) == 3
+    assert [process.wait() for process in (fill(False), fill(False))] == [0, 0]
+    names = {file.name for file in cache.iterdir()}
+    assert len(names) == 10
+    cached(load_subjects(str(phantoms), MODALITIES), phantoms, cache)
+    assert {file.name for file in cache.iterdir()} == names
 
 
 def test_cache_on_disk_notices_a_repaired_file(copied_phantoms, tmp_path):

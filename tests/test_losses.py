@@ -6,6 +6,7 @@ import pytest
 import torch
 from monai.losses import DiceFocalLoss
 
+from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
 from scripts.losses import MIN_SIGMA, MultiTaskLoss, UncertaintyWeighting
 
@@ -126,3 +127,23 @@ def test_weighting_stays_bounded_and_recovers_when_a_loss_reaches_zero():
         weighting([torch.tensor(0.5), torch.tensor(0.5)]).backward()
         optimizer.step()
     assert weighting.variance[0].item() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "grading"])
+def test_a_single_task_is_its_loss_alone(task):
+    (seg, cls, calib), targets = batch()
+    leaves = [part.requires_grad_() for part in (seg, cls, calib)]
+    loss = MultiTaskLoss(GaussianDiffusion(), tasks=[task])
+    total = loss(tuple(leaves), targets)
+    total.backward()
+    names = ("L_seg", "L_calib") if task == "segmentation" else ("L_cls",)
+    assert total.item() == pytest.approx(sum(loss.components[name].item() for name in names))
+    learns = {"segmentation": [True, False, True], "grading": [False, True, False]}[task]
+    assert [bool(leaf.grad.any()) for leaf in leaves] == learns  # the others get zeros, not nothing
+    assert not loss.weighting.log_sigma.requires_grad
+
+
+@pytest.mark.parametrize("tasks", [[], ["masks"], ["segmentation", "staging"]])
+def test_bad_tasks(tasks):
+    with pytest.raises(InputError, match="tasks="):
+        MultiTaskLoss(GaussianDiffusion(), tasks=tasks)

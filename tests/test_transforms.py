@@ -13,6 +13,7 @@ from scripts.config import InputError
 from scripts.transforms import (
     AtomicNibabelWriter,
     LabelToRegionsd,
+    RandModalityDropoutd,
     RegionsToLabeld,
     SliceIndicesd,
     entropy_bits,
@@ -112,3 +113,13 @@ def test_entropy():
     values = entropy_bits(torch.tensor([0.0, 0.5, 1.0, 0.25]))
     expected = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
     assert values.tolist() == pytest.approx([0, 1, 0, expected])
+
+
+def test_modality_dropout_zeroes_one_modality_and_never_the_only_one():
+    dropout = RandModalityDropoutd("image", prob=1.0).set_random_state(0)
+    image = torch.ones(4, 3, 3)
+    dropped = [dropout({"image": image})["image"].flatten(1).any(dim=1).tolist() for _ in range(40)]
+    assert {tuple(kept) for kept in dropped} == {tuple(i != j for i in range(4)) for j in range(4)}
+    assert image.all()
+    assert dropout({"image": image[:1]})["image"].all()
+    assert RandModalityDropoutd("image", prob=0.0)({"image": image})["image"].all()
