@@ -1,15 +1,20 @@
-# `make demo` and `make test` need Python >= 3.10, make and a package index; everything else they install into .venv
+# `make demo`, `make staged` and `make test` need Python >= 3.10, make and a package index; everything else they install
+# into .venv
 PYTHON ?= python3
 VENV ?= .venv
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(VENV)/bin/python
 DEMO = "['configs/train.yaml','configs/demo.yaml']"
 
-.PHONY: demo test lint clean
+.PHONY: demo staged test lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.installed-tracking: requirements-tracking.txt $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-tracking.txt
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -30,7 +35,16 @@ demo: $(VENV)/.installed
 	@echo "grade            demo/inference/grades.csv"
 	@cat demo/inference/grades.csv
 
-test: $(VENV)/.installed
+staged: $(VENV)/.installed
+	test -d demo/data || $(RUN) -m scripts.phantom --output_dir demo/data --num_subjects 160
+	set -e; for stage in stage1_segmentation stage2_grading stage3_joint; do \
+	    $(RUN) -W ignore -m monai.bundle run --stages_dir demo/staged --max_epochs 6 \
+	        --config_file "['configs/train.yaml','configs/demo.yaml','configs/$$stage.yaml']"; \
+	done
+	$(RUN) -W ignore -m monai.bundle run --ckpt_dir demo/staged/stage3_joint --output_dir demo/staged/evaluate \
+	    --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml']"
+
+test: $(VENV)/.installed-tracking
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 lint: $(VENV)/.installed

@@ -134,9 +134,11 @@ def timed_epoch(config: ConfigParser) -> dict[str, list[float]]:
         seconds[part].append(now - last[0])
         last[0] = now
 
-    with trainer.add_event_handler(Events.GET_BATCH_STARTED, lap, "handlers"), trainer.add_event_handler(
-        Events.GET_BATCH_COMPLETED, lap, "data"
-    ), trainer.add_event_handler(IterationEvents.MODEL_COMPLETED, lap, "step"):
+    with (
+        trainer.add_event_handler(Events.GET_BATCH_STARTED, lap, "handlers"),
+        trainer.add_event_handler(Events.GET_BATCH_COMPLETED, lap, "data"),
+        trainer.add_event_handler(IterationEvents.MODEL_COMPLETED, lap, "step"),
+    ):
         table = config.get_parsed_content("epoch_table")
         write = table._write
         table._write = lambda rows: (lap(trainer, "rest"), write(rows), lap(trainer, "table"))

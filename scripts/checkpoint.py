@@ -45,7 +45,7 @@ class SaveCheckpoints:
         trained_for: Mapping[str, Any],
         training_plan: Mapping[str, Any],
     ) -> None:
-        self.notes = {"training_subjects": list(training_subjects), "trained_for": dict(trained_for)}
+        self.training_subjects, self.trained_for = list(training_subjects), dict(trained_for)
         self.training_plan = dict(training_plan)
         self.ckpt_dir = Path(ckpt_dir)
         self.save_dict = {name: part for name, part in save_dict.items() if part is not None}
@@ -78,7 +78,8 @@ class SaveCheckpoints:
     def _save(self, content: dict, name: str) -> None:
         try:
             with atomic_path(self.ckpt_dir / name) as path:
-                torch.save(content | self.notes, path)
+                notes = {"training_subjects": self.training_subjects, "trained_for": self.trained_for}
+                torch.save(content | notes, path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise TrainingError(
                 f"cannot write {self.ckpt_dir / name}: {error}. The file of before, if there was one, is whole; "
@@ -107,12 +108,12 @@ class SaveCheckpoints:
                     f"{file} was trained with {key}={planned}, now it is {self.training_plan[key]}: resume with the "
                     "same settings, or start anew from its weights with init_ckpt and another ckpt_dir"
                 )
-        if checkpoint["training_subjects"] != self.notes["training_subjects"]:
+        if checkpoint["training_subjects"] != self.training_subjects:
             raise InputError(
                 f"{file} was trained on {len(checkpoint['training_subjects'])} subjects that are not the "
-                f"{len(self.notes['training_subjects'])} of now: resume with the same dataset_dir, fold and seed"
+                f"{len(self.training_subjects)} of now: resume with the same dataset_dir, fold and seed"
             )
-        load_weights(self.save_dict["network"], str(file), self.notes["trained_for"])
+        load_weights(self.save_dict["network"], str(file), self.trained_for)
         for name, part in self.save_dict.items():
             part.load_state_dict(checkpoint[name])
         if engine.scaler is not None and checkpoint.get("scaler"):

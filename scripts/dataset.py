@@ -7,7 +7,7 @@ import copy
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class VolumeCache(PersistentDataset):
         return self.entry(item)
 
 
-def hash_item(item: Mapping[str, Any]) -> bytes:
+def hash_item(item: dict[str, Any]) -> bytes:
     """Cache key of an item: its subject, its grade, and what its files hold."""
     return pickle_hashing([item["subject"], item["grade"], [fingerprint(file) for file in item_files(item)]])
 

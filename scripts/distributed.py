@@ -6,7 +6,7 @@ import atexit
 import itertools
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
@@ -29,7 +29,9 @@ def join_processes(distributed: bool) -> None:
     if distributed and "RANK" not in os.environ:
         raise InputError("configs/multi_gpu.yaml is for processes that torchrun starts: see docs/training.md")
     if processes > 1 and not distributed:
-        raise InputError(f"torchrun started {processes} processes that would all do the same: add configs/multi_gpu.yaml")
+        raise InputError(
+            f"torchrun started {processes} processes, each of which would do it all: add configs/multi_gpu.yaml"
+        )
     if distributed and idist.backend() is None:
         idist.initialize("nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(idist.finalize)
@@ -58,13 +60,14 @@ def gathered(values: Sequence[T]) -> list[T]:
     if idist.get_world_size() == 1:
         return list(values)
     missing = object()
-    turns = itertools.zip_longest(*idist.all_gather(list(values)), fillvalue=missing)
+    everyone: Any = idist.all_gather(list(values))
+    turns = itertools.zip_longest(*everyone, fillvalue=missing)
     return [value for turn in turns for value in turn if value is not missing]
 
 
 def average(gradient: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all processes."""
-    return idist.all_reduce(gradient) / idist.get_world_size()
+    return torch.as_tensor(idist.all_reduce(gradient)) / idist.get_world_size()
 
 
 def parallel(network: nn.Module) -> nn.Module:
@@ -79,4 +82,4 @@ def same_buffers(network: nn.Module) -> None:
     """Give all processes the running statistics of the first, whose network is saved."""
     if idist.get_world_size() > 1:
         for buffer in network.buffers():
-            buffer.copy_(idist.broadcast(buffer, src=0))
+            buffer.copy_(torch.as_tensor(idist.broadcast(buffer, src=0)))

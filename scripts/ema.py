@@ -41,16 +41,22 @@ class WeightAverage(EMAHandler):
 
     def _update_ema_model(self, engine: Engine, name: str) -> None:
         with torch.no_grad():
-            averages, weights = (list(model.parameters()) for model in (self.ema_model, self.model))
+            averages: list[torch.Tensor] = list(self.ema_model.parameters())
+            weights: list[torch.Tensor] = list(self.model.parameters())
             torch._foreach_lerp_(averages, weights, getattr(engine.state, name))
             for average, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
                 average.copy_(buffer)
 
+    @property
+    def warm_up(self) -> Any:
+        """ignite's scheduler of the momentum, there once the handler is attached; it counts the steps."""
+        return self.momentum_scheduler
+
     def state_dict(self) -> dict[str, Any]:
         """The average and how far its warm-up is."""
-        return {"ema_model": self.ema_model.state_dict(), "steps": self.momentum_scheduler.event_index}
+        return {"ema_model": self.ema_model.state_dict(), "steps": self.warm_up.event_index}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self.ema_model.load_state_dict(state["ema_model"])
-        self.momentum_scheduler.event_index = state["steps"]
+        self.warm_up.event_index = state["steps"]

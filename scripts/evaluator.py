@@ -21,7 +21,7 @@ class VolumeEvaluator(SupervisedEvaluator):
 
     inferer: VolumeInferer
 
-    def run(self, global_epoch: int = 1) -> None:
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Evaluate the first process' network in all processes."""
         same_buffers(self.network)
         super().run(global_epoch)

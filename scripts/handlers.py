@@ -43,6 +43,7 @@ class EpochSeeds:
 
     def __init__(self, dataloader: DataLoader, seed: int) -> None:
         self.dataloader = dataloader
+        self.sampler: Any = dataloader.sampler
         self.seed = seed
 
     def attach(self, engine: SupervisedTrainer) -> None:
@@ -54,7 +55,7 @@ class EpochSeeds:
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         set_determinism(seed)
         set_rnd(self.dataloader.dataset, seed)
-        self.dataloader.sampler.seed = seed
+        self.sampler.seed = seed
 
 
 class StopOnNonFiniteLoss:
@@ -206,7 +207,7 @@ class EpochTable:
         """
         trackers = [handler for handler in handlers if isinstance(handler, MLFlowHandler)]
         for tracker in trackers:
-            tracker.iteration_log = tracker.epoch_log = False
+            tracker.iteration_logger = tracker.epoch_logger = lambda engine: None
         if trackers:
             self.tracker = trackers[0]
             self.tracker.artifacts = (*self.tracker.artifacts, *map(Path, files))

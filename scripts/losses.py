@@ -134,7 +134,7 @@ class MultiTaskLoss(nn.Module):
         return total
 
     def _total(self, cls_logits: torch.Tensor | None) -> torch.Tensor:
-        """L_total of :attr:`task_losses`, in which every output keeps a gradient, as training on several devices needs."""
+        """L_total of :attr:`task_losses`; every output gets a gradient, if 0: DistributedDataParallel waits for all."""
         losses = [self.task_losses.get(task) if task in self.tasks else None for task in TASKS]
         nothing = 0 * self.task_losses["segmentation"]
         if cls_logits is not None:

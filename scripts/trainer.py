@@ -107,9 +107,7 @@ class DenoisingInferer(Inferer):
         if self.noised_mask == "truth" or calib_map is None:
             x_0 = 2 * label - 1
         elif self.noised_mask == "prediction":
-            x_0 = predict(
-                torch.randn_like(noise), torch.full_like(timesteps, diffusion.num_train_timesteps - 1)
-            )
+            x_0 = predict(torch.randn_like(noise), torch.full_like(timesteps, diffusion.num_train_timesteps - 1))
         else:
             x_0 = torch.tanh(calib_map.detach().float() / 2)
         x_t = diffusion.add_noise(x_0, noise, timesteps)

@@ -1,4 +1,4 @@
-"""Dictionary transforms that MONAI lacks: volume checks, regions, slice indices, modality dropout, atomic NIfTI files."""
+"""Dictionary transforms that MONAI lacks: checks, regions, slice indices, modality dropout, atomic NIfTI files."""
 
 from __future__ import annotations
 

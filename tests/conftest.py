@@ -77,23 +77,26 @@ def volumes() -> dict[str, np.ndarray]:
     return images | {"seg": segmentation}
 
 
-@pytest.fixture
-def run_bundle(monkeypatch):
+def run_configs(configs: list[str], **overrides) -> None:
     """Run configurations as the command line does; an input error arrives unwrapped."""
     import monai.bundle
 
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    def run(configs: list[str], **overrides) -> None:
-        files = [str(ROOT / "configs" / name) for name in configs]
-        keys = tiny_settings(configs)
-        try:
-            monai.bundle.run(config_file=files, **keys | overrides)
-        except RuntimeError as error:
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, (InputError, TrainingError)):
-                    raise cause from None
-                cause = cause.__cause__ or cause.__context__
-            raise
+    files = [str(ROOT / "configs" / name) for name in configs]
+    hook = sys.excepthook
+    try:
+        monai.bundle.run(config_file=files, **tiny_settings(configs) | overrides)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, (InputError, TrainingError)):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
+    finally:
+        sys.excepthook = hook
 
-    return run
+
+@pytest.fixture
+def run_bundle():
+    """The function that runs configurations."""
+    return run_configs

@@ -6,6 +6,7 @@ from monai.networks.schedulers import DDPMScheduler
 
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
+from scripts.losses import MultiTaskLoss
 from scripts.net import MedSegDiff, PlainUNet
 from scripts.timesteps import TimestepSampler
 from scripts.trainer import DenoisingInferer, DiffusionPrepareBatch
@@ -107,3 +108,56 @@ def test_the_plain_unet_has_nothing_to_recycle():
 def test_unknown_noised_mask():
     with pytest.raises(InputError, match="noised_mask 'mask'"):
         DenoisingInferer("mask")
+
+
+def step_losses(network, data, **options):
+    """Loss and gradients of a training step under the options of precision and speed."""
+    channels_last = options.pop("channels_last", False)
+    torch.manual_seed(0)
+    prepare = DiffusionPrepareBatch(TimestepSampler("uniform", 1000), channels_last=channels_last)
+    image, targets, _, kwargs = prepare(data)
+    assert image.is_contiguous(memory_format=torch.channels_last) == channels_last
+    loss = MultiTaskLoss(network.diffusion)(
+        DenoisingInferer("calibration", **options)(image, network, **kwargs), targets
+    )
+    network.zero_grad()
+    loss.backward()
+    return loss.item(), network.denoiser.conv_in.conv.weight.grad.clone()
+
+
+def learner(seed=0):
+    torch.manual_seed(seed)
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+    (dropout,) = (module for module in network.cls_head if isinstance(module, torch.nn.Dropout))
+    dropout.p = 0.0  # it draws other numbers under another precision
+    return network
+
+
+def test_channels_last_and_compiled_steps_are_the_plain_step():
+    data = batch(4)
+    loss, gradient = step_losses(learner(), data)
+    laid_out = learner().to(memory_format=torch.channels_last)
+    assert step_losses(laid_out, data, channels_last=True)[0] == pytest.approx(loss, rel=1e-4)
+    compiled = learner()
+    for part in compiled.children():
+        part.compile(backend="aot_eager")  # as the key does, but for the C++ compiler
+    names = compiled.state_dict().keys()
+    compiled_loss, compiled_gradient = step_losses(compiled, data)
+    assert compiled_loss == pytest.approx(loss, rel=1e-4)
+    assert torch.allclose(compiled_gradient, gradient, atol=1e-4 * gradient.abs().max())
+    assert compiled.state_dict().keys() == names == learner().state_dict().keys()
+
+
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_half_precision_gives_the_same_losses(amp_dtype):
+    data = batch(4)
+    (loss, _), (half, gradient) = (step_losses(learner(), data, amp=amp, amp_dtype=amp_dtype) for amp in (False, True))
+    assert half != loss
+    assert half == pytest.approx(loss, rel=0.02)
+    assert gradient.dtype == torch.float32
+    assert gradient.isfinite().all()
+
+
+def test_unknown_amp_dtype():
+    with pytest.raises(InputError, match="amp_dtype 'half'"):
+        DenoisingInferer(amp=True, amp_dtype="half")

@@ -1,0 +1,147 @@
+"""Stages and options of training, end to end on tiny phantoms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from scripts.config import InputError
+
+
+def weights(folder: Path, name: str = "model.pt") -> dict[str, torch.Tensor]:
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def same(ours: dict, theirs: dict, part: str) -> bool:
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items() if name.startswith(part))
+
+
+@pytest.fixture(scope="module")
+def staged(phantoms, tmp_path_factory):
+    """Folder of the three stages, with a moving average of the weights, which must not blur what is frozen."""
+    from conftest import run_configs
+
+    folder = tmp_path_factory.mktemp("staged")
+    for stage in ("stage1_segmentation", "stage2_grading", "stage3_joint"):
+        settings = {"dataset_dir": str(phantoms), "stages_dir": str(folder), "max_epochs": 3, "ema_decay": 0.9}
+        run_configs(["train.yaml", f"{stage}.yaml"], **settings)
+    return folder
+
+
+def test_stages_train_what_they_name(staged):
+    first, second, third = (
+        weights(staged / name) for name in ("stage1_segmentation", "stage2_grading", "stage3_joint")
+    )
+    trunk = ("calibrator", "denoiser")
+    assert all(same(first, second, part) for part in trunk)  # every bit, norms included
+    assert not same(first, second, "cls_head")
+    assert not any(same(second, third, part) for part in (*trunk, "cls_head"))
+    tables = [pd.read_csv(staged / name / "metrics.csv") for name in ("stage1_segmentation", "stage2_grading")]
+    dice = [table.query("split == 'validation'")["dice"] for table in tables]
+    assert dice[1].nunique() == 1
+    assert dice[1].iloc[0] == dice[0].max()  # to the last of six digits
+    rates = [pd.read_csv(path / "metrics.csv")["learning_rate"].iloc[0] for path in sorted(staged.iterdir())]
+    assert rates == pytest.approx([5e-4, 5e-3, 5e-5])
+
+
+def test_stage_one_leaves_the_head_and_stage_two_optimises_nothing_else(staged):
+    last = torch.load(staged / "stage1_segmentation" / "last.pt", weights_only=True)
+    assert same(last["network"], last["model"], "cls_head.3")  # the average of what never moved
+    optimised = [
+        torch.load(staged / stage / "last.pt", weights_only=True)["optimizer"]["state"]
+        for stage in ("stage1_segmentation", "stage2_grading", "stage3_joint")
+    ]
+    assert [len(state) for state in optimised][1] == 4  # two layers, weight and bias
+    assert len(optimised[2]) == len(optimised[0]) + 4 + 1  # the head and the log sigmas
+
+
+def test_the_last_head_of_stage_two_is_kept(staged):
+    checkpoint = torch.load(staged / "stage2_grading" / "model.pt", weights_only=True)
+    assert checkpoint["epoch"] == 3  # Dice cannot choose
+
+
+def test_a_stage_without_the_one_before_says_so(phantoms, run_bundle, tmp_path):
+    with pytest.raises(InputError, match="stage1_segmentation/model.pt' does not exist"):
+        run_bundle(["train.yaml", "stage2_grading.yaml"], dataset_dir=str(phantoms), stages_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_have_seen_the_validation_subjects_are_no_start(staged, phantoms, run_bundle, tmp_path):
+    start = {
+        "init_ckpt": str(staged / "stage1_segmentation" / "model.pt"),
+        "fold": 1,
+        "output_dir": str(tmp_path / "o"),
+    }
+    with pytest.raises(InputError, match="were trained on"):
+        run_bundle(["train.yaml"], dataset_dir=str(phantoms), **start)
+
+
+def test_average_is_validated_and_kept(phantoms, run_bundle, tmp_path):
+    folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
+    run_bundle(["train.yaml"], ema_decay=0.95, ema_warmup_steps=2, **folders)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert not same(last["network"], last["model"], "denoiser")
+    assert same(last["ema"]["ema_model"], last["model"], "")
+    run_bundle(
+        ["train.yaml", "evaluate.yaml"],
+        **folders | {"output_dir": str(tmp_path / "e")},
+        ckpt_path=str(tmp_path / "last.pt"),
+    )
+    judged = json.loads((tmp_path / "e" / "summary.json").read_text())["segmentation"]["WT"]["dice"]["mean"]["value"]
+    assert judged == pytest.approx(pd.read_csv(tmp_path / "metrics.csv")["dice"].iloc[-1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"accumulation_steps": 2, "batch_size": 4, "max_epochs": 1}, 2),  # 8 subjects x 2 slices: 4 batches
+        ({"accumulation_steps": 3, "batch_size": 4, "max_epochs": 1}, 2),  # the rest of an epoch is a step too
+        ({"lr_schedule": "plateau", "lr_patience": 1, "learning_rate": 1e-7, "max_epochs": 3}, 6),
+        ({"channels_last": True, "self_conditioning": True, "amp": True}, 4),
+        ({"gradient_cosine": True, "augmentation": 1.0, "early_stopping": 1, "batch_size": 1}, None),
+        ({"timestep_sampling": "importance", "warmup_epochs": 1}, 4),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_run(settings, steps, phantoms, run_bundle, tmp_path):
+    folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
+    run_bundle(["train.yaml"], **folders, **settings)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["L_total"].notna().all()
+    if steps:
+        assert {int(part["step"]) for part in last["optimizer"]["state"].values()} == {steps}
+    if settings.get("lr_schedule") == "plateau":
+        assert last["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.5e-7)  # no Dice was better
+    assert table["gradient_cosine"].notna().any() == settings.get("gradient_cosine", False)
+
+
+def test_the_parts_with_weights_are_compiled(phantoms, run_bundle, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda part: compiled.append(part)
+    )  # what compiling does is test_trainer's
+    folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
+    run_bundle(["train.yaml"], **folders, compile=True, max_epochs=1)
+    assert [type(part).__name__ for part in compiled] == ["DynUNet", "Denoiser", "GradingHead"]
+
+
+def test_tracking_with_mlflow(phantoms, run_bundle, tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="its pins are for Python 3.11 and newer")
+    folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
+    run_bundle(["train.yaml"], **folders, tracking="mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlruns.db'}")
+    (run,) = [run for e in client.search_experiments() for run in client.search_runs(e.experiment_id)]
+    assert run.info.status == "FINISHED"
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    for split in ("train", "validation"):
+        logged = client.get_metric_history(run.info.run_id, f"dice/{split}")
+        assert [m.step for m in logged] == [1, 2]
+        assert [m.value for m in logged] == pytest.approx(table.query("split == @split")["dice"].tolist(), abs=1e-5)
+    assert all("/" in name for name in run.data.metrics)
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"metrics.csv", "learning_curves.png", "config.yaml", "model.pt", "last.pt"} <= files
