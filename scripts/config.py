@@ -27,6 +27,7 @@ SIGNS = {
     "cache_dir, and go on with configs/resume.yaml",
     "Connection closed by peer": "another process of this run died; its own message says why. Go on with "
     "configs/resume.yaml",
+    "No module named 'mlflow'": "MLflow is not installed: pip install -e '.[tracking]'",
     "CUDA out of memory": "the GPU's memory is full: lower batch_size and raise accumulation_steps as much, or "
     "(in evaluation and inference) lower sampling_batch_size",
 }
@@ -96,6 +97,8 @@ def check_values(config: dict, base: str) -> None:
             wanted, fits = "number, 0 or more", isinstance(value, (int, float)) and value >= 0
         if not fits:
             raise InputError(f"{key}={value!r} must be a {wanted}, such as {default!r}")
+    if "augmentation" in config and not 0 <= config["augmentation"] <= 1:
+        raise InputError(f"augmentation={config['augmentation']} must lie between 0 and 1")
     device = str(config.get("device", ""))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device='{device}': no GPU can be used here; leave the key out, or set device=cpu")

@@ -30,8 +30,8 @@ class WeightAverage(EMAHandler):
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup_steps: int = 100, every: int = 1) -> None:
-        if not 0 < decay < 1:
-            raise InputError(f"ema_decay={decay} must lie between 0 and 1, such as 0.999; null turns the average off")
+        if not isinstance(decay, float) or not 0 < decay < 1:
+            raise InputError(f"ema_decay={decay!r} must lie between 0 and 1, such as 0.999; null turns the average off")
         super().__init__(model, 1 - decay, momentum_warmup=1.0, warmup_iters=warmup_steps)
         self.every = every
 

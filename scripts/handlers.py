@@ -23,7 +23,7 @@ from monai.utils import set_determinism
 from torch.nn.functional import cosine_similarity
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts.config import TrainingError, atomic_path
+from scripts.config import InputError, TrainingError, atomic_path
 from scripts.losses import TASKS, MultiTaskLoss
 from scripts.net import MedSegDiff, PlainUNet
 from scripts.plots import plot_learning_curves
@@ -156,9 +156,14 @@ class EarlyStopping:
     Args:
         evaluator: validation engine.
         patience: epochs.
+
+    Raises:
+        InputError: when ``patience`` is not a positive whole number.
     """
 
     def __init__(self, evaluator: Workflow, patience: int) -> None:
+        if not isinstance(patience, int) or patience < 1:
+            raise InputError(f"early_stopping={patience!r} must be a whole number of epochs, 1 or more; null is never")
         self.evaluator = evaluator
         self.patience = patience
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import ignite.distributed as idist
 import torch
@@ -142,6 +142,16 @@ class MultiTaskLoss(nn.Module):
         if len(self.tasks) == 2 and cls_logits is not None:
             return self.weighting(losses) + nothing
         return nothing + sum(loss for loss in losses if loss is not None)
+
+    def check(self, network: nn.Module, grades: Iterable[int]) -> None:
+        """Raise InputError, before any volume is read, when grading alone is asked for and cannot be learnt.
+
+        Args:
+            network: has a ``cls_head`` or None.
+            grades: of the training subjects.
+        """
+        if self.tasks == {"grading"} and (network.cls_head is None or max(grades, default=-1) < 0):
+            raise InputError("tasks=['grading'] needs use_cls_head and training subjects with a grade")
 
     def grading_loss(self, cls_logits: torch.Tensor, grade: torch.Tensor, label: torch.Tensor) -> torch.Tensor | None:
         """Mean over graded items with tumour of alpha_c (1 - p_c)^gamma (-log p_c), None when there are none."""

@@ -22,12 +22,16 @@ def freeze_all_but(network: nn.Module, trainable: str | None) -> None:
     """Freeze every parameter whose name does not match the regular expression ``trainable``; None freezes nothing.
 
     Raises:
-        InputError: when no parameter matches.
+        InputError: when no parameter matches, or it is not a regular expression.
     """
     if trainable is None:
         return
     names = [name for name, _ in network.named_parameters()]
-    if not any(re.search(trainable, name) for name in names):
+    try:
+        matches = any(re.search(trainable, name) for name in names)
+    except re.error as error:
+        raise InputError(f"trainable='{trainable}' is not a regular expression: {error}") from error
+    if not matches:
         parts = sorted({name.split(".")[0] for name in names})
         raise InputError(f"trainable='{trainable}' matches no parameter; the network's parts are {parts}")
     freeze_layers(network, exclude_vars=trainable)
