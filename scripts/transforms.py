@@ -1,4 +1,4 @@
-"""Dictionary transforms that MONAI lacks: checks, regions, slice indices, modality dropout, atomic NIfTI files."""
+"""Dictionary transforms that MONAI lacks: thread-safe reading, checks, regions, slice indices, modality dropout, atomic NIfTI files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, NibabelWriter
-from monai.transforms import MapTransform, RandomizableTransform
+from monai.transforms import LoadImaged, MapTransform, RandomizableTransform, ThreadUnsafe
 
 from scripts.config import InputError, atomic_path
+
+
+class LoadVolumesd(LoadImaged, ThreadUnsafe):
+    """MONAI's LoadImaged for threads that fill a cache, each of which gets a copy.
+
+    Its NIfTI reader keeps the names of the files that it is reading: with two threads, a volume of four modalities may
+    come out with the one channel of another's label, without an error.
+    """
 
 
 class CheckVolumed(MapTransform):

@@ -137,8 +137,8 @@ def test_cache_on_disk_gives_what_memory_gives(phantoms, tmp_path):
 
 
 def cached(items, phantoms, folder, **settings):
-    """The training data set of ``items``, cached in ``folder``."""
-    config = training_config(phantoms, cache_dir=str(folder), **settings)
+    """The training data set of ``items``, cached in ``folder`` or in memory."""
+    config = training_config(phantoms, cache_dir=folder and str(folder), **settings)
     config.update({"train::dataset::data": items})
     return config.get_parsed_content("train::dataset")
 
@@ -153,6 +153,18 @@ def test_drawing_from_the_mapped_cache_gives_what_memory_gives(phantoms, tmp_pat
         ours, theirs = memory[1][0], disk[1][0]
         assert torch.equal(ours["image"], theirs["image"])
         assert torch.equal(ours["label"], theirs["label"])
+
+
+@pytest.mark.parametrize("folder", [None, "cache"])
+def test_threads_that_fill_the_cache_do_not_mix_volumes_up(folder, phantoms, tmp_path):
+    """MONAI's reader gave one volume in eight the channels of another's label; see LoadVolumesd."""
+    items = load_subjects(str(phantoms), MODALITIES)
+    alone = cached(items, phantoms, None)._cache
+    for attempt in range(3):
+        threads = cached(items, phantoms, tmp_path / f"{folder}{attempt}" if folder else None, num_workers=4)
+        volumes = threads._cache if folder is None else [threads.entry(item) for item in items]
+        for ours, theirs in zip(volumes, alone, strict=True):
+            assert torch.equal(torch.as_tensor(ours["image"]), torch.as_tensor(theirs["image"]))
 
 
 def test_cache_is_keyed_by_content_and_settings(copied_phantoms, phantoms, tmp_path):
