@@ -1,4 +1,4 @@
-"""Dictionary transforms that MONAI lacks: thread-safe reading, checks, regions, slice indices, modality dropout, atomic NIfTI files."""
+"""Dictionary transforms that MONAI lacks: safe reading, checks, regions, slices, modality dropout, atomic files."""
 
 from __future__ import annotations
 
