@@ -89,10 +89,8 @@ class SaveCheckpoints:
     def resume(self, engine: SupervisedTrainer) -> None:
         """Bring the trainer and all that is saved to the end of the epoch that ``last.pt`` was written in.
 
-        Without ``last.pt`` training starts at its beginning, so that one command serves for both.
-
-        Raises:
-            InputError: when the file is damaged, or of a training with other data, network or settings.
+        Without ``last.pt`` training starts at its beginning, so that one command serves for both. Whether the file
+        fits is for :func:`check_resumable` to say, before any volume is read.
         """
         file = self.ckpt_dir / "last.pt"
         if idist.get_rank() == 0:
@@ -102,18 +100,6 @@ class SaveCheckpoints:
             logger.info(f"no {file}: training starts at the beginning")
             return
         checkpoint = read_checkpoint(str(file))
-        for key, planned in checkpoint.get("training_plan", {}).items():
-            if self.training_plan[key] != planned:
-                raise InputError(
-                    f"{file} was trained with {key}={planned}, now it is {self.training_plan[key]}: resume with the "
-                    "same settings, or start anew from its weights with init_ckpt and another ckpt_dir"
-                )
-        if checkpoint["training_subjects"] != self.training_subjects:
-            raise InputError(
-                f"{file} was trained on {len(checkpoint['training_subjects'])} subjects that are not the "
-                f"{len(self.training_subjects)} of now: resume with the same dataset_dir, fold and seed"
-            )
-        load_weights(self.save_dict["network"], str(file), self.trained_for)
         for name, part in self.save_dict.items():
             part.load_state_dict(checkpoint[name])
         if engine.scaler is not None and checkpoint.get("scaler"):
@@ -123,6 +109,37 @@ class SaveCheckpoints:
         engine.state.epoch = checkpoint["epoch"]
         engine.state.iteration = checkpoint["epoch"] * engine.state.epoch_length
         logger.info(f"resumed after epoch {checkpoint['epoch']} of {engine.state.max_epochs}")
+
+
+def check_resumable(
+    ckpt_dir: str,
+    network: nn.Module,
+    trained_for: Mapping[str, Any],
+    training_plan: Mapping[str, Any],
+    training_subjects: Sequence[str],
+) -> None:
+    """Make sure that ``last.pt``, where there is one, is of this network, plan and data.
+
+    Raises:
+        InputError: when it is damaged, or of a training with another network, other settings or other subjects.
+    """
+    file = Path(ckpt_dir) / "last.pt"
+    if not file.is_file():
+        return
+    checkpoint = read_checkpoint(str(file))
+    for key, planned in checkpoint.get("training_plan", {}).items():
+        if training_plan[key] != planned:
+            raise InputError(
+                f"{file} was trained with {key}={planned}, now it is {training_plan[key]}: resume with the same "
+                "settings, or start anew from its weights with init_ckpt and another ckpt_dir"
+            )
+    seen = checkpoint["training_subjects"]
+    if seen != list(training_subjects):
+        raise InputError(
+            f"{file} was trained on {len(seen)} subjects that are not the {len(training_subjects)} of now: resume with "
+            "the same dataset_dir, fold and seed"
+        )
+    load_weights(network, str(file), trained_for)
 
 
 def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
