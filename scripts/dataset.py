@@ -65,10 +65,14 @@ class VolumeCache(PersistentDataset):
 
     def __init__(self, data: Sequence[dict], transform: Compose, cache_dir: str) -> None:
         super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing)
+        self.files: dict[str, Path] = {}  # by subject: the files' content is looked at once
 
     def entry(self, item: dict) -> dict:
         """The cached item, mapped; made when it is absent or damaged."""
-        file = Path(str(self.cache_dir)) / f"{hash_item(item).decode()}{self.transform_hash}.pt"
+        if item["subject"] not in self.files:
+            name = f"{hash_item(item).decode()}{self.transform_hash}.pt"
+            self.files[item["subject"]] = Path(str(self.cache_dir)) / name
+        file = self.files[item["subject"]]
         if file.is_file():
             try:
                 return torch.load(file, mmap=True, weights_only=False)
