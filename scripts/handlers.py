@@ -169,7 +169,8 @@ class EarlyStopping:
 
     def attach(self, engine: SupervisedTrainer) -> None:
         """Attach to the trainer, after the handler that validates."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        # also at the start: a training that had stopped stays so when it is resumed
+        engine.add_event_handler(Events.STARTED | Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: SupervisedTrainer) -> None:
         best = self.evaluator.state.best_metric_epoch

@@ -161,6 +161,8 @@ def test_early_stopping_counts_epochs_since_the_best():
     EarlyStopping(evaluator, patience=3).attach(engine)
     engine.run([0], max_epochs=20)
     assert engine.state.epoch == 7
+    engine.run([0], max_epochs=20)  # resumed
+    assert engine.state.epoch == 7
 
 
 def test_random_numbers_depend_on_seed_and_epoch_alone():
