@@ -97,8 +97,9 @@ def check_values(config: dict, base: str) -> None:
             wanted, fits = "number, 0 or more", isinstance(value, (int, float)) and value >= 0
         if not fits:
             raise InputError(f"{key}={value!r} must be a {wanted}, such as {default!r}")
-    if "augmentation" in config and not 0 <= config["augmentation"] <= 1:
-        raise InputError(f"augmentation={config['augmentation']} must lie between 0 and 1")
+    strength = config.get("augmentation", 0)
+    if isinstance(strength, (int, float)) and strength > 1:
+        raise InputError(f"augmentation={strength} must lie between 0 and 1")
     device = str(config.get("device", ""))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device='{device}': no GPU can be used here; leave the key out, or set device=cpu")

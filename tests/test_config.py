@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
+import torch
 from monai.bundle import ConfigParser
 
 from scripts import config as config_module
-from scripts.config import InputError, atomic_path, check_keys, check_values
+from scripts.config import InputError, atomic_path, check_keys, check_values, explain
 
 
 def test_known_keys_pass_and_a_typo_names_the_nearest():
@@ -76,3 +78,23 @@ def test_other_errors_keep_their_traceback(capsys):
     except KeyError:
         config_module._report_own_error(*sys.exc_info())
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cause", "meaning"),
+    [
+        (InputError("fold=7 is none"), "fold=7 is none"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower batch_size"),
+        (ModuleNotFoundError("No module named 'mlflow'"), r"pip install -e '.\[tracking\]'"),
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"), "another process of this run died"),
+    ],
+)
+def test_errors_from_outside_are_explained(cause, meaning):
+    try:
+        try:
+            raise cause
+        except type(cause) as error:
+            raise RuntimeError("Failed to evaluate ConfigExpression") from error
+    except RuntimeError as wrapped:
+        assert re.search(meaning, explain(wrapped))
+    assert explain(KeyError("dice")) is None
