@@ -49,7 +49,7 @@ def cached_dataset(
             return CacheDataset(data, transform, num_workers=num_workers, copy_cache=False)
         cached = VolumeCache(data, transform, cache_dir)
         with ThreadPool(max(1, num_workers)) as pool:
-            for _ in tqdm(pool.imap_unordered(cached.entry, cached.data), "Caching volumes", len(data)):
+            for _ in tqdm(pool.imap_unordered(cached._cachecheck, cached.data), "Caching volumes", len(data)):
                 pass
         return cached
 
@@ -67,7 +67,7 @@ class VolumeCache(PersistentDataset):
         super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing)
         self.files: dict[str, Path] = {}  # by subject: the files' content is looked at once
 
-    def entry(self, item: dict) -> dict:
+    def _cachecheck(self, item: dict) -> dict:
         """The cached item, mapped; made when it is absent or damaged."""
         if item["subject"] not in self.files:
             name = f"{hash_item(item).decode()}{self.transform_hash}.pt"
@@ -85,9 +85,6 @@ class VolumeCache(PersistentDataset):
         with atomic_path(file) as path:
             torch.save(content, path)
         return content
-
-    def _cachecheck(self, item: dict) -> dict:
-        return self.entry(item)
 
 
 def hash_item(item: dict[str, Any]) -> bytes:

@@ -162,7 +162,7 @@ def test_threads_that_fill_the_cache_do_not_mix_volumes_up(folder, phantoms, tmp
     alone = cached(items, phantoms, None)._cache
     for attempt in range(3):
         threads = cached(items, phantoms, tmp_path / f"{folder}{attempt}" if folder else None, num_workers=4)
-        volumes = threads._cache if folder is None else [threads.entry(item) for item in items]
+        volumes = threads._cache if folder is None else [threads._cachecheck(item) for item in items]
         for ours, theirs in zip(volumes, alone, strict=True):
             assert torch.equal(torch.as_tensor(ours["image"]), torch.as_tensor(theirs["image"]))
 
