@@ -44,9 +44,9 @@ def main() -> None:
     for size in (64, 128, 256):
         image = torch.zeros(1, modalities, size, size)
         x_t = torch.zeros(1, network.out_channels, size, size)
-        calib_map = network.calibrate(image)
-        branch = count(lambda image=image: network.calibrate(image))
-        denoiser = count(lambda: network(image, x_t, torch.tensor([0]), calib_map))  # noqa: B023
+        condition = network.condition(image)
+        branch = count(lambda image=image: network.condition(image))
+        denoiser = count(lambda: network(image, x_t, torch.tensor([0]), condition))  # noqa: B023
         total = branch + evaluations * denoiser
         official = OFFICIAL[size] * OFFICIAL_EVALUATIONS if size in OFFICIAL else float("nan")
         row = {"size": size, "image branch": branch, "denoiser": denoiser, "evaluations": evaluations, "slice": total}

@@ -165,7 +165,7 @@ def branch(config: ConfigParser) -> list[float]:
     for _ in range(3):
         start = time.perf_counter()
         with torch.autocast(image.device.type, torch.bfloat16, enabled=config.get_parsed_content("amp")):
-            network.calibrate(image).sum().backward()
+            network.condition(image)["calib_map"].sum().backward()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

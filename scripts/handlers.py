@@ -23,9 +23,10 @@ from monai.utils import set_determinism
 from torch.nn.functional import cosine_similarity
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.baselines import Baseline
 from scripts.config import InputError, TrainingError, atomic_path
 from scripts.losses import TASKS, MultiTaskLoss
-from scripts.net import MedSegDiff, PlainUNet
+from scripts.net import MedSegDiff
 from scripts.plots import plot_learning_curves
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class GradientCosine:
         every: iterations between comparisons, each of which costs two backward passes to the bottleneck.
     """
 
-    def __init__(self, network: MedSegDiff | PlainUNet, loss: MultiTaskLoss, every: int = 10) -> None:
+    def __init__(self, network: MedSegDiff | Baseline, loss: MultiTaskLoss, every: int = 10) -> None:
         self.loss = loss
         self.every = every
         network.bottleneck.register_forward_hook(self.keep_features)

@@ -8,10 +8,11 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 
+from scripts.baselines import Baseline
 from scripts.config import InputError
 from scripts.diffusion import timestep_pairs
 from scripts.ensemble import FUSIONS, fuse, pairwise_dice
-from scripts.net import MedSegDiff, PlainUNet, check_image_size
+from scripts.net import MedSegDiff, check_image_size
 from scripts.samplers import make_sampler
 from scripts.transforms import entropy_bits
 from scripts.uncertainty import CALIBRATED_FOR, temperature_scaled
@@ -79,7 +80,7 @@ class VolumeInferer(Inferer):
         return self.predict(inputs, network)["pred"]
 
     @torch.no_grad()
-    def predict(self, inputs: torch.Tensor, network: MedSegDiff | PlainUNet) -> dict[str, torch.Tensor]:
+    def predict(self, inputs: torch.Tensor, network: MedSegDiff | Baseline) -> dict[str, torch.Tensor]:
         """Sample volumes ``[B, M, H, W, S]``.
 
         Returns:
@@ -96,7 +97,7 @@ class VolumeInferer(Inferer):
                 output[name] = MetaTensor(output[name], meta=inputs.meta)
         return output
 
-    def _predict_volume(self, volume: torch.Tensor, network: MedSegDiff | PlainUNet) -> dict[str, torch.Tensor]:
+    def _predict_volume(self, volume: torch.Tensor, network: MedSegDiff | Baseline) -> dict[str, torch.Tensor]:
         """Results of :meth:`predict` for one volume ``[M, H, W, S]``."""
         slices = volume.movedim(-1, 0)
         brain = torch.nonzero((slices != 0).flatten(1).any(dim=1)).flatten()
@@ -125,7 +126,7 @@ class VolumeInferer(Inferer):
         return result | ({"variance": samples.var(dim=0)} if self.num_samples > 1 else {})
 
     def sample(
-        self, image: torch.Tensor, network: MedSegDiff | PlainUNet, indices: Sequence[int]
+        self, image: torch.Tensor, network: MedSegDiff | Baseline, indices: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask probability ``[b, N, R, H, W]`` of N samples, and mean P(HGG) ``[b]``, of slices ``[b, M, H, W]``.
 
@@ -143,19 +144,19 @@ class VolumeInferer(Inferer):
         def draw() -> torch.Tensor:
             return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(image.device)
 
-        calib_map = network.calibrate(image)
-        if calib_map is not None:
-            calib_map = calib_map.repeat_interleave(self.num_samples, dim=0)
+        condition = {
+            name: part.repeat_interleave(self.num_samples, dim=0) for name, part in network.condition(image).items()
+        }
         image = image.repeat_interleave(self.num_samples, dim=0)
         x_t, estimate, grades = draw(), None, []
-        if self.start_timestep is not None and calib_map is not None:
+        if self.start_timestep is not None:
             timesteps = torch.full((len(image),), self.start_timestep, device=image.device)
-            x_t = diffusion.add_noise(torch.tanh(calib_map.float() / 2), x_t, timesteps)
+            x_t = diffusion.add_noise(torch.tanh(condition["calib_map"].float() / 2), x_t, timesteps)
 
         def denoise(x_t: torch.Tensor, t: int) -> torch.Tensor:
             nonlocal estimate
             timesteps = torch.full((len(image),), t, device=image.device)
-            logits, cls_logits, _ = network(image, x_t.to(image.dtype), timesteps, calib_map, estimate)
+            logits, cls_logits, _ = network(image, x_t.to(image.dtype), timesteps, condition, estimate)
             estimate = diffusion.to_x0(logits.float())
             if cls_logits is not None:
                 grades.append(cls_logits.float().softmax(dim=1)[:, 1])
@@ -166,12 +167,12 @@ class VolumeInferer(Inferer):
         groups = (len(indices), self.num_samples)
         return ((x_0 + 1) / 2).unflatten(0, groups), grade.unflatten(0, groups).mean(dim=1)
 
-    def check(self, network: MedSegDiff | PlainUNet, image_size: int) -> None:
+    def check(self, network: MedSegDiff | Baseline, image_size: int) -> None:
         """Raise InputError, before any volume is read, for a size or trajectory that this network cannot sample."""
         check_image_size((image_size, image_size), network.divisor)
         timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
-        if self.start_timestep is not None and isinstance(network, PlainUNet):
-            raise InputError("start_timestep needs a calibration map; the plain U-Net has none: leave it null")
+        if self.start_timestep is not None and network.calibrator is None:
+            raise InputError("start_timestep needs a calibration map, which comes with 'highway' in conditioning")
 
 
 def area_weighted_mean(values: torch.Tensor, area: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from scripts.distributed import average
 
 MIN_SIGMA = 0.1
 TASKS = ("segmentation", "grading")
+TASK_WEIGHTINGS = ("uncertainty", "sum")
 
 
 class UncertaintyWeighting(nn.Module):
@@ -62,7 +63,8 @@ class MultiTaskLoss(nn.Module):
     L_calib = Dice + lambda focal of the calibration map, added to L_seg before the weighting.
     L_cls = focal loss (gamma 2) with class weights alpha, over slices with tumour of subjects with a grade; in a
     batch without such a slice it is left out.
-    With one of the :data:`TASKS` alone, L_total is its loss, without any weighting; the other is not learnt.
+    With one of the :data:`TASKS` alone, L_total is its loss, without any weighting; the other is not learnt. With
+    ``task_weighting: sum`` it is L_seg + L_calib + L_cls, and the sigmas stay as they are.
 
     Args:
         diffusion: the schedule; its ``prediction_type`` chooses L_seg.
@@ -72,9 +74,10 @@ class MultiTaskLoss(nn.Module):
         cls_gamma: gamma of the grading loss.
         calib_weight: weight of L_calib.
         tasks: what is learnt, of :data:`TASKS`.
+        task_weighting: ``uncertainty`` or ``sum``.
 
     Raises:
-        InputError: for an unknown task, or none.
+        InputError: for an unknown task, or none, or an unknown weighting.
     """
 
     def __init__(
@@ -86,18 +89,22 @@ class MultiTaskLoss(nn.Module):
         cls_gamma: float = 2.0,
         calib_weight: float = 1.0,
         tasks: Sequence[str] = TASKS,
+        task_weighting: str = "uncertainty",
     ) -> None:
         super().__init__()
         if not tasks or not set(tasks) <= set(TASKS):
             raise InputError(f"tasks={tasks!r} must list one or both of {list(TASKS)}")
+        if task_weighting not in TASK_WEIGHTINGS:
+            raise InputError(f"task_weighting '{task_weighting}' is not one of {list(TASK_WEIGHTINGS)}")
         self.tasks = set(tasks)
+        self.weighted = len(self.tasks) == 2 and task_weighting == "uncertainty"
         self.diffusion = diffusion
         self.calib_weight = calib_weight
         self.mask_loss = DiceFocalLoss(sigmoid=True, batch=True, gamma=seg_gamma, lambda_focal=lambda_focal)
         self.cls_loss = FocalLoss(
             to_onehot_y=True, use_softmax=True, gamma=cls_gamma, weight=list(alpha), reduction="none"
         )
-        self.weighting = UncertaintyWeighting(2).requires_grad_(len(self.tasks) == 2)
+        self.weighting = UncertaintyWeighting(2).requires_grad_(self.weighted)
         self.components: dict[str, torch.Tensor] = {}
         self.task_losses: dict[str, torch.Tensor] = {}  # before their weighting, with their gradient
 
@@ -139,7 +146,7 @@ class MultiTaskLoss(nn.Module):
         nothing = 0 * self.task_losses["segmentation"]
         if cls_logits is not None:
             nothing = nothing + 0 * cls_logits.sum()
-        if len(self.tasks) == 2 and cls_logits is not None:
+        if self.weighted and cls_logits is not None:
             return self.weighting(losses) + nothing
         return nothing + sum(loss for loss in losses if loss is not None)
 

@@ -9,8 +9,9 @@ from monai.engines import PrepareBatch
 from monai.inferers import Inferer
 from torch.nn.parallel import DistributedDataParallel
 
+from scripts.baselines import Baseline
 from scripts.config import InputError
-from scripts.net import MedSegDiff, PlainUNet
+from scripts.net import MedSegDiff
 from scripts.timesteps import TimestepSampler
 
 NOISED_MASKS = ("truth", "prediction", "calibration")
@@ -58,7 +59,7 @@ class DenoisingInferer(Inferer):
     in half of the slices, nothing in the others.
 
     Args:
-        noised_mask: one of :data:`NOISED_MASKS`.
+        noised_mask: one of :data:`NOISED_MASKS`; None is what suits the network.
         amp: compute in ``amp_dtype`` where torch's autocast does; MONAI's trainer does so on GPUs alone.
         amp_dtype: one of :data:`AMP_DTYPES`.
 
@@ -66,9 +67,9 @@ class DenoisingInferer(Inferer):
         InputError: for an unknown ``noised_mask`` or ``amp_dtype``.
     """
 
-    def __init__(self, noised_mask: str = "truth", amp: bool = False, amp_dtype: str = "bfloat16") -> None:
+    def __init__(self, noised_mask: str | None = None, amp: bool = False, amp_dtype: str = "bfloat16") -> None:
         super().__init__()
-        if noised_mask not in NOISED_MASKS:
+        if noised_mask not in (None, *NOISED_MASKS):
             raise InputError(f"noised_mask '{noised_mask}' is not one of {list(NOISED_MASKS)}")
         if amp_dtype not in AMP_DTYPES:
             raise InputError(f"amp_dtype '{amp_dtype}' is not one of {list(AMP_DTYPES)}")
@@ -79,7 +80,7 @@ class DenoisingInferer(Inferer):
     def __call__(  # type: ignore[override]
         self,
         inputs: torch.Tensor,
-        network: MedSegDiff | PlainUNet | DistributedDataParallel,
+        network: MedSegDiff | Baseline | DistributedDataParallel,
         label: torch.Tensor,
         noise: torch.Tensor,
         timesteps: torch.Tensor,
@@ -98,21 +99,27 @@ class DenoisingInferer(Inferer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         model: Any = network.module if isinstance(network, DistributedDataParallel) else network
         diffusion = model.diffusion
-        calib_map = model.calibrate(inputs)
+        condition = model.condition(inputs)
+        noised_mask = self.noised_mask or model.noised_mask
 
         @torch.no_grad()
         def predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return diffusion.to_x0(model(inputs, x_t, t, calib_map)[0].float())
+            return diffusion.to_x0(model(inputs, x_t, t, condition)[0].float())
 
-        if self.noised_mask == "truth" or calib_map is None:
+        if noised_mask == "truth" or isinstance(model, Baseline):
             x_0 = 2 * label - 1
-        elif self.noised_mask == "prediction":
+        elif noised_mask == "prediction":
             x_0 = predict(torch.randn_like(noise), torch.full_like(timesteps, diffusion.num_train_timesteps - 1))
         else:
-            x_0 = torch.tanh(calib_map.detach().float() / 2)
+            x_0 = torch.tanh(condition["calib_map"].detach().float() / 2)
         x_t = diffusion.add_noise(x_0, noise, timesteps)
         estimate = None
         if model.self_conditioning:
             half = torch.rand(len(inputs), 1, 1, 1, device=inputs.device) < 0.5
             estimate = predict(x_t, timesteps) * half
-        return network(inputs, x_t, timesteps, calib_map, estimate)
+        return network(inputs, x_t, timesteps, condition, estimate)
+
+    def check(self, network: MedSegDiff | Baseline) -> None:
+        """Raise InputError, before any volume is read, when the map that is to be noised does not exist."""
+        if self.noised_mask == "calibration" and network.calibrator is None:
+            raise InputError("noised_mask='calibration' needs 'highway' in conditioning; leave it null")

@@ -5,10 +5,11 @@ import torch
 from monai.data import MetaTensor
 from test_samplers import NAMES
 
+from scripts.baselines import PlainUNet
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
 from scripts.inferer import VolumeInferer, area_weighted_mean
-from scripts.net import MedSegDiff, PlainUNet
+from scripts.net import MedSegDiff
 from test_net import TINY, randomise
 
 
@@ -95,7 +96,7 @@ def test_one_step_is_one_evaluation_from_pure_noise(network, volume):
 def test_truncated_start_is_the_noised_calibration_map(network, volume):
     image = volume[0].movedim(-1, 0)[1:2]
     t = torch.tensor([300])
-    x_t = network.diffusion.add_noise(torch.tanh(network.calibrate(image) / 2), noise_of(0, 1)[0], t)
+    x_t = network.diffusion.add_noise(torch.tanh(network.condition(image)["calib_map"] / 2), noise_of(0, 1)[0], t)
     expected = network(image, x_t, t)[0].sigmoid()
     assert torch.allclose(VolumeInferer(start_timestep=300).sample(image, network, [1])[0][0], expected, atol=1e-6)
 
@@ -130,7 +131,7 @@ def test_temperatures_are_applied(network, volume):
 
 def test_image_branch_runs_once_per_slice(network, volume):
     seen = []
-    network.calibrator.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    network.calibrator.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
     VolumeInferer(num_inference_steps=5, num_samples=3).predict(volume, network)
     assert sum(seen) == 5  # the slices with brain
 
@@ -193,7 +194,7 @@ def test_check_before_any_volume_is_read(network):
         VolumeInferer(1001).check(network, 16)
     with pytest.raises(InputError, match="start_timestep=1000"):
         VolumeInferer(start_timestep=1000).check(network, 16)
-    with pytest.raises(InputError, match="plain U-Net has none"):
+    with pytest.raises(InputError, match="needs a calibration map"):
         VolumeInferer(start_timestep=9).check(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]), 16)
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from monai.networks.nets import DiffusionModelUNet
 
+from scripts.conditioning import MODULES
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
-from scripts.net import VARIANTS, Denoiser, MedSegDiff, PlainUNet
+from scripts.net import Denoiser, MedSegDiff
+from scripts.variants import VARIANTS, Variant
 
 TINY = {"channels": [8, 8, 16], "calib_channels": [8, 16, 16]}
 
@@ -49,7 +51,27 @@ def test_any_width_and_depth(channels):
 def test_every_variant_builds(variant):
     with torch.device("meta"):
         network = MedSegDiff(GaussianDiffusion(), variant=variant)
-    assert len(network.denoiser.down_blocks) == len(VARIANTS[variant])
+    denoiser = network.denoiser
+    assert len(denoiser.down_blocks) == len(VARIANTS[variant].channels)
+    assert [hasattr(block, "attentions") for block in denoiser.down_blocks].count(True) == (variant != "S")
+    assert (denoiser.anchor is not None) == (denoiser.ss_former is not None) == (variant == "v2")
+
+
+def test_down_samplings_of_v1():
+    assert [len(VARIANTS[name].channels) - 1 for name in ("S", "B", "L", "++")] == [4, 5, 6, 6]
+
+
+def test_official_highway_has_as_many_parameters():
+    with torch.device("meta"):
+        network = MedSegDiff(GaussianDiffusion(), variant="v2")
+    assert sum(p.numel() for p in network.calibrator.parameters()) == pytest.approx(15.7e6, rel=0.02)
+
+
+def test_channels_override_all_of_the_variant_but_its_conditioning():
+    network = MedSegDiff(GaussianDiffusion(), variant="v2", channels=[8, 8, 16])
+    assert not any(hasattr(block, "attentions") for block in network.denoiser.down_blocks)
+    assert network.calibrator.filters == (16, 16, 32)
+    assert network.denoiser.ss_former is not None
 
 
 def test_seed_settings_build():
@@ -73,29 +95,32 @@ def test_image_size_must_be_divisible():
 
 
 def test_denoiser_is_monais_network():
-    settings = {
-        "spatial_dims": 2,
-        "in_channels": 3,
-        "out_channels": 1,
-        "num_res_blocks": 1,
-        "channels": [8, 8, 16],
-        "attention_levels": [False] * 3,
-        "norm_num_groups": 8,
-        "num_head_channels": 8,
-    }
-    ours, monai = randomise(Denoiser(**settings)), DiffusionModelUNet(**settings).eval()
+    monai = DiffusionModelUNet(
+        spatial_dims=2,
+        in_channels=3,
+        out_channels=1,
+        num_res_blocks=1,
+        channels=[8, 8, 16],
+        attention_levels=[False, False, True],
+        norm_num_groups=8,
+        num_head_channels=16,
+    ).eval()
+    ours = randomise(Denoiser(3, 1, Variant((8, 8, 16), attention=(2,)), image_channels=()))
     monai.load_state_dict(ours.state_dict())
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([1, 700])
-    output, middle = ours(x, t)
+    output, middle = ours(x, t, {})
     assert torch.allclose(output, monai(x, t), atol=1e-6)
     assert output.abs().max() > 1e-3
     assert middle.shape == (2, 16, 4, 4)
 
 
-def test_every_parameter_gets_a_gradient():
-    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY)).train()
-    seg_logits, cls_logits, calib_map = network(*inputs())
-    (seg_logits.square().mean() + cls_logits.square().mean() + calib_map.square().mean()).backward()
+@pytest.mark.parametrize(
+    "conditioning", [[], ["highway"], ["ff_parser"], *(["highway", name] for name in MODULES[1:]), MODULES]
+)
+def test_every_parameter_gets_a_gradient(conditioning):
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=conditioning, **TINY)).train()
+    outputs = network(*inputs())
+    sum(output.square().mean() for output in outputs if output is not None).backward()
     assert [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -109,17 +134,43 @@ def test_every_input_matters():
         assert not torch.allclose(other[1], cls_logits)
 
 
-def test_calibration_map_sees_only_the_image_and_can_be_reused():
-    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+def test_condition_sees_only_the_image_and_can_be_reused():
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=MODULES, **TINY))
     image, x_t, t = inputs()
     seg_logits, _, calib_map = network(image, x_t, t)
     assert torch.equal(network(image, x_t + 1, t - 1)[2], calib_map)
+    condition = network.condition(image)
     network.calibrator.forward = None  # must not be called again
-    assert torch.equal(network(image, x_t, t, calib_map)[0], seg_logits)
+    assert torch.equal(network(image, x_t, t, condition)[0], seg_logits)
 
 
-def test_a_fresh_network_answers_with_its_calibration_map():
-    seg_logits, _, calib_map = MedSegDiff(GaussianDiffusion(), **TINY)(*inputs())
+@pytest.mark.parametrize("module", MODULES[1:])
+def test_every_module_changes_the_answer(module):
+    """The other network has the same weights and lacks the module."""
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=["highway", module], **TINY))
+    without = MedSegDiff(GaussianDiffusion(), conditioning=["highway"], **TINY).eval()
+    without.load_state_dict(
+        {name: weight for name, weight in network.state_dict().items() if name in without.state_dict()}
+    )
+    given = inputs()
+    for with_module, other in zip(network(*given)[:2], without(*given)[:2], strict=True):
+        assert not torch.allclose(with_module, other)
+
+
+def test_conditioning_on_an_image_that_the_denoiser_does_not_see():
+    """The modules alone carry the image: with it hidden from the denoiser, its answer still changes with it."""
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=MODULES, **TINY))
+    image, x_t, t = inputs()
+    condition = network.condition(image)
+    seg_logits = network(image, x_t, t, condition)[0]
+    for name in ("anchor", "ss_former", "1", "2"):
+        changed = condition | {name: condition[name] + torch.randn_like(condition[name])}
+        assert not torch.allclose(network(image, x_t, t, changed)[0], seg_logits), name
+
+
+@pytest.mark.parametrize("conditioning", [["highway"], ["highway", "ff_parser", "dynamic_encoding", "ss_former"]])
+def test_a_fresh_network_answers_with_its_calibration_map(conditioning):
+    seg_logits, _, calib_map = MedSegDiff(GaussianDiffusion(), conditioning=conditioning, **TINY)(*inputs())
     assert torch.equal(seg_logits, calib_map)
 
 
@@ -141,14 +192,30 @@ def test_logits_come_through_the_implied_mask(prediction_type):
     assert torch.equal(seg_logits, diffusion.to_logits(captured[0], x_t, t))
 
 
-def test_plain_unet_has_the_same_signature():
-    network = randomise(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]))
-    image, x_t, t = inputs()
-    seg_logits, cls_logits, calib_map = network(image, x_t, t)
-    assert seg_logits.shape == (2, 1, 16, 16)
-    assert cls_logits.shape == (2, 2)
-    assert calib_map is None
-    assert torch.equal(network(image), seg_logits)
-    assert torch.equal(network(image, x_t + 1, t - 1)[0], seg_logits)
-    with pytest.raises(InputError, match="prediction_type"):
-        PlainUNet(GaussianDiffusion(prediction_type="epsilon"))
+def test_without_highway_image_and_mask_are_concatenated():
+    network = MedSegDiff(GaussianDiffusion(), conditioning=[], **TINY)
+    assert network.calibrator is None
+    assert network.denoiser.conv_in.conv.in_channels == 5
+    assert network(*inputs())[2] is None
+    assert network.noised_mask == "prediction"
+
+
+@pytest.mark.parametrize("deeper", [{"channels": [8, 8, 8, 8]}, {"calib_channels": [8, 8, 8, 8]}])
+def test_the_two_unets_may_differ_in_depth(deeper):
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=MODULES, **TINY | deeper))
+    assert network(*inputs(size=16))[0].shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"conditioning": ["highways"]}, "list of names"),
+        ({"conditioning": "highway"}, "list of names"),
+        ({"conditioning": ["anchor", "ff_parser"]}, "'anchor'.*'highway'"),
+        ({"num_res_blocks": 0}, "num_res_blocks=0"),
+        ({"variant": "XL"}, "variant 'XL'"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        MedSegDiff(GaussianDiffusion(), **settings)

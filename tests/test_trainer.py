@@ -4,10 +4,11 @@ import pytest
 import torch
 from monai.networks.schedulers import DDPMScheduler
 
+from scripts.baselines import PlainUNet
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
 from scripts.losses import MultiTaskLoss
-from scripts.net import MedSegDiff, PlainUNet
+from scripts.net import MedSegDiff
 from scripts.timesteps import TimestepSampler
 from scripts.trainer import DenoisingInferer, DiffusionPrepareBatch
 from test_net import TINY, randomise
@@ -23,7 +24,7 @@ def batch(size):
 
 
 def seen_by_denoiser(network, noised_mask, data):
-    """What training hands the network: ``(x_t, timesteps, calib_map, estimate)`` and the noise."""
+    """What training hands the network: ``(x_t, timesteps, condition, estimate)`` and the noise."""
     image, _, _, kwargs = DiffusionPrepareBatch(TimestepSampler("uniform", 1000))(data)
     calls = []
     forward = network.forward
@@ -77,8 +78,8 @@ def test_noises_what_the_network_says_and_nothing_of_the_truth(noised_mask):
 def test_the_calibration_map_is_what_is_noised():
     network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
     calls, _, kwargs = seen_by_denoiser(network, "calibration", batch(4))
-    ((x_t, t, calib_map, _),) = calls
-    expected = network.diffusion.add_noise(torch.tanh(calib_map / 2), kwargs["noise"], t)
+    ((x_t, t, condition, _),) = calls
+    expected = network.diffusion.add_noise(torch.tanh(condition["calib_map"] / 2), kwargs["noise"], t)
     assert torch.allclose(x_t, expected, atol=1e-6)
 
 

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scripts.baselines import GradingResNet, PlainUNet
+from scripts.config import InputError
+from scripts.diffusion import GaussianDiffusion
+
+
+def inputs():
+    return torch.randn(2, 4, 16, 16), torch.randn(2, 1, 16, 16), torch.tensor([3, 999])
+
+
+def test_plain_unet_has_the_signature_of_the_diffusion_network():
+    network = PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]).eval()
+    image, x_t, t = inputs()
+    seg_logits, cls_logits, calib_map = network(image, x_t, t)
+    assert seg_logits.shape == (2, 1, 16, 16)
+    assert cls_logits.shape == (2, 2)
+    assert calib_map is None
+    assert network.condition(image) == {}
+    assert torch.equal(network(image), seg_logits)
+    assert torch.equal(network(image, x_t + 1, t - 1)[0], seg_logits)
+
+
+def test_plain_unet_without_grading_head():
+    assert PlainUNet(GaussianDiffusion(), channels=[8, 8, 16], use_cls_head=False)(*inputs())[1] is None
+
+
+def test_resnet_grades_and_finds_no_tumour():
+    network = GradingResNet(GaussianDiffusion(), in_channels=4, out_channels=3).eval()
+    seg_logits, cls_logits, _ = network(*inputs())
+    assert seg_logits.shape == (2, 3, 16, 16)
+    assert (seg_logits.sigmoid() < 0.5).all()
+    cls_logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("baseline", [PlainUNet, GradingResNet])
+def test_baselines_predict_masks(baseline):
+    with pytest.raises(InputError, match="prediction_type"):
+        baseline(GaussianDiffusion(prediction_type="epsilon"))
