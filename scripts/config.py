@@ -90,7 +90,7 @@ def check_values(config: dict, base: str) -> None:
         if isinstance(default, (bool, list, dict)):
             fits, wanted = isinstance(value, type(default)), type(default).__name__
         elif isinstance(default, int):
-            least = min(default, 1)
+            least = 0 if key == "num_inference_steps" else min(default, 1)  # 0 is the calibration map
             wanted = f"whole number, {least} or more"
             fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
         else:

@@ -25,7 +25,7 @@ class VolumeInferer(Inferer):
     the same masks whatever the batch size and the machine's load.
 
     Args:
-        num_inference_steps: network evaluations per sample.
+        num_inference_steps: network evaluations per sample; 0 gives the calibration map itself, without a grade.
         num_samples: samples per slice.
         sampling_batch_size: slices times samples in one batch, which bounds the memory.
         seed: seed of the noise.
@@ -53,13 +53,13 @@ class VolumeInferer(Inferer):
         calibrated_for: str = "brain",
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_samples", num_samples),
-            ("sampling_batch_size", sampling_batch_size),
+        for name, value, least in (
+            ("num_inference_steps", num_inference_steps, 0),
+            ("num_samples", num_samples, 1),
+            ("sampling_batch_size", sampling_batch_size, 1),
         ):
-            if value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
+            if value < least:
+                raise InputError(f"{name}={value} must be at least {least}")
         if num_samples > sampling_batch_size:
             raise InputError(f"num_samples={num_samples} must not exceed sampling_batch_size={sampling_batch_size}")
         if fusion not in FUSIONS:
@@ -136,6 +136,9 @@ class VolumeInferer(Inferer):
             indices: number of each slice in its volume, which seeds its noise.
         """
         diffusion = network.diffusion
+        if not self.num_inference_steps:
+            prob = network.condition(image)["calib_map"].float().sigmoid()[:, None]
+            return prob.repeat_interleave(self.num_samples, dim=1), prob.new_full((len(image),), torch.nan)
         pairs = timestep_pairs(diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
         # a prime beyond any slice number keeps seeds apart
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + index) for index in indices]
@@ -170,9 +173,12 @@ class VolumeInferer(Inferer):
     def check(self, network: MedSegDiff | Baseline, image_size: int) -> None:
         """Raise InputError, before any volume is read, for a size or trajectory that this network cannot sample."""
         check_image_size((image_size, image_size), network.divisor)
-        timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
-        if self.start_timestep is not None and network.calibrator is None:
-            raise InputError("start_timestep needs a calibration map, which comes with 'highway' in conditioning")
+        if self.num_inference_steps:
+            timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
+        if network.calibrator is None and (self.start_timestep is not None or not self.num_inference_steps):
+            raise InputError(
+                "start_timestep and num_inference_steps=0 need a calibration map: add 'highway' to conditioning"
+            )
 
 
 def area_weighted_mean(values: torch.Tensor, area: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ from conftest import ROOT
 
 CONFIGS = ROOT / "configs"
 BASES = ("train.yaml", "inference.yaml")
-OVERLAYS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in BASES)
+ABLATIONS = sorted(path.name for path in CONFIGS.glob("ablation*.yaml"))
+OVERLAYS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in (*BASES, *ABLATIONS))
 PUBLIC_KEYS = {
     "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "device", "seed", "amp", "modalities", "regions",
     "grade_csv", "subject_column", "grade_column", "grade_labels", "use_cls_head", "image_size", "variant", "channels",
@@ -50,7 +51,16 @@ def test_overlays_only_override(name):
     assert len((CONFIGS / name).read_text().splitlines()) <= 80
 
 
-@pytest.mark.parametrize("name", [*BASES, *OVERLAYS])
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_grids_of_known_keys(name, tmp_path):
+    parser = parsed("ablation.yaml", name, output_dir=str(tmp_path), bundle_root=str(ROOT))
+    ablation = parser.get_parsed_content("ablation")
+    assert len(ablation.arms) == len(parsed("ablation.yaml", name).get("arms")) >= 6
+    for arm in ablation.arms:
+        assert parsed(*arm.configs, **arm.training | arm.sampling).get_parsed_content("network_def")
+
+
+@pytest.mark.parametrize("name", [*BASES, *ABLATIONS, *OVERLAYS])
 def test_numbers_are_numbers(name):
     def texts(node):
         if isinstance(node, dict):

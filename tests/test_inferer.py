@@ -172,7 +172,7 @@ def test_volume_without_brain(network, volume):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": -1}, "num_inference_steps=-1"),
         ({"num_samples": 0}, "num_samples=0"),
         ({"sampling_batch_size": 0}, "sampling_batch_size=0"),
         ({"num_samples": 5, "sampling_batch_size": 4}, "num_samples=5 must not exceed sampling_batch_size=4"),
@@ -194,7 +194,7 @@ def test_check_before_any_volume_is_read(network):
         VolumeInferer(1001).check(network, 16)
     with pytest.raises(InputError, match="start_timestep=1000"):
         VolumeInferer(start_timestep=1000).check(network, 16)
-    with pytest.raises(InputError, match="needs a calibration map"):
+    with pytest.raises(InputError, match="need a calibration map"):
         VolumeInferer(start_timestep=9).check(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]), 16)
 
 
@@ -202,3 +202,16 @@ def test_grade_is_weighted_by_predicted_area():
     values = torch.tensor([0.2, 0.8])
     assert area_weighted_mean(values, torch.tensor([3, 1])).item() == pytest.approx(0.35)
     assert area_weighted_mean(values, torch.tensor([0, 0])).item() == pytest.approx(0.5)
+
+
+def test_no_evaluation_gives_the_calibration_map(network, volume):
+    inferer = VolumeInferer(num_inference_steps=0, num_samples=2)
+    inferer.check(network, 16)
+    network.denoiser.forward = None  # must not be called
+    result = inferer.predict(volume, network)
+    expected = network.condition(volume[0].movedim(-1, 0))["calib_map"].sigmoid().movedim(0, -1)
+    brain = (volume[0] != 0).flatten(0, 2).any(dim=0)
+    assert torch.allclose(result["prob"][0][..., brain], expected[..., brain], atol=1e-5)
+    assert result["hgg_prob"].isnan().all()
+    with pytest.raises(InputError, match="add 'highway'"):
+        inferer.check(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]), 16)
