@@ -7,6 +7,8 @@ from monai.networks.nets import DiffusionModelUNet
 from scripts.conditioning import MODULES
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
+from scripts.inferer import VolumeInferer
+from scripts.losses import MultiTaskLoss
 from scripts.net import Denoiser, MedSegDiff
 from scripts.variants import VARIANTS, Variant
 
@@ -55,6 +57,27 @@ def test_every_variant_builds(variant):
     assert len(denoiser.down_blocks) == len(VARIANTS[variant].channels)
     assert [hasattr(block, "attentions") for block in denoiser.down_blocks].count(True) == (variant != "S")
     assert (denoiser.anchor is not None) == (denoiser.ss_former is not None) == (variant == "v2")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_a_step_and_samples(variant):
+    """At 64 px and their full width."""
+    network = MedSegDiff(GaussianDiffusion(), variant=variant)
+    before = network.denoiser.out[-1].conv.weight.clone()
+    targets = {
+        "label": torch.rand(2, 1, 64, 64).round(),
+        "grade": torch.tensor([0, 1]),
+        "timesteps": torch.tensor([3, 999]),
+    }
+    image, x_t, t = inputs(size=64)
+    loss = MultiTaskLoss(network.diffusion)(network(image, x_t, t), targets)
+    loss.backward()
+    torch.optim.SGD(network.parameters(), lr=0.01).step()
+    assert loss.isfinite()
+    assert not torch.equal(network.denoiser.out[-1].conv.weight, before)
+    prob = VolumeInferer().predict(image[:1, ..., None], network.eval())["prob"]
+    assert prob.shape == (1, 1, 64, 64, 1)
+    assert prob.isfinite().all()
 
 
 def test_down_samplings_of_v1():
