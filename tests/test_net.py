@@ -191,7 +191,7 @@ def test_conditioning_on_an_image_that_the_denoiser_does_not_see():
         assert not torch.allclose(network(image, x_t, t, changed)[0], seg_logits), name
 
 
-@pytest.mark.parametrize("conditioning", [["highway"], ["highway", "ff_parser", "dynamic_encoding", "ss_former"]])
+@pytest.mark.parametrize("conditioning", [["highway"], MODULES])
 def test_a_fresh_network_answers_with_its_calibration_map(conditioning):
     seg_logits, _, calib_map = MedSegDiff(GaussianDiffusion(), conditioning=conditioning, **TINY)(*inputs())
     assert torch.equal(seg_logits, calib_map)

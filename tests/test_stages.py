@@ -127,7 +127,7 @@ def test_the_parts_with_weights_are_compiled(phantoms, run_bundle, tmp_path, mon
     )  # what compiling does is test_trainer's
     folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
     run_bundle(["train.yaml"], **folders, compile=True, max_epochs=1)
-    assert [type(part).__name__ for part in compiled] == ["DynUNet", "Denoiser", "GradingHead"]
+    assert [type(part).__name__ for part in compiled] == ["ImageUNet", "Denoiser", "GradingHead"]
 
 
 def test_tracking_with_mlflow(phantoms, run_bundle, tmp_path):
