@@ -135,8 +135,8 @@ def read_picture(file: str, channels: int | None = None) -> np.ndarray:
                 image = image.convert("RGBA")
                 if image.getchannel("A").getextrema() != (255, 255):
                     raise InputError(f"{file} is transparent in places; save it without an alpha channel")
-            if image.mode in COLOUR_MODES:
-                image = image.convert("RGB")
+            if image.mode in COLOUR_MODES or image.mode == "1":
+                image = image.convert("L" if image.mode == "1" else "RGB")
             pixels = np.atleast_3d(np.asarray(image, np.float32))
         except (OSError, SyntaxError, ValueError) as error:
             raise error if isinstance(error, InputError) else InputError(f"cannot read {file}: {error}") from error

@@ -43,6 +43,7 @@ class LoadVolumesd(LoadImaged, ThreadUnsafe):
         for key in self.key_iterator(d):
             if d[key].ndim == 3:  # a flat NIfTI file
                 d[key] = d[key].unsqueeze(-1)
+                d[key].spatial_ndim = 3  # MONAI keeps the number that was read, and would invert to it
             d[key].meta["subject"] = d.get("subject", "")
         return d
 
@@ -101,18 +102,23 @@ class LabelToRegionsd(MapTransform):
         for key in self.key_iterator(d):
             label = d[key]
             meta = label.meta if isinstance(label, MetaTensor) else {}
-            if str(meta.get("filename_or_obj", "")).lower().endswith((".jpg", ".jpeg")):
-                label = self._unsmeared(label)
-            unknown = sorted(set(torch.unique(torch.as_tensor(label)).tolist()) - set(self.known))
+            plain = torch.as_tensor(label)
+            unknown = self._unknown(plain)
+            if unknown and str(meta.get("filename_or_obj", "")).lower().endswith((".jpg", ".jpeg")):
+                plain = self._unsmeared(plain)
+                unknown = self._unknown(plain)
             if unknown:
                 raise InputError(
                     f"subject '{d.get('subject', '?')}': the segmentation has label values {unknown[:5]} outside "
-                    f"{self.known}; set 'region_labels' (BraTS 2023 uses 3 for ET: add configs/data_brats2023.yaml)"
+                    f"{self.known}; set 'region_labels' and 'background_label' (BraTS 2023 uses 3 for ET: add "
+                    "configs/data_brats2023.yaml)"
                 )
-            plain = torch.as_tensor(label)
             regions = torch.cat([torch.isin(plain, plain.new_tensor(values)) for values in self.values]).float()
             d[key] = MetaTensor(regions, meta=meta) if isinstance(label, MetaTensor) else regions
         return d
+
+    def _unknown(self, label: torch.Tensor) -> list[float]:
+        return sorted(set(torch.unique(label).tolist()) - set(self.known))
 
     def _unsmeared(self, label: torch.Tensor) -> torch.Tensor:
         """The nearest known value of each pixel; as it is where too many lie far from every known value."""
@@ -186,7 +192,8 @@ class SliceIndicesd(MapTransform):
 
     ``fg_indices`` holds the centre voxel of every slice of the label ``[R, H, W, S]`` with tumour, ``bg_indices``
     that of every other slice in which the image ``[M, H, W, S]`` shows brain (any non-zero voxel). Slices are
-    then drawn evenly, whatever the tumour's area, and the whole volume is not searched anew for every crop.
+    then drawn evenly, whatever the tumour's area, and the whole volume is not searched anew for every crop. Where there
+    are none of one kind, as in a picture, they are those of the other, which MONAI would draw too, with a warning.
 
     Args:
         keys: the label's key.
@@ -204,8 +211,11 @@ class SliceIndicesd(MapTransform):
             brain = (torch.as_tensor(d[self.image_key]) != 0).flatten(0, 2).any(dim=0)
             height, width, depth = d[key].shape[1:]
             centre = (height // 2 * width + width // 2) * depth
-            d["fg_indices"] = (centre + torch.nonzero(tumour).flatten()).numpy()
-            d["bg_indices"] = (centre + torch.nonzero(brain & ~tumour).flatten()).numpy()
+            with_tumour, without = (
+                (centre + torch.nonzero(slices).flatten()).numpy() for slices in (tumour, brain & ~tumour)
+            )
+            d["fg_indices"] = with_tumour if len(with_tumour) else without
+            d["bg_indices"] = without if len(without) else with_tumour
         return d
 
 
