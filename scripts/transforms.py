@@ -118,7 +118,7 @@ class LabelToRegionsd(MapTransform):
         return d
 
     def _unknown(self, label: torch.Tensor) -> list[float]:
-        return sorted(set(torch.unique(label).tolist()) - set(self.known))
+        return torch.unique(label[~torch.isin(label, label.new_tensor(self.known))]).tolist()
 
     def _unsmeared(self, label: torch.Tensor) -> torch.Tensor:
         """The nearest known value of each pixel; as it is where too many lie far from every known value."""

@@ -13,6 +13,7 @@ from scripts.config import InputError
 from scripts.transforms import (
     LabelToRegionsd,
     LikeInputWriter,
+    LoadVolumesd,
     RandModalityDropoutd,
     RegionsToLabeld,
     SliceIndicesd,
@@ -103,6 +104,17 @@ def test_slice_indices_drive_monais_crop():
     assert drawn[0]["image"].shape == (2, 6, 6, 1)
     assert all((item["image"] != 0).any() for item in drawn)
     assert 70 < sum(bool(item["label"].any()) for item in drawn) < 130
+
+
+def test_slices_of_one_kind_are_drawn_without_a_warning():
+    for label in (torch.zeros(1, 4, 4, 1), torch.ones(1, 4, 4, 1)):
+        indices = SliceIndicesd("label")({"image": torch.ones(1, 4, 4, 1), "label": label})
+        assert indices["fg_indices"].tolist() == indices["bg_indices"].tolist() == [10]
+
+
+def test_one_file_of_four_dimensions_is_read_channel_first(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((5, 4, 3, 2), np.float32), np.eye(4)), tmp_path / "a.nii.gz")
+    assert LoadVolumesd("image", channels=2)({"image": str(tmp_path / "a.nii.gz")})["image"].shape == (2, 5, 4, 3)
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
