@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.transforms import SaveImage
 from PIL import Image
 
+from conftest import ROOT
 from scripts.config import InputError
 from scripts.datalist import check_output_dir, describe, find_subjects, load_subjects, read_datalist, split
 from scripts.images import read_grid, read_picture
@@ -170,6 +172,21 @@ def test_a_mask_comes_back_pixel_by_pixel(tmp_path, suffix, saved):
     options = {"writer": LikeInputWriter, "output_name_formatter": subject_name, "separate_folder": False}
     SaveImage(tmp_path / "out", "seg", output_dtype=np.uint8, print_log=False, **options)(volume)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"a.b_seg.{saved}")), np.asarray(Image.open(file)))
+
+
+def test_inference_saves_a_mask_where_the_picture_shows_it(tmp_path):
+    """The transforms of inference alone: what is predicted on the network's grid is the bright ellipse itself."""
+    mask = ellipses(np.random.default_rng(0), (0, 255), (32, 32))
+    file = save(np.where(mask, 200, 50).astype(np.uint8), tmp_path / "images" / "a.bmp")
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / name) for name in ("inference.yaml", "data_images.yaml")])
+    parser.update({"image_size": 32, "modalities": ["grey"], "output_dir": str(tmp_path / "out")})
+    item = parser.get_parsed_content("preprocessing")({"image": [str(file)], "subject": "a"})
+    bright = (item["image"] > 0).float()
+    predicted = {key: bright.clone() for key in ("pred", "prob", "uncertainty")}
+    parser.get_parsed_content("postprocessing")(item | predicted)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a_seg.bmp")), mask)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a_prob.tif")), mask > 0)
 
 
 def test_overlays_show_a_picture_upright(tmp_path):
