@@ -53,13 +53,15 @@ def find_images(dataset_dir: str, image_dir: str, mask_dir: str | None) -> list[
     if Path(dataset_dir, image_dir).resolve() == Path(dataset_dir, mask_dir).resolve():
         raise InputError(f"image_dir and mask_dir are both '{mask_dir}': put images and masks into different folders")
     masks = _by_stem(Path(dataset_dir, mask_dir), "mask_dir")
-    without = []
+    without: list[str] = []
     for item in items:
         found = [masks.pop(item["subject"] + end) for end in MASK_ENDINGS if item["subject"] + end in masks]
         if len(found) > 1:
             raise InputError(f"image '{item['subject']}' has several masks: {[file.name for file in found]}; keep one")
-        without += [] if found else [item["subject"]]
-        item["label"] = str(*found)
+        if found:
+            item["label"] = str(found[0])
+        else:
+            without.append(item["subject"])
     if without:
         raise InputError(
             f"{len(without)} of {len(items)} images in {image_dir} have no mask in {Path(dataset_dir, mask_dir)}: "

@@ -254,6 +254,15 @@ def ddti(tmp_path) -> Path:
     return tmp_path / "data"
 
 
+def test_a_picture_that_breaks_off_stops_before_anything_is_written(ddti, run_bundle, tmp_path):
+    file = ddti / "images" / "2.PNG"
+    file.write_bytes(file.read_bytes()[:-300])
+    keys = {"dataset_dir": str(ddti), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "out")}
+    with pytest.raises(InputError, match="cannot read .*2.PNG"):
+        run_bundle(["train.yaml", "data_images.yaml", "data_ddti.yaml"], num_folds=3, **keys)
+    assert not (tmp_path / "out").exists()
+
+
 def find(root: Path, modalities=("grey",), image_dir="images", mask_dir="masks", **options):
     return find_subjects(str(root), list(modalities), image_dir=image_dir, mask_dir=mask_dir, **options)
 
