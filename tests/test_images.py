@@ -189,6 +189,21 @@ def test_inference_saves_a_mask_where_the_picture_shows_it(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a_prob.tif")), mask > 0)
 
 
+def test_training_does_not_shift_masks(tmp_path):
+    mask = ellipses(np.random.default_rng(0), (0, 255), (120, 90))
+    files = {
+        key: str(save(mask // 2 + 50 if key == "image" else mask, tmp_path / f"{key}.png"))
+        for key in ("image", "label")
+    }
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / name) for name in ("train.yaml", "data_images.yaml", "data_ddti.yaml")])
+    parser.update({"image_size": 32})
+    item = parser.get_parsed_content("train::preprocessing")(files | {"subject": "a"})
+    centre = (np.argwhere(item["label"][0, :, :, 0].numpy()) + 0.5).mean(axis=0) / 32
+    true = 1 - (np.argwhere(mask.T) + 0.5).mean(axis=0) / mask.T.shape  # turned to R, A, S
+    assert np.abs(centre - true).max() < 0.2 / 32
+
+
 def test_overlays_show_a_picture_upright(tmp_path):
     affine = read_grid(str(save(np.zeros((4, 6), np.uint8), tmp_path / "a.png"))).affine
     assert nib.aff2axcodes(affine) == ("L", "P", "S")  # an overlay has the patient's left at its right, the back below
