@@ -15,7 +15,7 @@ from monai.engines.workflow import Workflow
 from torch import nn
 
 from scripts.config import InputError, TrainingError, atomic_path
-from scripts.datalist import patient
+from scripts.datalist import PATIENT_PATTERN, patient
 
 logger = logging.getLogger(__name__)
 
@@ -168,14 +168,17 @@ def store_in_model(ckpt_path: str, buffers: Mapping[str, torch.Tensor]) -> None:
         torch.save(checkpoint, path)
 
 
-def check_unseen(ckpt_path: str, items: Sequence[Mapping[str, Any]], subset: str) -> None:
+def check_unseen(
+    ckpt_path: str, items: Sequence[Mapping[str, Any]], subset: str, patient_pattern: str = PATIENT_PATTERN
+) -> None:
     """Make sure that a checkpoint is not judged on subjects it was trained on.
 
     Raises:
         InputError: when it would be; with ``subset: all``, where names of two data sets may coincide, a warning.
     """
-    trained = {patient(name) for name in read_checkpoint(ckpt_path).get("training_subjects", [])}
-    seen = {item["subject"] for item in items if patient(item["subject"]) in trained}
+    names = read_checkpoint(ckpt_path).get("training_subjects", [])
+    trained = {patient(name, patient_pattern) for name in names}
+    seen = {item["subject"] for item in items if patient(item["subject"], patient_pattern) in trained}
     if seen:
         message = f"{len(seen)} of {len(items)} subjects, such as {sorted(seen)[:3]}, were trained on"
         if subset != "all":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +18,8 @@ import torch
 import yaml
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+
+logger = logging.getLogger(__name__)
 
 BUNDLE_ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,6 +133,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def warn_some(what: str, names: Sequence[str]) -> None:
+    """Warn of what some are, with their number and the first names; of nothing where there are none."""
+    if names:
+        logger.warning(f"{len(names)} {what}: {list(names[:5])}{' ...' if len(names) > 5 else ''}")
 
 
 def _running_parser() -> ConfigParser:

@@ -15,10 +15,13 @@ import nibabel as nib
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from scripts.config import InputError, atomic_path
+from scripts.config import InputError, atomic_path, warn_some
 from scripts.grades import GRADE_LABELS, UNKNOWN_GRADE, read_grades
+from scripts.images import Grid, check_channels, find_images, read_grid
 
 logger = logging.getLogger(__name__)
+
+PATIENT_PATTERN = r"(BraTS-\w+-\d+)-\d+"  # BraTS 2023 names the time point last: BraTS-GLI-00005-101 and -100
 
 Item = dict  # {"subject": str, "image": [file per modality], "label": file (when there is one), "grade": int}
 
@@ -28,6 +31,8 @@ def load_subjects(
     modalities: Sequence[str],
     *,
     label_suffix: str = "seg",
+    image_dir: str | None = None,
+    mask_dir: str | None = None,
     grade_csv: str | None = None,
     subject_column: str = "BraTS_2020_subject_ID",
     grade_column: str = "Grade",
@@ -37,8 +42,11 @@ def load_subjects(
 
     Args:
         dataset_dir: folder with one folder per subject (BraTS 2020, 2021, 2023 and the like).
-        modalities: file suffixes, e.g. ``["t1", "t1ce", "t2", "flair"]``; their order is the channel order.
+        modalities: file suffixes, e.g. ``["t1", "t1ce", "t2", "flair"]``; their order is the channel order. Of
+            ``image_dir``, the names of its channels.
         label_suffix: suffix of the segmentation file.
+        image_dir: folder of images below ``dataset_dir``, each of which is a subject; None: one folder per subject.
+        mask_dir: folder of their masks.
         grade_csv: table of grades; None takes ``<dataset_dir>/name_mapping.csv`` if it exists, else no grades.
         subject_column: column of the subject's folder name.
         grade_column: column of the grade.
@@ -50,22 +58,28 @@ def load_subjects(
     Raises:
         InputError: naming the folder, file, subject or column that is wrong.
     """
-    items = find_subjects(dataset_dir, modalities, label_suffix=label_suffix)
+    items = find_subjects(dataset_dir, modalities, label_suffix=label_suffix, image_dir=image_dir, mask_dir=mask_dir)
     csv = Path(grade_csv) if grade_csv else Path(dataset_dir) / "name_mapping.csv"
     if grade_csv is None and not csv.is_file():
         logger.warning(f"no {csv.name} in {dataset_dir}: no subject has a grade")
         return [item | {"grade": UNKNOWN_GRADE} for item in items]
     grades = read_grades(csv, subject_column, grade_column, grade_labels)
     subjects = {item["subject"] for item in items}
-    _warn_some(f"subjects in {csv.name} but not in {dataset_dir}", sorted(grades.keys() - subjects))
-    _warn_some(f"subjects not in {csv.name}; kept for segmentation, without a grade", sorted(subjects - grades.keys()))
+    warn_some(f"subjects in {csv.name} but not in {dataset_dir}", sorted(grades.keys() - subjects))
+    warn_some(f"subjects not in {csv.name}; kept for segmentation, without a grade", sorted(subjects - grades.keys()))
     return [item | {"grade": grades.get(item["subject"], UNKNOWN_GRADE)} for item in items]
 
 
 def find_subjects(
-    dataset_dir: str, modalities: Sequence[str], *, label_suffix: str = "seg", require_label: bool = True
+    dataset_dir: str,
+    modalities: Sequence[str],
+    *,
+    label_suffix: str = "seg",
+    image_dir: str | None = None,
+    mask_dir: str | None = None,
+    require_label: bool = True,
 ) -> list[Item]:
-    """List the subject folders of ``dataset_dir``, or itself if it is one, with their headers checked.
+    """List the subject folders of ``dataset_dir``, or itself if it is one, or its images, with their headers checked.
 
     Subjects without a segmentation are refused where ``require_label``, which training and evaluation need. See
     :func:`load_subjects`.
@@ -75,6 +89,18 @@ def find_subjects(
         raise InputError(f"dataset_dir '{dataset_dir}' is not a folder")
     if isinstance(modalities, str) or len(set(modalities)) != len(modalities) or not modalities:
         raise InputError(f"modalities={modalities!r} must be a list of distinct file suffixes, such as ['t1', 'flair']")
+    if image_dir is None:
+        return _find_folders(root, modalities, label_suffix, require_label)
+    if require_label and mask_dir is None:
+        raise InputError(f"image_dir='{image_dir}' needs mask_dir, the folder of the masks below dataset_dir")
+    items = find_images(dataset_dir, image_dir, mask_dir if require_label else None)
+    for item in items:
+        check_headers(item)
+        check_channels(item, modalities)
+    return items
+
+
+def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, require_label: bool) -> list[Item]:
     items: list[Item] = []
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     empty = [folder.name for folder in folders if not _volumes(folder)]
@@ -84,10 +110,10 @@ def find_subjects(
             check_headers(items[-1])
     if not items:
         raise InputError(
-            f"no subject found in '{dataset_dir}': expected folders with files such as "
-            f"<subject>/<subject>_{modalities[0]}.nii.gz"
+            f"no subject found in '{root}': expected folders with files such as "
+            f"<subject>/<subject>_{modalities[0]}.nii.gz (images in one folder: set 'image_dir')"
         )
-    _warn_some(f"folders of {dataset_dir} hold no volume and are left out", empty)
+    warn_some(f"folders of {root} hold no volume and are left out", empty)
     return items
 
 
@@ -155,29 +181,35 @@ def check_headers(item: Item) -> None:
             )
 
 
-def _read_header(subject: str, file: str) -> nib.Nifti1Image:
+def _read_header(subject: str, file: str) -> Grid:
     try:
-        header = nib.Nifti1Image.from_filename(file)
-    except Exception as error:
-        raise InputError(f"subject '{subject}': cannot read {file}: {error}") from error
-    if len(header.shape) != 3:
-        raise InputError(f"subject '{subject}': {file} has shape {header.shape}, expected one 3D volume")
-    return header
+        return read_grid(file)
+    except InputError as error:
+        raise InputError(f"subject '{subject}': {error}") from error
 
 
-def patient(subject: str) -> str:
-    """Patient of a subject: BraTS 2023 names the time point last (``BraTS-GLI-00005-101`` and ``-100``)."""
-    match = re.fullmatch(r"(BraTS-\w+-\d+)-\d+", subject)
-    return match.group(1) if match else subject
+def patient(subject: str, pattern: str = PATIENT_PATTERN) -> str:
+    """Patient of a subject: group 1 of ``pattern`` where it fits the whole name, otherwise the name itself.
+
+    Raises:
+        InputError: when ``pattern`` is not a regular expression with a group.
+    """
+    try:
+        match = re.fullmatch(pattern, subject)
+        return match.group(1) if match else subject
+    except (re.error, IndexError) as error:
+        raise InputError(f"patient_pattern='{pattern}' is not a regular expression with a group: {error}") from error
 
 
-def split(items: Sequence[Item], fold: int, num_folds: int, seed: int) -> dict[str, list[Item]]:
+def split(
+    items: Sequence[Item], fold: int, num_folds: int, seed: int, patient_pattern: str = PATIENT_PATTERN
+) -> dict[str, list[Item]]:
     """Seeded split by patient, stratified by grade; the fold is validation, the others training.
 
     Raises:
         InputError: when there are fewer patients than folds, or ``fold`` is out of range.
     """
-    groups: list = [patient(item["subject"]) for item in items]
+    groups: list = [patient(item["subject"], patient_pattern) for item in items]
     if not 0 <= fold < num_folds:
         raise InputError(f"fold={fold} is not one of the folds 0 to {num_folds - 1} (num_folds={num_folds})")
     if len(set(groups)) < max(num_folds, 2) or num_folds < 2:
@@ -211,6 +243,8 @@ def make_datalist(
     subset: str = "validation",
     num_eval_cases: int | None = None,
     modalities: Sequence[str],
+    image_dir: str | None = None,
+    patient_pattern: str = PATIENT_PATTERN,
 ) -> dict[str, list[Item]]:
     """Training and validation items: from ``datalist_file`` if given, else by :func:`split`.
 
@@ -223,7 +257,9 @@ def make_datalist(
         seed: seed of the split.
         subset: ``validation``, or ``all`` to judge every subject found.
         num_eval_cases: judge only so many subjects of the subset.
-        modalities: file suffixes that the files of ``datalist_file`` must have.
+        modalities: file suffixes that the files of ``datalist_file`` must have, or of ``image_dir`` the channels.
+        image_dir: as in :func:`load_subjects`.
+        patient_pattern: regular expression whose group 1 is the patient of a subject, see :func:`patient`.
 
     Raises:
         InputError: for an unusable ``datalist_file``, ``subset`` or ``num_eval_cases``, or a patient on both sides.
@@ -233,14 +269,14 @@ def make_datalist(
     if num_eval_cases is not None and (not isinstance(num_eval_cases, int) or num_eval_cases < 1):
         raise InputError(f"num_eval_cases={num_eval_cases!r} must be a whole number, 1 or more")
     if datalist_file:
-        parts = read_datalist(datalist_file, dataset_dir, modalities)
+        parts = read_datalist(datalist_file, dataset_dir, modalities, image_dir)
     elif subset == "all":
         parts = {"training": [], "validation": list(items or [])}
     else:
-        parts = split(items or [], fold, num_folds, seed)
-    both = {patient(i["subject"]) for i in parts["training"]} & {patient(i["subject"]) for i in parts["validation"]}
-    if both:
-        raise InputError(f"{datalist_file}: patients on both sides of the split: {sorted(both)[:5]}")
+        parts = split(items or [], fold, num_folds, seed, patient_pattern)
+    training, validation = ({patient(i["subject"], patient_pattern) for i in part} for part in parts.values())
+    if both := sorted(training & validation):
+        raise InputError(f"{datalist_file}: patients on both sides of the split: {both[:5]}")
     if subset == "all":
         parts["validation"] = sorted(parts["training"] + parts["validation"], key=lambda item: item["subject"])
     parts["validation"] = parts["validation"][:num_eval_cases]
@@ -266,7 +302,9 @@ def write_datalist(parts: Mapping[str, Sequence[Item]], file: str, dataset_dir: 
         path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def read_datalist(file: str, dataset_dir: str, modalities: Sequence[str]) -> dict[str, list[Item]]:
+def read_datalist(
+    file: str, dataset_dir: str, modalities: Sequence[str], image_dir: str | None = None
+) -> dict[str, list[Item]]:
     """Read a JSON written by :func:`write_datalist`; its files must be of ``modalities`` and share one grid."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -284,12 +322,15 @@ def read_datalist(file: str, dataset_dir: str, modalities: Sequence[str]) -> dic
         raise InputError(f"datalist_file '{file}' is not a data list of this bundle: {error!r}") from error
     for item in parts["training"] + parts["validation"]:
         suffixes = [bool(_with_suffix([Path(i)], m)) for i, m in zip(item["image"], modalities, strict=False)]
-        if len(item["image"]) != len(modalities) or not all(suffixes) or item["grade"] not in (UNKNOWN_GRADE, 0, 1):
+        fits = len(item["image"]) == 1 if image_dir else len(item["image"]) == len(modalities) and all(suffixes)
+        if not fits or item["grade"] not in (UNKNOWN_GRADE, 0, 1):
             raise InputError(
                 f"datalist_file '{file}': subject '{item['subject']}' must have an image for each of "
                 f"{list(modalities)}, in this order, and grade 0, 1 or -1"
             )
         check_headers(item)
+        if image_dir:
+            check_channels(item, modalities)
     return parts
 
 
@@ -307,17 +348,15 @@ def describe(parts: Mapping[str, Sequence[Item]], alpha: Sequence[float]) -> str
 
 
 def _num_slices(file: str) -> int:
-    header = nib.Nifti1Image.from_filename(file)
-    return header.shape[list(nib.io_orientation(header.affine)[:, 0]).index(2)]
+    grid = read_grid(file)
+    return grid.shape[list(nib.io_orientation(grid.affine)[:, 0]).index(2)]
 
 
-def check_output_dir(output_dir: str, items: Sequence[Item]) -> None:
-    """Raise InputError when a subject's own folder would be written to, where a mask could replace the truth."""
+def check_output_dir(output_dir: str, items: Sequence[Item], mask_dir: Path | None = None) -> None:
+    """Raise InputError when a folder of subjects or masks would be written to, where a mask could replace the truth."""
+    folder = Path(output_dir).resolve()
     for item in items:
-        if Path(item["image"][0]).resolve().parent == Path(output_dir).resolve():
+        if Path(item["image"][0]).resolve().parent == folder:
             raise InputError(f"output_dir '{output_dir}' holds the volumes of '{item['subject']}'; choose another")
-
-
-def _warn_some(what: str, subjects: list[str]) -> None:
-    if subjects:
-        logger.warning(f"{len(subjects)} {what}: {subjects[:5]}{' ...' if len(subjects) > 5 else ''}")
+    if mask_dir and mask_dir.resolve() == folder:
+        raise InputError(f"output_dir '{output_dir}' holds the masks; choose another")

@@ -12,8 +12,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
 from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.data.utils import pickle_hashing
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 from scripts.config import InputError, atomic_path
 from scripts.datalist import item_files
+from scripts.images import read_volume
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ def explained(data: Sequence[dict]) -> Iterator[None]:
         for item in data:
             for file in item_files(item):
                 try:
-                    np.asarray(nib.Nifti1Image.from_filename(file).dataobj)
+                    read_volume(file)
                 except Exception as reason:
                     raise InputError(f"subject '{item['subject']}': cannot read {file}: {reason}") from error
         raise

@@ -120,10 +120,14 @@ def mask_scores(
 ) -> dict[str, float]:
     """Dice, IoU and HD95 (mm) of binary volumes ``[R, H, W, S]``, as ``dice_WT`` and so on.
 
+    Masks of one slice are taken as flat: in three dimensions every voxel of theirs would be surface.
+
     Empty masks: both empty is perfect (Dice 1, IoU 1, HD95 0 mm); one empty is a miss (Dice 0, IoU 0, HD95 the
     diagonal of the volume, as in the BraTS challenge), so that misses do not vanish from a mean.
     """
     pred, label = torch.as_tensor(pred)[None].float(), torch.as_tensor(label)[None].float()
+    if label.shape[-1] == 1:
+        pred, label, spacing = pred[..., 0], label[..., 0], spacing[:2]
     dice = compute_dice(pred, label, ignore_empty=False)[0]
     iou = compute_iou(pred, label, ignore_empty=False)[0]
     diagonal = float(np.linalg.norm(np.asarray(spacing) * np.asarray(label.shape[2:])))

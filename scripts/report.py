@@ -20,8 +20,10 @@ from sklearn.metrics import brier_score_loss
 
 from scripts.config import atomic_path
 from scripts.distributed import gathered
+from scripts.images import read_volume
 from scripts.metrics import grading_scores, mask_scores, with_intervals
 from scripts.plots import plot_overlay, plot_reliability, plot_risk_coverage
+from scripts.results import ResultsFile
 from scripts.uncertainty import (
     CALIBRATED_FOR,
     calibration_bins,
@@ -39,21 +41,31 @@ logger = logging.getLogger(__name__)
 class SubjectReport:
     """Evaluation: one row and one overlay per subject, then the summary with 95 % intervals.
 
-    Writes ``subjects.csv``, ``summary.json``, ``reliability.png``, ``risk_coverage.png`` and
-    ``overlays/<subject>.png``. Calibration is over the brain (the voxels of the first modality that are not 0) and over
-    the lesion (truth and prediction, dilated by 3 voxels); whether uncertainty ranks errors, over the brain.
+    Writes ``subjects.csv``, ``summary.json``, ``evaluation_results.json``, ``reliability.png``,
+    ``risk_coverage.png`` and ``overlays/<subject>.png``. Calibration is over the brain (the voxels of the first
+    modality that are not 0) and over the lesion (truth and prediction, dilated by 3 voxels); whether uncertainty ranks
+    errors, over the brain.
 
     Args:
         output_dir: folder of the files.
         regions: names of the region channels.
         settings: written into the summary beside the scores.
+        results: file of the means, beside those of other models.
         seed: seed of the bootstrap.
     """
 
-    def __init__(self, output_dir: str, regions: Sequence[str], settings: Mapping[str, Any], seed: int = 0) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        regions: Sequence[str],
+        settings: Mapping[str, Any],
+        results: ResultsFile,
+        seed: int = 0,
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.regions = list(regions)
         self.settings = dict(settings)
+        self.results = results
         self.seed = seed
 
     def attach(self, engine: Workflow) -> None:
@@ -112,6 +124,7 @@ class SubjectReport:
         summary = {"subjects": len(table), "settings": self.settings, **summarise(table, self.regions, bins, self.seed)}
         with atomic_path(self.output_dir / "summary.json") as path:
             path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        self.results.write(table, self.regions)
         logger.info("\n" + format_summary(summary))
 
 
@@ -265,8 +278,8 @@ def estimates(item: Mapping[str, Any], regions: Sequence[str], voxel_volume: flo
 
 
 def read_background(item: Mapping[str, Any]) -> np.ndarray:
-    """First modality of an evaluated item, ``[H, W, S]`` as it is in the file."""
-    return nib.Nifti1Image.from_filename(item["pred"].meta["filename_or_obj"]).get_fdata(dtype=np.float32)
+    """First modality or channel of an evaluated item, ``[H, W, S]`` as it is in the file."""
+    return read_volume(item["pred"].meta["filename_or_obj"])
 
 
 def overlay(item: Mapping[str, Any], background: np.ndarray, title: str, folder: Path) -> None:

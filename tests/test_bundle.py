@@ -17,6 +17,8 @@ import torch
 from conftest import MODALITIES, ROOT
 from scripts.config import InputError, TrainingError
 from scripts.handlers import EpochTable
+from scripts.metrics import mask_scores
+from scripts.transforms import LabelToRegionsd
 
 
 @pytest.fixture
@@ -171,7 +173,6 @@ def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tm
     "overrides",
     [
         {"use_cls_head": False},
-        {"regions": ["TC", "WT", "ET"]},
         {"prediction_type": "epsilon", "num_train_timesteps": 20, "num_inference_steps": 4},
         {"prediction_type": "v_prediction", "schedule": "cosine", "num_samples": 2},
         {"noised_mask": "prediction", "timestep_sampling": "importance", "start_timestep": 499, "fusion": "staple"},
@@ -187,9 +188,31 @@ def test_settings_train_and_judge(overrides, phantoms, run_bundle, tmp_path):
     run_bundle(["train.yaml"], output_dir=str(tmp_path / "out"), max_epochs=1, **common)
     run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / "eval"), **common)
     table = pd.read_csv(tmp_path / "eval" / "subjects.csv")
-    for region in overrides.get("regions", ["WT"]):
-        assert table[[f"dice_{region}", f"iou_{region}", f"hd95_{region}"]].notna().all(axis=None)
+    assert table[["dice_WT", "iou_WT", "hd95_WT"]].notna().all(axis=None)
     assert table["hgg_prob"].isna().all() == (overrides.get("use_cls_head") is False)
+
+
+def test_three_regions_are_judged_as_they_are_saved(phantoms, run_bundle, tmp_path):
+    regions = ["TC", "WT", "ET"]
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(tmp_path), "regions": regions}
+    run_bundle(["train.yaml"], output_dir=str(tmp_path / "out"), learning_rate=0.01, **common)
+    best = pd.read_csv(tmp_path / "out" / "metrics.csv").query("split == 'validation'")["dice"].max()
+    run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / "eval"), **common)
+    run_bundle(["inference.yaml"], output_dir=str(tmp_path / "pred"), **common)
+    table = pd.read_csv(tmp_path / "eval" / "subjects.csv").set_index("subject")
+    assert table[[f"dice_{region}" for region in regions]].mean(axis=None) == pytest.approx(best, abs=1e-4)
+    split_masks = LabelToRegionsd("label", regions, {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]})
+    nested = []
+    for name, row in table.iterrows():
+        files = (tmp_path / "pred" / f"{name}_seg.nii.gz", phantoms / name / f"{name}_seg.nii.gz")
+        maps = [torch.as_tensor(np.asarray(nib.load(file).dataobj))[None] for file in files]
+        pred, truth = (split_masks({"label": label})["label"] for label in maps)
+        scores = mask_scores(pred, truth, [1, 1, 1], regions)
+        for region in regions:
+            assert row[f"dice_{region}"] == pytest.approx(scores[f"dice_{region}"], abs=1e-5)
+        prob = torch.as_tensor(nib.load(tmp_path / "pred" / f"{name}_prob.nii.gz").get_fdata()).movedim(-1, 0)
+        nested.append(torch.equal(pred, (prob >= 0.5).float()))
+    assert not all(nested)  # or there would be nothing to see
 
 
 def test_baseline_runs_on_the_same_data(phantoms, run_bundle, tmp_path):
@@ -348,7 +371,6 @@ def test_command_line_from_another_folder_prints_the_error_alone(phantoms, tmp_p
 
 def test_real_brats2021_case_has_every_region(shared_data):
     from scripts.datalist import find_subjects
-    from scripts.transforms import LabelToRegionsd
 
     (item,) = find_subjects(str(shared_data / "brats2021"), MODALITIES)
     label = torch.as_tensor(np.asarray(nib.load(item["label"]).dataobj))[None]

@@ -114,6 +114,8 @@ def test_judging_trained_subjects_is_refused(tmp_path, caplog):
     for seen in ("s1", "BraTS-GLI-00005-101"):  # the latter is a later scan of a patient trained on
         with pytest.raises(InputError, match=rf"1 of 2 subjects, such as \['{seen}'\], were trained on"):
             check_unseen(file, [{"subject": seen}, {"subject": "s3"}], "validation")
+    with pytest.raises(InputError, match="were trained on"):
+        check_unseen(file, [{"subject": "s1_2"}], "validation", r"(s\d+)_\d+")
     with caplog.at_level(logging.WARNING):
         check_unseen(file, [{"subject": "s1"}], "all")
     assert "not of unseen subjects" in caplog.text

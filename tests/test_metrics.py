@@ -87,6 +87,13 @@ def test_training_grades_leave_out_empty_slices():
     assert prob.tolist() == [0.5, 0.5]
 
 
+def test_hd95_of_a_picture_is_that_of_its_outlines():
+    truth, pred = torch.zeros(1, 64, 64, 1), torch.zeros(1, 64, 64, 1)
+    truth[:, 10:40, 10:40] = 1
+    pred[:, 14:40, 10:40] = 1
+    assert mask_scores(pred, truth, [1, 1, 1], ["WT"])["hd95_WT"] == 4.0
+
+
 def test_losses_average_over_the_iterations_that_have_them():
     metric = AverageLosses()
     metric.update({"L_seg": torch.tensor(1.0), "L_cls": torch.tensor(4.0)}.items())

@@ -10,7 +10,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from scripts.config import InputError
 from scripts.report import GradeTable, SubjectReport, summarise
+from scripts.results import ResultsFile
 from scripts.uncertainty import calibration_bins, region_of_interest
 
 
@@ -40,8 +42,12 @@ def item(tmp_path):
     }
 
 
+def results(folder, dataset="d", model="m", gt_dir="g"):
+    return ResultsFile(str(folder / "evaluation_results.json"), dataset, model, gt_dir)
+
+
 def test_evaluation_files(tmp_path, item):
-    report = SubjectReport(str(tmp_path / "out"), ["WT"], {"subset": "all"})
+    report = SubjectReport(str(tmp_path / "out"), ["WT"], {"subset": "all"}, results(tmp_path))
     state = SimpleNamespace(state=SimpleNamespace(output=[item]))
     report.started(state)
     report.iteration_completed(state)
@@ -64,7 +70,7 @@ def test_evaluation_judges_uncertainty(tmp_path, item):
     wrong[:, 2, 3, 1:3] = 0  # 2 voxels are missed, with full uncertainty
     unsure = item["uncertainty"].clone()
     unsure[:, 2, 3, 1:3] = 1
-    report = SubjectReport(str(tmp_path / "out"), ["WT"], {})
+    report = SubjectReport(str(tmp_path / "out"), ["WT"], {}, results(tmp_path))
     engine = SimpleNamespace(state=SimpleNamespace(output=[item | {"pred": wrong, "uncertainty": unsure}]))
     report.started(engine)
     report.iteration_completed(engine)
@@ -129,3 +135,36 @@ def test_summary_of_several_regions():
     assert summary["grading"]["auc"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     cell = summary["segmentation"]["WT"]["dice"]["mean"]
     assert cell["low"] < cell["value"] < cell["high"]
+
+
+def test_results_of_several_models_share_a_file(tmp_path):
+    table = pd.DataFrame(
+        {"dice_disc": [0.8, 1.0], "iou_disc": [0.7, 0.9], "dice_cup": [0.5, 0.7], "iou_cup": [0.3, 0.5]}
+    )
+    results(tmp_path, model="A").write(table, ["disc"])
+    results(tmp_path, model="B").write(table, ["disc", "cup"])
+    results(tmp_path, model="A").write(table[1:], ["disc"])
+    content = json.loads((tmp_path / "evaluation_results.json").read_text())
+    assert list(content) == ["dataset", "threshold", "evaluation_models", "gt_dir", "results"]
+    assert [content[key] for key in ("dataset", "threshold", "gt_dir")] == ["d", 0.5, "g"]
+    assert content["evaluation_models"] == ["A", "B"]
+    assert content["results"]["A"] == {"dice": 1.0, "iou": 0.9, "num_samples": 1}
+    both = content["results"]["B"]
+    assert (both["dice"], both["iou"], both["num_samples"]) == (pytest.approx(0.75), pytest.approx(0.6), 2)
+    assert both["regions"]["cup"] == {"dice": pytest.approx(0.6), "iou": pytest.approx(0.4)}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [({"dataset": "e"}, "of dataset 'd', not 'e'"), ({"gt_dir": "h"}, "'h'")]
+)
+def test_results_of_another_data_set_are_not_mixed(tmp_path, other, message):
+    results(tmp_path).write(pd.DataFrame({"dice_a": [1.0], "iou_a": [1.0]}), ["a"])
+    with pytest.raises(InputError, match=message):
+        results(tmp_path, **other)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_file_that_holds_no_results_is_not_replaced(tmp_path, text):
+    (tmp_path / "evaluation_results.json").write_text(text)
+    with pytest.raises(InputError, match="not a file of results"):
+        results(tmp_path)

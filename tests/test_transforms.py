@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import ConvertToMultiChannelBasedOnBratsClassesd, RandCropByPosNegLabeld
+from monai.transforms import ConvertToMultiChannelBasedOnBratsClassesd, RandCropByPosNegLabeld, SaveImage
 
 from scripts.config import InputError
 from scripts.transforms import (
-    AtomicNibabelWriter,
     LabelToRegionsd,
+    LikeInputWriter,
+    LoadVolumesd,
     RandModalityDropoutd,
     RegionsToLabeld,
     SliceIndicesd,
@@ -61,8 +62,26 @@ def test_label_map_is_nested_even_if_regions_are_not():
     assert RegionsToLabeld("pred", ["WT", "ET"], BRATS)({"pred": pred})["pred"].flatten().tolist() == [4, 4]
 
 
-def test_one_region_is_saved_as_one():
-    assert RegionsToLabeld("pred", ["WT"], {"WT": [4, 2]})({"pred": torch.ones(1, 1, 1, 1)})["pred"].item() == 1
+@pytest.mark.parametrize(
+    ("regions", "region_labels", "background", "painted"),
+    [
+        (["WT"], BRATS, 0, [0, 1]),
+        (["ET"], BRATS, 0, [0, 4]),
+        (["nodule"], {"nodule": [255]}, 0, [0, 255]),
+        (["cup", "disc"], {"disc": [128, 0], "cup": [0]}, 255, [255, 0]),
+        (["disc"], {"disc": [128, 0], "cup": [0]}, 255, [255, 128]),
+    ],
+)
+def test_regions_are_painted_with_the_first_value_of_their_own(regions, region_labels, background, painted):
+    pred = torch.tensor([0.0, 1]).expand(len(regions), 1, 1, 2)
+    label = RegionsToLabeld("pred", regions, region_labels, background)({"pred": pred})["pred"]
+    assert label.flatten().tolist() == painted
+
+
+@pytest.mark.parametrize("region_labels", [{"a": [0]}, {"a": [256]}, {"a": []}, {"a": ["1"]}])
+def test_labels_that_cannot_be_painted(region_labels):
+    with pytest.raises(InputError, match="region_labels: a="):
+        LabelToRegionsd("label", ["a"], region_labels)
 
 
 def test_slice_indices_drive_monais_crop():
@@ -87,8 +106,19 @@ def test_slice_indices_drive_monais_crop():
     assert 70 < sum(bool(item["label"].any()) for item in drawn) < 130
 
 
+def test_slices_of_one_kind_are_drawn_without_a_warning():
+    for label in (torch.zeros(1, 4, 4, 1), torch.ones(1, 4, 4, 1)):
+        indices = SliceIndicesd("label")({"image": torch.ones(1, 4, 4, 1), "label": label})
+        assert indices["fg_indices"].tolist() == indices["bg_indices"].tolist() == [10]
+
+
+def test_one_file_of_four_dimensions_is_read_channel_first(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((5, 4, 3, 2), np.float32), np.eye(4)), tmp_path / "a.nii.gz")
+    assert LoadVolumesd("image", channels=2)({"image": str(tmp_path / "a.nii.gz")})["image"].shape == (2, 5, 4, 3)
+
+
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    writer = AtomicNibabelWriter()
+    writer = LikeInputWriter()
     writer.set_data_array(np.ones((1, 2, 2, 2), np.float32))
     writer.set_metadata({"affine": np.eye(4)}, resample=False)
     writer.write(tmp_path / "a.nii.gz")
@@ -105,8 +135,11 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]
 
 
-def test_subject_name_is_the_folder():
-    assert subject_name({"filename_or_obj": "/data/S1/S1_t1.nii.gz"}, None)["subject"] == "S1"
+@pytest.mark.parametrize("subject", ["S1", "scan.1"])
+def test_files_are_named_by_the_subject(tmp_path, subject):
+    saver = SaveImage(tmp_path, "seg", output_name_formatter=subject_name, separate_folder=False, print_log=False)
+    saver(MetaTensor(torch.ones(1, 2, 2, 2), meta={"subject": subject}))
+    assert [path.name for path in tmp_path.iterdir()] == [f"{subject}_seg.nii.gz"]
 
 
 def test_entropy():

@@ -1,0 +1,64 @@
+"""The scores of several models on one data set, in one file of a public format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from scripts.config import InputError, atomic_path
+
+THRESHOLD = 0.5  # of the probability, as validate::postprocessing has it
+
+
+class ResultsFile:
+    """``evaluation_results.json``: mean Dice and IoU of each model that was judged on the same truth.
+
+    Args:
+        file: where it lies; another evaluation's is added to.
+        dataset: name of the data set.
+        model: name of the model, whose earlier result is replaced.
+        gt_dir: folder of the true masks.
+
+    Raises:
+        InputError: when ``file`` is of another data set or folder, or no such file at all.
+    """
+
+    def __init__(self, file: str, dataset: str, model: str, gt_dir: str) -> None:
+        self.file, self.model = Path(file), model
+        self.head = {"dataset": dataset, "threshold": THRESHOLD, "gt_dir": gt_dir}
+        self._read()
+
+    def _read(self) -> dict[str, Any]:
+        """Results by model of the file, where there is one."""
+        if not self.file.is_file():
+            return {}
+        try:
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            results, head = dict(content["results"]), {key: content[key] for key in self.head}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"results_file '{self.file}' is not a file of results: {error!r}; set another") from error
+        for key, value in self.head.items():
+            if head[key] != value:
+                raise InputError(f"results_file '{self.file}' is of {key} '{head[key]}', not '{value}'; set another")
+        return results
+
+    def write(self, table: pd.DataFrame, regions: Sequence[str]) -> None:
+        """Add the means over subjects and regions; of several regions each one's, too.
+
+        Args:
+            table: one row per subject with ``dice_<region>`` and ``iou_<region>``.
+            regions: names of the regions.
+        """
+        means = {
+            region: {name: float(table[f"{name}_{region}"].mean()) for name in ("dice", "iou")} for region in regions
+        }
+        result: dict[str, Any] = pd.DataFrame(means).mean(axis=1).to_dict() | {"num_samples": len(table)}
+        results = self._read() | {self.model: result | ({"regions": means} if len(means) > 1 else {})}
+        head = {"dataset": self.head["dataset"], "threshold": THRESHOLD, "evaluation_models": list(results)}
+        content = head | {"gt_dir": self.head["gt_dir"], "results": results}
+        with atomic_path(self.file) as path:
+            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
