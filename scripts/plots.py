@@ -47,18 +47,18 @@ def plot_learning_curves(table: pd.DataFrame, file: str | Path) -> None:
 def plot_overlay(
     image: np.ndarray, pred: np.ndarray, uncertainty: np.ndarray, label: np.ndarray | None, title: str, file: str | Path
 ) -> None:
-    """Draw the axial slice with most tumour: image with contours (prediction red, truth green), and uncertainty.
+    """Draw the axial slice with most tumour: image and outlines (prediction red, truth green), and uncertainty.
 
     Args:
         image: one modality ``[H, W, S]``, axes towards right, anterior and superior.
-        pred: binary mask ``[H, W, S]``.
+        pred: binary masks ``[R, H, W, S]``.
         uncertainty: entropy in bits ``[H, W, S]``.
-        label: true mask ``[H, W, S]``, where there is one.
+        label: true masks ``[R, H, W, S]``, where there are any.
         title: what stands above.
         file: PNG to write.
     """
     mask = pred if label is None or not label.any() else label
-    index = int(mask.sum(axis=(0, 1)).argmax()) if mask.any() else mask.shape[-1] // 2
+    index = int(mask.any(axis=0).sum(axis=(0, 1)).argmax()) if mask.any() else mask.shape[-1] // 2
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     turn = partial(np.rot90, k=1)  # anterior up; the patient's left is on the right, as radiologists view it
@@ -68,9 +68,10 @@ def plot_overlay(
         axes.set_axis_off()
     shown = right.imshow(turn(uncertainty[flip, :, index]), cmap="magma", vmin=0, vmax=1, alpha=0.6)
     figure.colorbar(shown, ax=right, label="entropy (bits)")
-    for volume, colour in ((pred, "red"), (label, "lime")):
-        if volume is not None and volume[..., index].any():
-            left.contour(turn(volume[flip, :, index]), levels=[0.5], colors=colour, linewidths=1)
+    for volumes, colour in ((pred, "red"), (label, "lime")):
+        for volume in () if volumes is None else volumes:
+            if volume[..., index].any():
+                left.contour(turn(volume[flip, :, index]), levels=[0.5], colors=colour, linewidths=1)
     left.set_title(f"{title}, slice {index + 1}\nred: prediction" + ("" if label is None else ", green: truth"))
     right.set_title("uncertainty")
     _save(figure, file)

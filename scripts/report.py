@@ -224,11 +224,19 @@ class GradeTable:
         output_dir: folder of the files.
         grade_labels: class index of each grade's name.
         regions: names of the region channels.
+        to_regions: turns the label map ``pred`` of an item back into the channels of its regions.
     """
 
-    def __init__(self, output_dir: str, grade_labels: Mapping[str, int], regions: Sequence[str]) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        grade_labels: Mapping[str, int],
+        regions: Sequence[str],
+        to_regions: Callable[[Mapping[str, Any]], dict[str, Any]],
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.regions = list(regions)
+        self.to_regions = to_regions
         self.names = ["/".join(name for name, index in grade_labels.items() if index == i) for i in (0, 1)]
 
     def attach(self, engine: Workflow) -> None:
@@ -251,7 +259,7 @@ class GradeTable:
             row = {"subject": item["subject"], "hgg_prob": prob, "grade": grade}
             self.rows.append(row | estimates(item, self.regions, float(item["prob"].pixdim.prod()) / 1000))
             title = item["subject"] + (f"  P(HGG) {prob:.2f}" if graded else "")
-            overlay(item, read_background(item), title, self.output_dir)
+            overlay(self.to_regions(item), read_background(item), title, self.output_dir)
         self._write(self.rows)  # what is done so far
 
     @idist.one_rank_only()
@@ -290,10 +298,10 @@ def overlay(item: Mapping[str, Any], background: np.ndarray, title: str, folder:
         return nib.apply_orientation(np.asarray(volume), flips)
 
     file = folder / f"{item['subject']}_overlay.png"
-    mask = canonical((item["pred"] > 0).any(dim=0).cpu())
-    truth = canonical((item["label"] > 0).any(dim=0).cpu()) if "label" in item else None
+    masks = np.stack([canonical(region.cpu()) > 0 for region in item["pred"]])
+    truth = np.stack([canonical(region.cpu()) > 0 for region in item["label"]]) if "label" in item else None
     uncertainty = canonical(item["uncertainty"].amax(dim=0).cpu())
-    plot_overlay(canonical(background), mask, uncertainty, truth, title, file)
+    plot_overlay(canonical(background), masks, uncertainty, truth, title, file)
 
 
 def write_csv(table: pd.DataFrame, file: Path) -> None:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from matplotlib import image as mpimg
 
-from scripts.plots import plot_overlay, plot_reliability, plot_risk_coverage
+from scripts.plots import plot_ablation, plot_overlay, plot_reliability, plot_risk_coverage
 from scripts.uncertainty import calibration_bins, risk_coverage
 
 
@@ -13,7 +14,7 @@ def test_overlay_shows_the_patients_left_on_the_right(tmp_path):
     image[:, :, :] = 0.1
     image[2:6, 24:30, 1] = 1  # axes point right, anterior, superior: this is left, anterior
     mask[2:6, 24:30, 1] = 1
-    plot_overlay(image, mask, mask, None, "s", tmp_path / "o.png")
+    plot_overlay(image, mask[None], mask, None, "s", tmp_path / "o.png")
     picture = mpimg.imread(tmp_path / "o.png")[..., :3]
     left_panel = picture[:, : picture.shape[1] * 4 // 10]
     rows, columns = np.nonzero((left_panel[..., 0] > 0.8) & (left_panel[..., 1] < 0.2))  # the red contour
@@ -34,3 +35,25 @@ def test_diagrams_of_two_regions(tmp_path):
         picture = mpimg.imread(tmp_path / name)[..., :3]
         for colour in ([31, 119, 180], [255, 127, 14]):  # a line for each region
             assert (np.abs(picture - np.array(colour) / 255).max(axis=-1) < 0.02).sum() > 20
+
+
+def test_overlay_outlines_every_region(tmp_path):
+    image, outer, inner = np.zeros((40, 40, 1)), np.zeros((40, 40, 1)), np.zeros((40, 40, 1))
+    outer[5:35, 5:35] = inner[15:25, 15:25] = 1
+    reds = []
+    for masks in ([outer], [outer, inner]):
+        plot_overlay(image, np.stack(masks), image, None, "s", tmp_path / "o.png")
+        picture = mpimg.imread(tmp_path / "o.png")
+        reds.append(((picture[..., 0] > 0.8) & (picture[..., 1] < 0.2)).sum())
+    assert reds[1] > 1.2 * reds[0]
+
+
+def test_ablation_has_a_dot_for_each_seed(tmp_path):
+    runs = pd.DataFrame({"arm": ["a", "a", "b"], "seed": [0, 1, 0], "dice": [0.5, 0.6, 0.9], "auc": np.nan})
+    plot_ablation(runs, tmp_path / "ablation.png")
+    picture = mpimg.imread(tmp_path / "ablation.png")[..., :3]
+    orange = np.abs(picture - np.array([255, 127, 14]) / 255).max(axis=-1) < 0.1
+    rows, columns = np.nonzero(orange)  # the bar of the arm with two seeds
+    assert len(rows) > 10
+    assert rows.max() < picture.shape[0] / 2
+    assert columns.max() < picture.shape[1] / 2  # no AUC

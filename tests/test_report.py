@@ -13,7 +13,11 @@ from monai.data import MetaTensor
 from scripts.config import InputError
 from scripts.report import GradeTable, SubjectReport, summarise
 from scripts.results import ResultsFile
+from scripts.transforms import LabelToRegionsd
 from scripts.uncertainty import calibration_bins, region_of_interest
+
+
+TO_WT = LabelToRegionsd("pred", ["WT"], {"WT": [1]})
 
 
 @pytest.fixture
@@ -94,7 +98,7 @@ def share_of_lesion(item):
 
 
 def test_grades_csv(tmp_path, item):
-    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"])
+    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], TO_WT)
     table.started(None)
     del item["label"]
     for name, prob in (("s1", 0.7), ("s2", 0.2), ("s3", float("nan"))):
@@ -111,8 +115,22 @@ def test_grades_csv(tmp_path, item):
     assert written["volume_high_ml_WT"].tolist() == pytest.approx([4 * 4 * 2 * 8 / 1000] * 3)
 
 
+def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeypatch):
+    """Whatever values they have: here 255 is background."""
+    drawn = []
+    monkeypatch.setattr("scripts.report.plot_overlay", lambda image, pred, *rest: drawn.append(pred))
+    label = item.pop("label")
+    item["pred"] = MetaTensor(torch.where(label.as_tensor() > 0, 0, 255), meta=label.meta)
+    to_regions = LabelToRegionsd("pred", ["disc", "cup"], {"disc": [128, 0], "cup": [0]}, background_label=255)
+    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], to_regions)
+    table.started(None)
+    table.iteration_completed(SimpleNamespace(state=SimpleNamespace(output=[item])))
+    assert drawn[0].shape == (2, 16, 16, 4)
+    assert drawn[0].sum(axis=(1, 2, 3)).tolist() == [32, 32]
+
+
 def test_grades_that_share_a_class_are_named_together(tmp_path):
-    assert GradeTable(str(tmp_path), {"G2": 0, "G3": 1, "G4": 1}, ["WT"]).names == ["G2", "G3/G4"]
+    assert GradeTable(str(tmp_path), {"G2": 0, "G3": 1, "G4": 1}, ["WT"], TO_WT).names == ["G2", "G3/G4"]
 
 
 def test_summary_of_several_regions():
