@@ -1,7 +1,7 @@
 """What the variants cost, and what each conditioning module adds to a denoising step.
 
 Parameters and FLOP are counted (FFTs are not: torch's counter knows none), times are measured in turns, so that a busy
-machine slows all alike; the fastest of the repeats stands.
+machine slows all alike. Seconds are the fastest of the repeats, percentages the median of the turns' ratios.
 
 Example:
     python benchmarks/network.py --repeats 10
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -81,7 +82,7 @@ def training_step(variant: str, repeats: int) -> float:
         loss(network(image, torch.randn(shape), t), targets).backward()
         optimizer.step()
 
-    return fastest({"step": step}, repeats)["step"]
+    return float(timed({"step": step}, repeats)["step"].min())
 
 
 @torch.no_grad()
@@ -93,30 +94,29 @@ def modules(repeats: int, size: int) -> pd.DataFrame:
         name: MedSegDiff(GaussianDiffusion(), MODALITIES, conditioning=c).eval() for name, c in CONDITIONING.items()
     }
     conditions = {name: network.condition(image) for name, network in networks.items()}
-    once = fastest({name: lambda n=n: n.condition(image) for name, n in networks.items()}, repeats)
-    step = fastest({name: lambda n=n, c=conditions[name]: n(image, x_t, t, c) for name, n in networks.items()}, repeats)
-    default = step["highway (default)"]
+    once = timed({name: lambda n=n: n.condition(image) for name, n in networks.items()}, repeats)
+    step = timed({name: lambda n=n, c=conditions[name]: n(image, x_t, t, c) for name, n in networks.items()}, repeats)
     return pd.DataFrame(
         {
             "conditioning": name,
             "parameters (M)": millions(networks[name]),
-            "once per slice (ms)": 1000 * once[name] / BATCH["infer"],
-            "per evaluation (ms)": 1000 * step[name] / BATCH["infer"],
-            "more per evaluation (%)": 100 * (step[name] / default - 1),
+            "once per slice (ms)": 1000 * once[name].min() / BATCH["infer"],
+            "per evaluation (ms)": 1000 * step[name].min() / BATCH["infer"],
+            "more per evaluation (%)": 100 * np.median(step[name] / step["highway (default)"] - 1),
         }
         for name in networks
     )
 
 
-def fastest(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of the fastest of the repeats of each call; the calls take turns, after a turn that does not count."""
+def timed(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of each call, ``[repeats]``; the calls take turns, after a turn that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
-    return {name: min(values[1:]) for name, values in seconds.items()}
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
 def millions(network: torch.nn.Module) -> float:

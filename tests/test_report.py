@@ -16,7 +16,6 @@ from scripts.results import ResultsFile
 from scripts.transforms import LabelToRegionsd
 from scripts.uncertainty import calibration_bins, region_of_interest
 
-
 TO_WT = LabelToRegionsd("pred", ["WT"], {"WT": [1]})
 
 
