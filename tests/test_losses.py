@@ -147,3 +147,13 @@ def test_a_single_task_is_its_loss_alone(task):
 def test_bad_tasks(tasks):
     with pytest.raises(InputError, match="tasks="):
         MultiTaskLoss(GaussianDiffusion(), tasks=tasks)
+
+
+def test_summed_tasks_have_no_weighting():
+    outputs, targets = batch()
+    loss = MultiTaskLoss(GaussianDiffusion(), task_weighting="sum")
+    total = loss(outputs, targets)
+    assert total.item() == pytest.approx(sum(loss.components[name].item() for name in ("L_seg", "L_calib", "L_cls")))
+    assert not any(parameter.requires_grad for parameter in loss.parameters())
+    with pytest.raises(InputError, match="task_weighting 'mean'"):
+        MultiTaskLoss(GaussianDiffusion(), task_weighting="mean")

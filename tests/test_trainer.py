@@ -106,6 +106,19 @@ def test_the_plain_unet_has_nothing_to_recycle():
         del network.forward
 
 
+def test_the_calibration_map_cannot_be_noised_without_one():
+    network = MedSegDiff(GaussianDiffusion(), channels=[8, 8, 8], conditioning=[])
+    DenoisingInferer().check(network)
+    with pytest.raises(InputError, match="'highway' in conditioning"):
+        DenoisingInferer("calibration").check(network)
+
+
+def test_without_a_calibration_map_the_prediction_is_noised():
+    network = randomise(MedSegDiff(GaussianDiffusion(), channels=[8, 8, 8], conditioning=[]))
+    calls, _, _ = seen_by_denoiser(network, None, batch(2))
+    assert len(calls) == 2
+
+
 def test_unknown_noised_mask():
     with pytest.raises(InputError, match="noised_mask 'mask'"):
         DenoisingInferer("mask")
