@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import MODALITIES, ROOT
+from scripts.conditioning import MODULES
 from scripts.config import InputError, TrainingError
 from scripts.handlers import EpochTable
 from scripts.metrics import mask_scores
@@ -177,9 +178,12 @@ def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tm
         {"prediction_type": "v_prediction", "schedule": "cosine", "num_samples": 2},
         {"noised_mask": "prediction", "timestep_sampling": "importance", "start_timestep": 499, "fusion": "staple"},
         {"self_conditioning": True, "noised_mask": "truth", "eta": 1.0, "num_inference_steps": 3},
+        {"conditioning": list(MODULES), "amp": True, "num_samples": 2, "num_inference_steps": 2, "ema_decay": 0.9},
+        {"conditioning": [], "task_weighting": "sum"},
+        {"num_inference_steps": 0},
         {"cache_dir": "cache"},
     ],
-    ids=lambda overrides: next(iter(overrides)),
+    ids=lambda overrides: ", ".join(overrides),
 )
 def test_settings_train_and_judge(overrides, phantoms, run_bundle, tmp_path):
     if "cache_dir" in overrides:
@@ -189,7 +193,8 @@ def test_settings_train_and_judge(overrides, phantoms, run_bundle, tmp_path):
     run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / "eval"), **common)
     table = pd.read_csv(tmp_path / "eval" / "subjects.csv")
     assert table[["dice_WT", "iou_WT", "hd95_WT"]].notna().all(axis=None)
-    assert table["hgg_prob"].isna().all() == (overrides.get("use_cls_head") is False)
+    graded = overrides.get("use_cls_head", True) and overrides.get("num_inference_steps", 1) > 0
+    assert table["hgg_prob"].isna().all() == (not graded)
 
 
 def test_three_regions_are_judged_as_they_are_saved(phantoms, run_bundle, tmp_path):
@@ -215,9 +220,10 @@ def test_three_regions_are_judged_as_they_are_saved(phantoms, run_bundle, tmp_pa
     assert not all(nested)  # or there would be nothing to see
 
 
-def test_baseline_runs_on_the_same_data(phantoms, run_bundle, tmp_path):
+@pytest.mark.parametrize("baseline", ["baseline_unet.yaml", "baseline_resnet.yaml"])
+def test_baselines_run_on_the_same_data(baseline, phantoms, run_bundle, tmp_path):
     overrides = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "max_epochs": 1}
-    run_bundle(["train.yaml", "baseline_unet.yaml"], **overrides)
+    run_bundle(["train.yaml", baseline], **overrides)
     assert pd.read_csv(tmp_path / "metrics.csv")["L_calib"].isna().all()
 
 
@@ -297,6 +303,12 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
         ({"batch_sizes": 4}, "did you mean 'batch_size'"),
         ({"image_size": 30}, "image_size .* divisible by 4"),
         ({"variant": "M", "channels": None}, "variant 'M'"),
+        ({"conditioning": ["ff_parsers"]}, "conditioning=.*must be a list of names"),
+        ({"conditioning": ["anchor"]}, "conditioning=.*add it"),
+        ({"conditioning": [], "noised_mask": "calibration"}, "noised_mask='calibration' needs 'highway'"),
+        ({"conditioning": [], "num_inference_steps": 0}, "need a calibration map"),
+        ({"num_res_blocks": 0}, "num_res_blocks=0"),
+        ({"task_weighting": "mean"}, "task_weighting 'mean'"),
         ({"regions": ["WTT"]}, "regions="),
         ({"modalities": "t1"}, "modalities='t1' must be a list"),
         ({"channels": 8}, "channels=8"),
