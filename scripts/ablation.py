@@ -189,6 +189,8 @@ def _make_arm(name: str, configs: Sequence[str], keys: dict[str, Any]) -> Arm:
     absent = [file for file in files if not (BUNDLE_ROOT / "configs" / file).is_file()]
     if absent:
         raise InputError(f"arm '{name}': {absent} are not files of configs/")
+    if "max_epochs" not in keys:
+        raise InputError(f"arm '{name}': settings must give max_epochs, so that all arms have as many")
     check_keys({key.split("::")[0]: value for key, value in keys.items()}, "train.yaml")
     sampling = {key: value for key, value in keys.items() if key in SAMPLING}
     return Arm(name, files, {key: value for key, value in keys.items() if key not in SAMPLING}, sampling, stages)
@@ -196,25 +198,22 @@ def _make_arm(name: str, configs: Sequence[str], keys: dict[str, Any]) -> Arm:
 
 def train(arm: Arm, seed: int, folder: Path, threads: int) -> Path:
     """Train an arm, or go on with it, and return its last weights."""
-    epochs = arm.training.get("max_epochs")
+    epochs, log = arm.training["max_epochs"], folder / "log.txt"
     if arm.stages == "joint":
-        never = {} if epochs is None else {"val_interval": epochs}  # the last weights are judged
-        keys = arm.training | never | {"seed": seed, "output_dir": folder, "ckpt_dir": folder}
-        run_bundle([*arm.configs, "resume.yaml"], keys, folder / "log.txt", threads)
+        keys = arm.training | {"seed": seed, "val_interval": epochs, "output_dir": folder, "ckpt_dir": folder}
+        run_bundle([*arm.configs, "resume.yaml"], keys, log, threads)
         return folder / "last.pt"
-    if epochs is None:
-        raise InputError(f"arm '{arm.name}': stages share max_epochs, which settings must give")
     for stage, share in STAGES.items():
         count = max(1, round(share * epochs))
-        keys = arm.training | {"seed": seed, "stages_dir": folder, "max_epochs": count, "val_interval": count}
-        run_bundle([*arm.configs, f"{stage}.yaml", "resume.yaml"], keys, folder / "log.txt", threads)
+        keys = arm.training | {"seed": seed, "val_interval": count, "stages_dir": folder, "max_epochs": count}
+        run_bundle([*arm.configs, f"{stage}.yaml", "resume.yaml"], keys, log, threads)
     return folder / stage / "last.pt"
 
 
 def judge(arm: Arm, seed: int, weights: Path, folder: Path, threads: int) -> None:
     """Evaluate the weights of an arm on the subjects that it has not seen."""
     keys = arm.training | arm.sampling | {"seed": seed, "ckpt_path": weights, "output_dir": folder}
-    run_bundle([*arm.configs, "evaluate.yaml"], keys, weights.parent / "log.txt", threads)
+    run_bundle([*arm.configs, "evaluate.yaml"], keys, folder.parent / "log.txt", threads)
 
 
 def run_bundle(configs: Sequence[str], keys: Mapping[str, Any], log: Path, threads: int) -> None:

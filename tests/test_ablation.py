@@ -69,6 +69,11 @@ def test_bad_grids_are_refused_before_any_run(arms, options, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_all_arms_have_as_many_epochs(tmp_path):
+    with pytest.raises(InputError, match="settings must give max_epochs"):
+        Ablation(str(tmp_path), ["train.yaml"], {}, {"a": {}}, {})
+
+
 def test_paired_tests_are_wilcoxons_over_subjects_corrected():
     runs, subjects = tables()
     table = compare(runs, subjects, "a").set_index("arm")
