@@ -88,7 +88,7 @@ class Ablation:
         processes: how many runs at a time.
 
     Raises:
-        InputError: for an unknown file, key, stage or reference, or nothing to run; before any run starts.
+        InputError: for an unknown file, key, stage, folder or reference, or nothing to run; before any run starts.
     """
 
     def __init__(
@@ -191,6 +191,8 @@ def _make_arm(name: str, configs: Sequence[str], keys: dict[str, Any]) -> Arm:
         raise InputError(f"arm '{name}': {absent} are not files of configs/")
     if "max_epochs" not in keys:
         raise InputError(f"arm '{name}': settings must give max_epochs, so that all arms have as many")
+    if not Path(keys.get("dataset_dir", ".")).is_dir():
+        raise InputError(f"arm '{name}': dataset_dir '{keys['dataset_dir']}' is not a folder")
     check_keys({key.split("::")[0]: value for key, value in keys.items()}, "train.yaml")
     sampling = {key: value for key, value in keys.items() if key in SAMPLING}
     return Arm(name, files, {key: value for key, value in keys.items() if key not in SAMPLING}, sampling, stages)

@@ -59,6 +59,7 @@ def test_arms_that_differ_in_sampling_share_their_training(tmp_path):
         ({"a": {}}, {"seeds": []}, "nothing to run"),
         ({"a": {"varient": "S"}}, {}, "'varient' .did you mean 'variant'"),
         ({"a": {"configs": ["data_brats.yaml"]}}, {}, "data_brats.yaml.* are not files of configs/"),
+        ({"a": {"dataset_dir": "nowhere"}}, {}, "dataset_dir 'nowhere' is not a folder"),
         ({"a": {"stages": "three"}}, {}, "arm 'a': stages 'three'"),
         ({"a": {}}, {"reference": "b"}, "reference 'b'"),
     ],

@@ -53,7 +53,7 @@ def test_overlays_only_override(name):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_are_grids_of_known_keys(name, tmp_path):
-    parser = parsed("ablation.yaml", name, output_dir=str(tmp_path), bundle_root=str(ROOT))
+    parser = parsed("ablation.yaml", name, output_dir=str(tmp_path), dataset_dir=str(tmp_path))
     ablation = parser.get_parsed_content("ablation")
     assert len(ablation.arms) == len(parsed("ablation.yaml", name).get("arms"))
     for arm in ablation.arms:
