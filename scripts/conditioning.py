@@ -37,7 +37,7 @@ def check_conditioning(conditioning: Sequence[str]) -> list[str]:
 
 
 class FFParser(nn.Module):
-    """Feature Frequency Parser: learnable weights of the frequencies of a feature map (V1, equations 4 to 6).
+    """Feature Frequency Parser: learnable weights of the frequencies of a feature map (V1).
 
     .. math:: m' = F^{-1}(A \\otimes F(m))
 
@@ -66,7 +66,7 @@ class FFParser(nn.Module):
 
 
 class DynamicEncoding(nn.Module):
-    """Dynamic conditional encoding by attentive fusion (V1, equation 3).
+    """Dynamic conditional encoding by attentive fusion (V1).
 
     .. math:: A(m_I, m_x) = (LN(m_I) \\otimes LN(m_x)) \\otimes m_I
 
@@ -96,7 +96,7 @@ class DynamicEncoding(nn.Module):
 
 
 class UncertainSpatialAttention(nn.Module):
-    """Anchor condition with uncertain spatial attention (V2, equations 3 and 4).
+    """Anchor condition with uncertain spatial attention (V2).
 
     .. math:: f_{anc} = \\max(f_c * k_{Gauss}, f_c), \\quad f'_d = \\sigma(conv_{1x1}(f_{anc})) \\otimes f_d + f_d
 
@@ -156,7 +156,7 @@ class BandPassFilter(nn.Module):
 
 
 class SpectrumAttention(nn.Module):
-    """One cross-attention of the SS-Former (V2, equations 5 to 7): affinities of frequencies, not of positions.
+    """One cross-attention of the SS-Former (V2): affinities of frequencies, not of positions.
 
     .. math:: M = (F(x) W^q)(F(s) W^k)^T, \\quad f = F^{-1}(M \\otimes w(t)) (s W^v)
 
@@ -196,8 +196,8 @@ class SpectrumAttention(nn.Module):
 class SSFormer(nn.Module):
     """Semantic condition by a Spectrum-Space Transformer (V2): the image's deepest features meet the denoiser's.
 
-    First the denoiser's are encoded into the image's, then the result into the denoiser's. V2 stacks four such pairs;
-    here it is one.
+    First the denoiser's are encoded into the image's, then the result into the denoiser's. V2 stacks such
+    pairs; here it is one.
 
     Args:
         channels: C of the denoiser's deepest features.
