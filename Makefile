@@ -13,8 +13,8 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
-$(VENV)/.installed-tracking: requirements-tracking.txt $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --requirement requirements-tracking.txt
+$(VENV)/.installed-extras: requirements-extras.txt $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-extras.txt
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -44,7 +44,7 @@ staged: $(VENV)/.installed
 	$(RUN) -W ignore -m monai.bundle run --ckpt_dir demo/staged/stage3_joint --output_dir demo/staged/evaluate \
 	    --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml']"
 
-test: $(VENV)/.installed-tracking
+test: $(VENV)/.installed-extras
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 lint: $(VENV)/.installed

@@ -15,7 +15,7 @@ from monai.engines.workflow import Workflow
 from torch import nn
 
 from scripts.config import InputError, TrainingError, atomic_path
-from scripts.datalist import PATIENT_PATTERN, patient
+from scripts.split import PATIENT_PATTERN, patient
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +12,13 @@ from pathlib import Path
 import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from scripts.config import InputError, atomic_path, warn_some
 from scripts.grades import GRADE_LABELS, UNKNOWN_GRADE, read_grades
 from scripts.images import Grid, check_channels, find_images, read_grid
+from scripts.split import PATIENT_PATTERN, patient, split
 
 logger = logging.getLogger(__name__)
-
-PATIENT_PATTERN = r"(BraTS-\w+-\d+)-\d+"  # BraTS 2023 names the time point last: BraTS-GLI-00005-101 and -100
 
 Item = dict  # {"subject": str, "image": [file per modality], "label": file (when there is one), "grade": int}
 
@@ -186,50 +183,6 @@ def _read_header(subject: str, file: str) -> Grid:
         return read_grid(file)
     except InputError as error:
         raise InputError(f"subject '{subject}': {error}") from error
-
-
-def patient(subject: str, pattern: str = PATIENT_PATTERN) -> str:
-    """Patient of a subject: group 1 of ``pattern`` where it fits the whole name, otherwise the name itself.
-
-    Raises:
-        InputError: when ``pattern`` is not a regular expression with a group.
-    """
-    try:
-        match = re.fullmatch(pattern, subject)
-        return match.group(1) if match else subject
-    except (re.error, IndexError) as error:
-        raise InputError(f"patient_pattern='{pattern}' is not a regular expression with a group: {error}") from error
-
-
-def split(
-    items: Sequence[Item], fold: int, num_folds: int, seed: int, patient_pattern: str = PATIENT_PATTERN
-) -> dict[str, list[Item]]:
-    """Seeded split by patient, stratified by grade; the fold is validation, the others training.
-
-    Raises:
-        InputError: when there are fewer patients than folds, or ``fold`` is out of range.
-    """
-    groups: list = [patient(item["subject"], patient_pattern) for item in items]
-    if not 0 <= fold < num_folds:
-        raise InputError(f"fold={fold} is not one of the folds 0 to {num_folds - 1} (num_folds={num_folds})")
-    if len(set(groups)) < max(num_folds, 2) or num_folds < 2:
-        raise InputError(
-            f"num_folds={num_folds} cannot split {len(set(groups))} patients; folds must be at least 2 and at "
-            "most the number of patients (to judge a data set as a whole, set subset=all)"
-        )
-    # shuffled here: what scikit-learn's own shuffle gives for one seed changed between its releases
-    order = np.random.default_rng(seed).permutation(len(set(groups)))
-    shuffled = dict(zip(sorted(set(groups)), order, strict=True))
-    groups = [shuffled[group] for group in groups]
-    folds = StratifiedGroupKFold(n_splits=num_folds)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")
-        try:
-            parts = list(folds.split(items, [item["grade"] for item in items], groups))
-        except ValueError:  # every grade has fewer subjects than folds: nothing to stratify
-            parts = list(folds.split(items, [0] * len(items), groups))
-    train, validation = parts[fold]
-    return {"training": [items[i] for i in train], "validation": [items[i] for i in validation]}
 
 
 def make_datalist(

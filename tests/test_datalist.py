@@ -9,6 +9,7 @@ import pytest
 from conftest import MODALITIES
 from scripts import datalist
 from scripts.config import InputError
+from test_split import cohort
 
 
 def write_csv(path, text):
@@ -153,54 +154,6 @@ def test_real_tcga_lgg_keeps_the_subject_without_a_grade(shared_data):
     )
     assert len(items) == 65
     assert [item["subject"] for item in items if item["grade"] == -1] == ["TCGA_HT_A61B"]
-
-
-def cohort(counts=(40, 100, 10)):
-    grades = [0] * counts[0] + [1] * counts[1] + [-1] * counts[2]
-    return [{"subject": f"s{i:03d}", "grade": grade} for i, grade in enumerate(grades)]
-
-
-def names(items):
-    return {item["subject"] for item in items}
-
-
-def test_folds_are_disjoint_complete_and_stratified():
-    items = cohort()
-    parts = [datalist.split(items, fold, 5, seed=0) for fold in range(5)]
-    assert sorted(s for part in parts for s in names(part["validation"])) == sorted(names(items))
-    for part in parts:
-        assert not names(part["training"]) & names(part["validation"])
-        assert len(part["validation"]) == 30
-        assert sum(item["grade"] == 0 for item in part["validation"]) == 8
-
-
-def test_split_depends_on_the_seed_alone():
-    items = cohort()
-    first = names(datalist.split(items, 0, 5, seed=0)["validation"])
-    assert first == names(datalist.split(items[::-1], 0, 5, seed=0)["validation"])
-    assert first != names(datalist.split(items, 0, 5, seed=1)["validation"])
-
-
-def test_split_is_the_same_in_every_scikit_learn():
-    # scikit-learn's own shuffle gave other folds in 1.7 and 1.9
-    validation = datalist.split(cohort((3, 5, 2)), 0, 5, seed=0)["validation"]
-    assert names(validation) == {"s001", "s007"}
-
-
-def test_time_points_of_one_patient_stay_together():
-    items = [{"subject": f"BraTS-GLI-{i:05d}-{t}", "grade": i % 2} for i in range(20) for t in (100, 101)]
-    for fold in range(4):
-        part = datalist.split(items, fold, 4, seed=0)
-        sides = [{datalist.patient(s) for s in names(part[side])} for side in ("training", "validation")]
-        assert not sides[0] & sides[1]
-
-
-@pytest.mark.parametrize(
-    ("fold", "num_folds", "message"), [(5, 5, "fold=5"), (0, 200, "cannot split"), (0, 1, "cannot")]
-)
-def test_impossible_splits(fold, num_folds, message):
-    with pytest.raises(InputError, match=message):
-        datalist.split(cohort(), fold, num_folds, seed=0)
 
 
 def test_datalist_can_be_edited_and_passed_back(tmp_path, make_subject_folder, volumes):
