@@ -31,7 +31,7 @@ OFFICIAL_EVALUATIONS = 5 * 1000
 def main() -> None:
     """Count with torch's counter, at 64, 128 and 256 px."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="inference.yaml", help="file in configs/")
+    parser.add_argument("--config", default="train.yaml", help="file in configs/")
     args, overrides = parser.parse_known_args()
     config = ConfigParser()
     config.read_config(str(ROOT / "configs" / args.config))

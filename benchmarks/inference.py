@@ -42,20 +42,22 @@ def main() -> None:
     """Write a checkpoint of the configured network, run the bundle's inference on the folder, print one table row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_dir", required=True)
-    parser.add_argument("--configs", nargs="+", default=["inference.yaml"], help="files in configs/")
+    parser.add_argument("--configs", nargs="+", default=[], help="overlays in configs/")
     parser.add_argument("--inside", help=argparse.SUPPRESS)  # the measured process: where to write the parts
     args, overrides = parser.parse_known_args()
     settings = {key.removeprefix("--"): yaml.safe_load(text) for key, text in zip(*[iter(overrides)] * 2, strict=True)}
-    files = [str(ROOT / "configs" / name) for name in args.configs]
+    training, inference = (
+        [str(ROOT / "configs" / name) for name in (base, *args.configs)] for base in ("train.yaml", "inference.yaml")
+    )
     if args.inside:
-        run_timed(files, settings | {"dataset_dir": args.dataset_dir}, args.inside)
+        run_timed(inference, settings | {"dataset_dir": args.dataset_dir}, args.inside)
         return
     config = ConfigParser()
-    config.read_config(files)
+    config.read_config(training)
     config.update(settings)
-    network = config.get_parsed_content("network_def")
+    network, trained_for = (config.get_parsed_content(key) for key in ("network_def", "trained_for"))
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({"model": network.state_dict()}, f"{folder}/model.pt")
+        torch.save({"model": network.state_dict(), "trained_for": trained_for}, f"{folder}/model.pt")
         options = ["--ckpt_path", f"{folder}/model.pt", "--output_dir", folder, "--inside", f"{folder}/parts.json"]
         start = time.perf_counter()
         command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], *options]
@@ -66,7 +68,7 @@ def main() -> None:
         source = next(Path(args.dataset_dir).glob("*.nii*"))
         same = np.array_equal(nib.load(mask).affine, nib.load(source).affine)
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    row = {"settings": " ".join([*args.configs[1:], *overrides]) or "defaults", "affine equal": str(same)}
+    row = {"settings": " ".join([*args.configs, *overrides]) or "defaults", "affine equal": str(same)}
     row |= {name: round(parts[name], 1) for name in PARTS}
     row |= {"start and rest": round(total - sum(parts.values()), 1), "total (s)": round(total, 1)}
     print(hardware())

@@ -10,11 +10,12 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 from monai.engines import SupervisedTrainer
 from monai.engines.workflow import Workflow
 from torch import nn
 
-from scripts.config import InputError, TrainingError, atomic_path
+from scripts.config import BUNDLE_ROOT, InputError, TrainingError, atomic_path
 from scripts.split import PATIENT_PATTERN, patient
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class SaveCheckpoints:
         evaluator: engine whose best epoch decides.
         training_subjects: names kept in the checkpoint, so that evaluation can tell what the network has seen.
         trained_for: settings kept in the checkpoint, under which alone its weights mean what they say.
+        output_names: settings kept for inference, which do not matter to the weights.
         training_plan: settings kept in the checkpoint, under which alone its training can be resumed.
     """
 
@@ -43,9 +45,14 @@ class SaveCheckpoints:
         evaluator: Workflow,
         training_subjects: Sequence[str],
         trained_for: Mapping[str, Any],
+        output_names: Mapping[str, Any],
         training_plan: Mapping[str, Any],
     ) -> None:
-        self.training_subjects, self.trained_for = list(training_subjects), dict(trained_for)
+        self.notes = {
+            "training_subjects": list(training_subjects),
+            "trained_for": dict(trained_for),
+            "output_names": dict(output_names),
+        }
         self.training_plan = dict(training_plan)
         self.ckpt_dir = Path(ckpt_dir)
         self.save_dict = {name: part for name, part in save_dict.items() if part is not None}
@@ -78,8 +85,7 @@ class SaveCheckpoints:
     def _save(self, content: dict, name: str) -> None:
         try:
             with atomic_path(self.ckpt_dir / name) as path:
-                notes = {"training_subjects": self.training_subjects, "trained_for": self.trained_for}
-                torch.save(content | notes, path)
+                torch.save(content | self.notes, path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise TrainingError(
                 f"cannot write {self.ckpt_dir / name}: {error}. The file of before, if there was one, is whole; "
@@ -158,6 +164,19 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
     except Exception as error:
         raise InputError(f"ckpt_path '{ckpt_path}' cannot be read as a checkpoint of this bundle: {error}") from error
     return checkpoint
+
+
+def trained_settings(ckpt_path: str) -> dict[str, Any]:
+    """Settings that a checkpoint was trained with, so that inference needs no more than its file.
+
+    What older files do not say are the defaults of training.
+
+    Raises:
+        InputError: when the file is missing or damaged.
+    """
+    checkpoint = read_checkpoint(ckpt_path)
+    defaults = ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / "train.yaml"))
+    return defaults | checkpoint.get("trained_for", {}) | checkpoint.get("output_names", {})
 
 
 def store_in_model(ckpt_path: str, buffers: Mapping[str, torch.Tensor]) -> None:

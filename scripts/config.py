@@ -52,12 +52,12 @@ def start_run(*bases: str) -> None:
 
     Raises:
         InputError: for a top-level key that no base declares (MONAI would accept it silently), or a value of
-            another kind than the first base's default.
+            another kind than its default.
     """
     sys.excepthook = _report_own_error
     config = _running_parser().get()
     check_keys(config, *bases)
-    check_values(config, bases[0])
+    check_values(config, *bases)
 
 
 def check_keys(config: dict, *bases: str) -> None:
@@ -77,8 +77,8 @@ def check_keys(config: dict, *bases: str) -> None:
         raise InputError(f"unknown configuration key {', '.join(hints)}; the known keys stand in configs/{bases[0]}")
 
 
-def check_values(config: dict, base: str) -> None:
-    """Refuse values of another kind than their default in ``configs/<base>``, and a device that is not there.
+def check_values(config: dict, *bases: str) -> None:
+    """Refuse values of another kind than their default in the last of ``bases``, and a device that is not there.
 
     A whole number whose default is at least 1 must be so too, others must not be negative. Defaults that are null or
     an expression say nothing about their kind.
@@ -86,9 +86,10 @@ def check_values(config: dict, base: str) -> None:
     Raises:
         InputError: naming the key, its value and what it should be.
     """
-    for key, default in ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / base)).items():
+    defaults = ConfigParser.load_config_files([str(BUNDLE_ROOT / "configs" / base) for base in bases])
+    for key, default in defaults.items():
         value = config.get(key)
-        if isinstance(default, str) or default is None or str(value).startswith(("$", "@")):
+        if key not in config or isinstance(default, str) or default is None or str(value).startswith(("$", "@")):
             continue
         if isinstance(default, (bool, list, dict)):
             fits, wanted = isinstance(value, type(default)), type(default).__name__

@@ -15,7 +15,7 @@ import numpy as np
 
 from scripts.config import InputError, atomic_path, warn_some
 from scripts.grades import GRADE_LABELS, UNKNOWN_GRADE, read_grades
-from scripts.images import Grid, check_channels, find_images, read_grid
+from scripts.images import Grid, check_channels, file_stem, find_images, is_picture, read_grid
 from scripts.split import PATIENT_PATTERN, patient, split
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ def find_subjects(
         raise InputError(f"image_dir='{image_dir}' needs mask_dir, the folder of the masks below dataset_dir")
     items = find_images(dataset_dir, image_dir, mask_dir if require_label else None)
     for item in items:
-        check_headers(item)
-        check_channels(item, modalities)
+        check_headers(item, modalities)
     return items
 
 
@@ -104,7 +103,7 @@ def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, requ
     for folder in [folder for folder in folders if folder.name not in empty] or [root.resolve()]:
         if volumes := _volumes(folder):
             items.append(_subject_item(folder.name, volumes, modalities, label_suffix, require_label))
-            check_headers(items[-1])
+            check_headers(items[-1], modalities)
     if not items:
         raise InputError(
             f"no subject found in '{root}': expected folders with files such as "
@@ -112,6 +111,37 @@ def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, requ
         )
     warn_some(f"folders of {root} hold no volume and are left out", empty)
     return items
+
+
+def subject_of(file: str, modalities: Sequence[str]) -> Item:
+    """The subject that one file stands for: itself, when it holds all modalities, or with the others beside it.
+
+    The files of a subject are named alike but for the modality: ``7_t1.nii.gz``, ``7_flair.nii.gz``.
+
+    Raises:
+        InputError: naming the file that cannot be read, or whose modality or siblings cannot be told.
+    """
+    path, stem = Path(file), file_stem(file)
+    own = next((m for m in modalities if _with_suffix([path], m)), None)
+    if own is None:
+        item = {"subject": stem, "image": [str(path)]}
+        if not is_picture(file) and (volumes := _read_header(stem, file).channels) != len(modalities):
+            raise InputError(
+                f"{path.name} holds {volumes} of {len(modalities)} modalities: give one 4D file of {list(modalities)}, "
+                f"in this order, or one of several that are named alike but for them, such as "
+                f"{stem}_{modalities[0]}.nii.gz"
+            )
+    else:
+        common = stem[: -len(own)]
+        beside = {file_stem(volume).lower(): str(volume) for volume in _volumes(path.parent)}
+        wanted = [(common + modality).lower() for modality in modalities]
+        if absent := [m for m, name in zip(modalities, wanted, strict=True) if name not in beside]:
+            raise InputError(
+                f"{path.name} has no file for {absent} beside it, named alike; add {common}{absent[0]}.nii.gz"
+            )
+        item = {"subject": common.rstrip("-_."), "image": [beside[name] for name in wanted]}
+    check_headers(item, modalities)
+    return item
 
 
 def _volumes(folder: Path) -> list[Path]:
@@ -155,27 +185,32 @@ def item_files(item: Item) -> list[str]:
     return [*item["image"], *([item["label"]] if "label" in item else [])]
 
 
-def check_headers(item: Item) -> None:
-    """Check that all files of a subject share one grid; only headers are read.
+def check_headers(item: Item, modalities: Sequence[str]) -> None:
+    """Check that a subject has a channel for each modality, and that its files share one grid; only headers are read.
 
     Raises:
-        InputError: naming the subject and the file that cannot be read or whose shape or affine differs.
+        InputError: naming the subject and the file that cannot be read, or whose channels, shape or affine differ.
     """
-    reference, *others = item_files(item)
-    grid = _read_header(item["subject"], reference)
-    for file in others:
-        other = _read_header(item["subject"], file)
+    files = item_files(item)
+    reference, first = files[0], _read_header(item["subject"], files[0])
+    for file in files:
+        grid = _read_header(item["subject"], file)
         kind = "mask" if file == item.get("label") else "modality"
-        if other.shape != grid.shape:
+        volumes = len(modalities) if item["image"] == [file] else 1
+        if not is_picture(file) and grid.channels != volumes:
+            raise InputError(f"subject '{item['subject']}': {file} holds {grid.channels} volumes, expected {volumes}")
+        if grid.shape != first.shape:
             raise InputError(
-                f"subject '{item['subject']}': the {kind} {file} has shape {other.shape}, but {reference} has "
-                f"{grid.shape}; resample them to one grid"
+                f"subject '{item['subject']}': the {kind} {file} has shape {grid.shape}, but {reference} has "
+                f"{first.shape}; resample them to one grid"
             )
-        if not np.allclose(other.affine, grid.affine, atol=1e-2):
+        if not np.allclose(grid.affine, first.affine, atol=1e-2):
             raise InputError(
                 f"subject '{item['subject']}': the {kind} {file} and {reference} have different affines; "
                 "register or resample them to one grid"
             )
+    if len(item["image"]) == 1:
+        check_channels(item, modalities)
 
 
 def _read_header(subject: str, file: str) -> Grid:
@@ -281,9 +316,7 @@ def read_datalist(
                 f"datalist_file '{file}': subject '{item['subject']}' must have an image for each of "
                 f"{list(modalities)}, in this order, and grade 0, 1 or -1"
             )
-        check_headers(item)
-        if image_dir:
-            check_channels(item, modalities)
+        check_headers(item, modalities)
     return parts
 
 

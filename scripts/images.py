@@ -26,7 +26,7 @@ EXIF_ORIENTATION = 0x0112
 
 
 class Grid(NamedTuple):
-    """Shape ``(H, W, S)`` of a file's volume, its affine, and the channels its header promises."""
+    """Shape ``(H, W, S)`` of a file, its affine, and its channels: volumes of NIfTI, what a picture may have."""
 
     shape: tuple[int, ...]
     affine: np.ndarray
@@ -36,6 +36,11 @@ class Grid(NamedTuple):
 def is_picture(file: str | Path) -> bool:
     """Whether the name is that of a picture rather than a NIfTI volume."""
     return Path(file).suffix.lower() in PICTURES
+
+
+def file_stem(file: str | Path) -> str:
+    """Name without folder and known extension, ``.nii.gz`` included."""
+    return KNOWN.sub("", Path(file).name)
 
 
 def find_images(dataset_dir: str, image_dir: str, mask_dir: str | None) -> list[dict[str, Any]]:
@@ -89,9 +94,11 @@ def _by_stem(folder: Path, key: str) -> dict[str, Path]:
 
 def check_channels(item: dict[str, Any], modalities: Sequence[str]) -> None:
     """Raise InputError unless the image of an item, by its header, can have one channel for each of ``modalities``."""
-    if len(modalities) not in (1, 3):
-        raise InputError(f"modalities={list(modalities)} must be [grey] or [red, green, blue] for images in image_dir")
     (file,) = item["image"]
+    if not is_picture(file):  # checked with the grid
+        return
+    if len(modalities) not in (1, 3):
+        raise InputError(f"modalities={list(modalities)} must be [grey] or [red, green, blue] for pictures")
     if read_grid(file).channels < len(modalities):
         raise InputError(f"{file} is grey, but modalities={list(modalities)}: set modalities to [grey]")
 
@@ -100,7 +107,7 @@ def read_grid(file: str) -> Grid:
     """Grid of a picture or NIfTI volume; only the header is read.
 
     Raises:
-        InputError: when it cannot be read or holds anything but one slice or volume.
+        InputError: when it cannot be read or holds anything but a slice, a volume or a row of volumes.
     """
     if is_picture(file):
         with _opened(file) as image:
@@ -109,16 +116,17 @@ def read_grid(file: str) -> Grid:
         header = nib.Nifti1Image.from_filename(file)
     except Exception as error:
         raise InputError(f"cannot read {file}: {error}") from error
-    if len(header.shape) not in (2, 3):
-        raise InputError(f"{file} has shape {header.shape}, expected one 3D volume")
-    return Grid((*header.shape, 1)[:3], header.affine)
+    if len(header.shape) not in (2, 3, 4):
+        raise InputError(f"{file} has shape {header.shape}, expected one 3D volume, or one 4D for all modalities")
+    return Grid((*header.shape, 1)[:3], header.affine, (*header.shape, 1, 1)[3])
 
 
 def read_volume(file: str) -> np.ndarray:
     """First channel of a file as it is stored, ``[H, W, S]``."""
     if is_picture(file):
         return read_picture(file)[0]
-    return np.atleast_3d(nib.Nifti1Image.from_filename(file).get_fdata(dtype=np.float32))
+    volume = np.atleast_3d(nib.Nifti1Image.from_filename(file).get_fdata(dtype=np.float32))
+    return volume.reshape(*volume.shape[:3], -1)[..., 0]
 
 
 def read_picture(file: str, channels: int | None = None) -> np.ndarray:

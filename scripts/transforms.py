@@ -14,6 +14,7 @@ from monai.data import MetaTensor, NibabelWriter
 from monai.transforms import LoadImaged, MapTransform, RandomizableTransform, ThreadUnsafe
 
 from scripts.config import InputError, atomic_path
+from scripts.datalist import subject_of
 from scripts.images import PictureReader, is_picture, write_picture
 
 FAR_SHARE = 0.02  # of a JPEG mask's pixels may lie far from every level; compression leaves fewer
@@ -22,24 +23,32 @@ FAR_SHARE = 0.02  # of a JPEG mask's pixels may lie far from every level; compre
 class LoadVolumesd(LoadImaged, ThreadUnsafe):
     """MONAI's LoadImaged for volumes and pictures as ``[C, H, W, S]``, and for threads that fill a cache.
 
+    A single name stands for the subject that :func:`scripts.datalist.subject_of` finds, as MONAI Label names them.
+
     Its NIfTI reader keeps the names of the files that it is reading: with two threads, a volume of four modalities may
     come out with the one channel of another's label, without an error. Each thread gets a copy here. ``subject`` is
     noted in what is read, so that what is predicted from it can be named.
 
     Args:
         keys: keys of the files' names.
-        channels: that a picture must have, 1 or 3.
+        modalities: names of the channels, in their order; none for a label map.
 
     Raises:
-        InputError: naming the picture that cannot be read or has other channels.
+        InputError: naming the file that cannot be read, has other channels or lacks its siblings.
     """
 
-    def __init__(self, keys: KeysCollection, channels: int = 1) -> None:
+    def __init__(self, keys: KeysCollection, modalities: Sequence[str] = ()) -> None:
         super().__init__(keys, ensure_channel_first=True)
-        self._loader.register(PictureReader(channels))  # the last one is asked first
+        self.modalities = modalities
+        self._loader.register(PictureReader(len(modalities) or 1))  # the last one is asked first
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict:
-        d = super().__call__(data, reader)
+        d = dict(data)
+        for key in self.key_iterator(d):
+            if self.modalities and isinstance(d[key], str):
+                item = subject_of(d[key], self.modalities)
+                d |= {"subject": item["subject"], key: item["image"]}
+        d = super().__call__(d, reader)
         for key in self.key_iterator(d):
             if d[key].ndim == 3:  # a flat NIfTI file
                 d[key] = d[key].unsqueeze(-1)

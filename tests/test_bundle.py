@@ -346,7 +346,7 @@ def test_evaluation_names_a_file_that_cannot_be_read(trained, copied, run_bundle
 
 def test_checkpoint_of_another_width_is_refused(trained, phantoms, run_bundle, tmp_path):
     common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained), "output_dir": str(tmp_path / "pred")}
-    with pytest.raises(InputError, match="does not fit the configured network"):
+    with pytest.raises(InputError, match=r"was trained with channels=\[8, 8, 8\]"):
         run_bundle(["inference.yaml"], channels=[16, 16, 16], **common)
     assert not (tmp_path / "pred").exists()
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from scripts.checkpoint import SaveCheckpoints, check_unseen, load_weights
+from scripts.checkpoint import SaveCheckpoints, check_unseen, load_weights, trained_settings
 from scripts.config import InputError, TrainingError
 from scripts.diffusion import GaussianDiffusion
 from scripts.losses import MultiTaskLoss
 from scripts.net import MedSegDiff
 
 SETTINGS = {"modalities": ["t1", "t2"], "image_size": 32}
+NAMES = {"grade_labels": {"G2": 0, "G3": 1}}
 PLAN = {"max_epochs": 3, "seed": 0}
 
 
@@ -35,7 +36,9 @@ def train(tmp_path, best_epochs, max_epochs=3):
     engine = Engine(step)
     parts = {"model": net, "loss": MultiTaskLoss(net.diffusion), "optimizer": torch.optim.AdamW(net.parameters())}
     engine.scaler = None
-    SaveCheckpoints(str(tmp_path), parts, evaluator, ["s1", "BraTS-GLI-00005-100"], SETTINGS, PLAN).attach(engine)
+    SaveCheckpoints(str(tmp_path), parts, evaluator, ["s1", "BraTS-GLI-00005-100"], SETTINGS, NAMES, PLAN).attach(
+        engine
+    )
     engine.run([0], max_epochs=max_epochs)
     return net
 
@@ -119,3 +122,12 @@ def test_judging_trained_subjects_is_refused(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         check_unseen(file, [{"subject": "s1"}], "all")
     assert "not of unseen subjects" in caplog.text
+
+
+def test_inference_finds_its_settings_in_the_checkpoint(tmp_path):
+    train(tmp_path, best_epochs=[1])
+    settings = trained_settings(str(tmp_path / "model.pt"))
+    assert {key: settings[key] for key in SETTINGS | NAMES} == SETTINGS | NAMES
+    assert settings["variant"] == "S"  # which this file does not say: the default
+    with pytest.raises(InputError, match="does not exist"):
+        trained_settings(str(tmp_path / "typo.pt"))

@@ -75,11 +75,20 @@ def test_numbers_are_numbers(name):
 
 
 def test_both_bases_build_the_same_network():
-    shared = load("train.yaml").keys() & load("inference.yaml").keys()
-    for key in shared - {"imports", "output_dir", "run"}:
-        assert load("train.yaml")[key] == load("inference.yaml")[key], key
-    ours, theirs = (parsed(name).get_parsed_content("network_def").state_dict() for name in BASES)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    train, inference = map(load, BASES)
+    from_checkpoint = {key for key in inference if inference[key] == f"$@trained['{key}']"}
+    assert from_checkpoint == train["trained_for"].keys() | train["output_names"].keys()
+    for key in (train.keys() & inference.keys()) - from_checkpoint - {"imports", "output_dir", "run"}:
+        assert train[key] == inference[key], key
+
+
+def test_the_weights_are_those_of_the_demo_and_inference_needs_no_other_setting():
+    checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
+    demo = parsed("train.yaml", "demo.yaml")
+    assert checkpoint["trained_for"] == demo.get_parsed_content("trained_for")
+    for parser in (demo, parsed("inference.yaml")):
+        parser.get_parsed_content("network_def").load_state_dict(checkpoint["model"])
+    assert (ROOT / "models" / "model.pt").stat().st_size < 10e6
 
 
 @pytest.mark.parametrize(

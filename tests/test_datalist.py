@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -204,3 +205,64 @@ def test_summary_counts(tmp_path, make_subject_folder, volumes):
     text = datalist.describe({"training": items}, [2.4276, 0.6297])
     assert "subjects=1 slices=4 n_LGG=0 n_HGG=0 ungraded=1" in text
     assert "alpha_LGG=2.4276 alpha_HGG=0.6297" in text
+
+
+def test_one_of_four_files_stands_for_its_subject(tmp_path, make_subject_folder, volumes):
+    folder = make_subject_folder(tmp_path, "BraTS20_1", volumes)
+    (folder / "BraTS20_1_t2.nii.gz").rename(folder / "BraTS20_1_T2.nii.gz")
+    make_subject_folder(tmp_path, "BraTS20_10", volumes)
+    for file in (tmp_path / "BraTS20_10").iterdir():
+        file.rename(folder / file.name)  # all in one folder, as MONAI Label keeps them
+    item = datalist.subject_of(str(folder / "BraTS20_1_t1ce.nii.gz"), MODALITIES)
+    assert item["subject"] == "BraTS20_1"
+    assert [file.rsplit("/", 1)[1] for file in item["image"]] == [
+        f"BraTS20_1_{name}.nii.gz" for name in ("t1", "t1ce", "T2", "flair")
+    ]
+
+
+def save_4d(file, volumes, modalities=MODALITIES):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.stack([volumes[name] for name in modalities], axis=-1), np.eye(4)), file)
+    return str(file)
+
+
+def test_a_4d_file_is_a_subject(tmp_path, volumes):
+    file = save_4d(tmp_path / "BRATS_001.nii.gz", volumes)
+    assert datalist.subject_of(file, MODALITIES) == {"subject": "BRATS_001", "image": [file]}
+
+
+def test_4d_files_in_one_folder_are_subjects(tmp_path, volumes):
+    """The layout of the Medical Segmentation Decathlon."""
+    names = ["BRATS_001", "BRATS_002"]
+    for name in names:
+        save_4d(tmp_path / "imagesTr" / f"{name}.nii.gz", volumes)
+        (tmp_path / "labelsTr").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(volumes["seg"], np.eye(4)), tmp_path / "labelsTr" / f"{name}.nii.gz")
+    folders = {"image_dir": "imagesTr", "mask_dir": "labelsTr"}
+    assert [i["subject"] for i in datalist.find_subjects(str(tmp_path), MODALITIES, **folders)] == [
+        "BRATS_001",
+        "BRATS_002",
+    ]
+    with pytest.raises(InputError, match="BRATS_001.nii.gz holds 4 volumes, expected 2"):
+        datalist.find_subjects(str(tmp_path), ["t1", "t2"], **folders)
+
+
+@pytest.mark.parametrize(
+    ("name", "modalities", "message"),
+    [
+        (
+            "s_flair.nii.gz",
+            ["t1", "t1ce", "adc", "flair"],
+            r"no file for \['adc'\] beside it, named alike; add s_adc.nii.gz",
+        ),
+        ("s_seg.nii.gz", MODALITIES, "s_seg.nii.gz holds 1 of 4 modalities: give one 4D file"),
+        ("three.nii.gz", MODALITIES, "three.nii.gz holds 3 of 4 modalities"),
+        ("notes.nii.gz", MODALITIES, "cannot read"),
+    ],
+)
+def test_a_file_that_stands_for_no_subject(name, modalities, message, tmp_path, make_subject_folder, volumes):
+    folder = make_subject_folder(tmp_path, "s", volumes)
+    save_4d(folder / "three.nii.gz", volumes, MODALITIES[:3])
+    (folder / "notes.nii.gz").write_text("no volume")
+    with pytest.raises(InputError, match=message):
+        datalist.subject_of(str(folder / name), modalities)

@@ -101,7 +101,7 @@ def test_a_complete_training_is_left_as_it_is(phantoms, run_bundle, tmp_path, ca
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"channels": [16, 16, 16]}, "does not fit the configured network"),
+        ({"channels": [16, 16, 16]}, r"was trained with channels=\[8, 8, 8\]"),
         ({"image_size": 16}, "was trained with image_size=32"),
         ({"max_epochs": 9}, "was trained with max_epochs=2, now it is 9"),
         ({"learning_rate": 1e-2}, "was trained with learning_rate=0.0005"),
@@ -137,7 +137,7 @@ def killed(content, path):
     os.kill(os.getpid(), signal.SIGKILL)
 evaluator = SimpleNamespace(state=SimpleNamespace(best_metric=0.5, best_metric_epoch=0))
 network = torch.nn.Linear(300, 300)
-saver = SaveCheckpoints({folder!r}, {{"model": network, "loss": network}}, evaluator, ["s1"], {{}}, {{}})
+saver = SaveCheckpoints({folder!r}, {{"model": network, "loss": network}}, evaluator, ["s1"], {{}}, {{}}, {{}})
 saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=1), scaler=None))
 if fault == "killed":
     torch.save = killed

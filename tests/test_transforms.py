@@ -114,7 +114,7 @@ def test_slices_of_one_kind_are_drawn_without_a_warning():
 
 def test_one_file_of_four_dimensions_is_read_channel_first(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((5, 4, 3, 2), np.float32), np.eye(4)), tmp_path / "a.nii.gz")
-    assert LoadVolumesd("image", channels=2)({"image": str(tmp_path / "a.nii.gz")})["image"].shape == (2, 5, 4, 3)
+    assert LoadVolumesd("image", ["t1", "t2"])({"image": str(tmp_path / "a.nii.gz")})["image"].shape == (2, 5, 4, 3)
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
