@@ -1,11 +1,11 @@
-# `make demo`, `make staged` and `make test` need Python >= 3.10, make and a package index; everything else they install
-# into .venv
+# Every target needs Python >= 3.10, make and a package index; everything else they install into .venv and .venv-label
 PYTHON ?= python3
 VENV ?= .venv
+LABEL_VENV ?= .venv-label
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(VENV)/bin/python
 DEMO = "['configs/train.yaml','configs/demo.yaml']"
 
-.PHONY: demo staged test lint clean
+.PHONY: demo staged test conformance label-test release lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -15,6 +15,16 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.installed-extras: requirements-extras.txt $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-extras.txt
+	@touch $@
+
+# MONAI Label imports torchvision and does not call it: where there is none, an empty one will do
+$(LABEL_VENV)/.installed: label_app/requirements.txt requirements.txt
+	$(PYTHON) -m venv $(LABEL_VENV)
+	$(LABEL_VENV)/bin/python -m pip install --quiet --requirement label_app/requirements.txt --constraint requirements.txt
+	$(LABEL_VENV)/bin/python -m pip install --quiet --no-deps monailabel==0.8.5 pydicom-seg==0.4.1
+	@$(LABEL_VENV)/bin/python -c 'import torchvision' 2>/dev/null || { \
+	    site=$$($(LABEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision; \
+	    mkdir -p $$site; : > $$site/__init__.py; echo 'make_grid = save_image = None' > $$site/utils.py; }
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -47,10 +57,19 @@ staged: $(VENV)/.installed
 test: $(VENV)/.installed-extras
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
+conformance: $(VENV)/.installed-extras
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest acceptance/test_conformance.py
+
+label-test: $(LABEL_VENV)/.installed
+	OMP_NUM_THREADS=1 $(LABEL_VENV)/bin/python -m pytest -s acceptance/test_label.py
+
+release: $(VENV)/.installed
+	$(VENV)/bin/python -m scripts.release
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) demo output
+	rm -rf $(VENV) $(LABEL_VENV) demo output dist

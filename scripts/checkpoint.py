@@ -175,7 +175,8 @@ def trained_settings(ckpt_path: str) -> dict[str, Any]:
         InputError: when the file is missing or damaged.
     """
     checkpoint = read_checkpoint(ckpt_path)
-    defaults = ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / "train.yaml"))
+    base = ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / "train.yaml"))
+    defaults = {key: base[key] for key in base["trained_for"] | base["output_names"]}
     return defaults | checkpoint.get("trained_for", {}) | checkpoint.get("output_names", {})
 
 

@@ -55,7 +55,7 @@ def start_run(*bases: str) -> None:
             another kind than its default.
     """
     sys.excepthook = _report_own_error
-    config = _running_parser().get()
+    config = running_parser().get()
     check_keys(config, *bases)
     check_values(config, *bases)
 
@@ -112,7 +112,7 @@ def check_values(config: dict, *bases: str) -> None:
 @idist.one_rank_only()
 def save_config(file: str) -> None:
     """Write the merged configuration of the running bundle to ``file``; it can be run again."""
-    config = {k: v for k, v in _running_parser().get().items() if k != ConfigParser.meta_key}
+    config = {k: v for k, v in running_parser().get().items() if k != ConfigParser.meta_key}
     with atomic_path(file) as path:
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
@@ -142,7 +142,7 @@ def warn_some(what: str, names: Sequence[str]) -> None:
         logger.warning(f"{len(names)} {what}: {list(names[:5])}{' ...' if len(names) > 5 else ''}")
 
 
-def _running_parser() -> ConfigParser:
+def running_parser() -> ConfigParser:
     """The parser whose expression is being evaluated: MONAI hands a configuration no way to see itself."""
     frame = inspect.currentframe()
     while frame is not None:

@@ -56,6 +56,18 @@ def load_subjects(
         InputError: naming the folder, file, subject or column that is wrong.
     """
     items = find_subjects(dataset_dir, modalities, label_suffix=label_suffix, image_dir=image_dir, mask_dir=mask_dir)
+    return attach_grades(items, dataset_dir, grade_csv, subject_column, grade_column, grade_labels)
+
+
+def attach_grades(
+    items: Sequence[Item],
+    dataset_dir: str,
+    grade_csv: str | None,
+    subject_column: str,
+    grade_column: str,
+    grade_labels: Mapping[str, int],
+) -> list[Item]:
+    """Items with the ``grade`` that the table gives them; see :func:`load_subjects`."""
     csv = Path(grade_csv) if grade_csv else Path(dataset_dir) / "name_mapping.csv"
     if grade_csv is None and not csv.is_file():
         logger.warning(f"no {csv.name} in {dataset_dir}: no subject has a grade")
@@ -122,6 +134,8 @@ def subject_of(file: str, modalities: Sequence[str]) -> Item:
         InputError: naming the file that cannot be read, or whose modality or siblings cannot be told.
     """
     path, stem = Path(file), file_stem(file)
+    if not path.is_file():
+        raise InputError(f"'{file}' is not a file")
     own = next((m for m in modalities if _with_suffix([path], m)), None)
     if own is None:
         item = {"subject": stem, "image": [str(path)]}

@@ -237,7 +237,7 @@ class GradeTable:
         self.output_dir = Path(output_dir)
         self.regions = list(regions)
         self.to_regions = to_regions
-        self.names = ["/".join(name for name, index in grade_labels.items() if index == i) for i in (0, 1)]
+        self.grade_labels = dict(grade_labels)
 
     def attach(self, engine: Workflow) -> None:
         """Attach to the evaluator."""
@@ -253,18 +253,23 @@ class GradeTable:
 
     def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
-            prob = float(item["hgg_prob"])
-            graded = not np.isnan(prob)
-            grade = self.names[int(prob >= 0.5)] if graded else ""
-            row = {"subject": item["subject"], "hgg_prob": prob, "grade": grade}
-            self.rows.append(row | estimates(item, self.regions, float(item["prob"].pixdim.prod()) / 1000))
-            title = item["subject"] + (f"  P(HGG) {prob:.2f}" if graded else "")
+            row = grade_row(item, self.regions, self.grade_labels)
+            self.rows.append(row)
+            title = item["subject"] + (f"  P(HGG) {row['hgg_prob']:.2f}" if row["grade"] else "")
             overlay(self.to_regions(item), read_background(item), title, self.output_dir)
         self._write(self.rows)  # what is done so far
 
     @idist.one_rank_only()
     def _write(self, rows: list[dict]) -> None:
         write_csv(pd.DataFrame(rows), self.output_dir / "grades.csv")
+
+
+def grade_row(item: Mapping[str, Any], regions: Sequence[str], grade_labels: Mapping[str, int]) -> dict[str, Any]:
+    """Row of ``grades.csv`` of an inferred item, whose volumes lie on the input's grid: P(HGG), grade, estimates."""
+    prob = float(item["hgg_prob"])
+    names = ["/".join(name for name, index in grade_labels.items() if index == i) for i in (0, 1)]
+    row = {"subject": item["subject"], "hgg_prob": prob, "grade": "" if np.isnan(prob) else names[int(prob >= 0.5)]}
+    return row | estimates(item, regions, float(item["prob"].pixdim.prod()) / 1000)
 
 
 def estimates(item: Mapping[str, Any], regions: Sequence[str], voxel_volume: float) -> dict[str, float]:

@@ -1,0 +1,8 @@
+"""The checks that need minutes or an environment of their own: `make conformance`, `make docs-test`, `make label-test`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

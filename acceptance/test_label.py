@@ -1,0 +1,248 @@
+"""MONAI Label serves the bundle: the real server on 127.0.0.1, asked over REST. Run by `make label-test`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import monailabel
+import nibabel as nib
+import numpy as np
+import pytest
+import requests
+
+ROOT = Path(__file__).resolve().parents[1]
+STOCK_APP = Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle"
+MODEL = "medsegdiff_segmentation"
+SUBJECT = "BraTS20_Training_001"
+SIZE = (64, 64, 32)
+
+
+def make_phantoms(folder: Path) -> Path:
+    """Six subjects of 64 x 64 x 32 voxels."""
+    command = [sys.executable, "-m", "scripts.phantom", "--output_dir", str(folder), "--num_subjects", "6"]
+    subprocess.run([*command, "--shape", *map(str, SIZE)], cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> Path:
+    return make_phantoms(tmp_path_factory.mktemp("phantoms"))
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, url: str, process: subprocess.Popen, log: Path, bundle: Path) -> None:
+        self.url, self.process, self.log, self.bundle = url, process, log, bundle
+
+    def infer(self, image: str = "", output: str = "image", files: dict | None = None, **params) -> requests.Response:
+        url = f"{self.url}/infer/{MODEL}?image={image}&output={output}"
+        return requests.post(url, files={"params": (None, json.dumps(params))} | (files or {}), timeout=120)
+
+    def alive(self) -> bool:
+        return self.process.poll() is None and requests.get(f"{self.url}/info/", timeout=30).ok
+
+
+def unpack_release(folder: Path) -> Path:
+    """The bundle as it is released."""
+    subprocess.run([sys.executable, "-m", "scripts.release", "--output_dir", str(folder)], cwd=ROOT, check=True)
+    (archive,) = folder.glob("*.zip")
+    zipfile.ZipFile(archive).extractall(folder)
+    return folder / MODEL
+
+
+@pytest.fixture(scope="module", params=["stock", "own"])
+def server(request, phantoms, tmp_path_factory):
+    """MONAI Label's own app for bundles, and ours, each with a bundle that training may change."""
+    folder = tmp_path_factory.mktemp(request.param)
+    studies = folder / "studies"
+    studies.mkdir()
+    for file in phantoms.glob("*/*.nii.gz"):
+        if not file.name.endswith("_seg.nii.gz"):
+            shutil.copy(file, studies)
+    bundle = unpack_release(folder)
+    if request.param == "stock":
+        app = Path(shutil.copytree(STOCK_APP, folder / "app"))
+        (app / "model").mkdir()
+        bundle = bundle.rename(app / "model" / MODEL)
+    else:
+        app = bundle / "label_app"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(studies)]
+    options = ["--conf", "models", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+    log = folder / "server.log"
+    environment = os.environ | {"MONAI_ZOO_SOURCE": "local", "no_proxy": "127.0.0.1"}
+    with log.open("w") as stream:
+        process = subprocess.Popen([*command, *options], cwd=folder, stdout=stream, stderr=stream, env=environment)
+    served = Server(f"http://127.0.0.1:{port}", process, log, bundle)
+    try:
+        wait_for(lambda: process.poll() is not None or answers(served.url), 180)
+        assert process.poll() is None, log.read_text()[-3000:]
+        yield served
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the server does not answer"
+        time.sleep(1)
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/info/", timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
+def volume_of(response: requests.Response, folder: Path) -> nib.Nifti1Image:
+    assert response.status_code == 200, response.text
+    (folder / "answer.nii.gz").write_bytes(response.content)
+    return nib.load(folder / "answer.nii.gz")
+
+
+def truth(phantoms: Path) -> nib.Nifti1Image:
+    return nib.load(phantoms / SUBJECT / f"{SUBJECT}_seg.nii.gz")
+
+
+def dice(mask, other) -> float:
+    return 2 * (mask & other).sum() / (mask.sum() + other.sum())
+
+
+def test_sampler_settings_are_options_of_the_user(server):
+    model = requests.get(f"{server.url}/info/", timeout=30).json()["models"][MODEL]
+    assert model["labels"] == {"whole tumour": 1}
+    options = {"num_inference_steps": 1, "num_samples": 1, "sampler": "ddim", "fusion": "mean"}
+    assert {key: model["config"][key] for key in options} == options
+
+
+def test_one_of_four_files_is_segmented_on_its_own_grid(server, phantoms, tmp_path):
+    start = time.monotonic()
+    answer = server.infer(f"{SUBJECT}_t2")
+    print(f"\n{server.bundle.name}: a subject of {SIZE} in {time.monotonic() - start:.1f} s")
+    mask, label = volume_of(answer, tmp_path), truth(phantoms)
+    np.testing.assert_allclose(mask.affine, label.affine, atol=1e-5)
+    values = np.asarray(mask.dataobj)
+    assert (values.shape, set(np.unique(values))) == (SIZE, {0, 1})
+    assert dice(values > 0, np.asarray(label.dataobj) > 0) > 0.9
+    assert server.infer(f"{SUBJECT}_t2", "json").json()["label_names"] == {"whole tumour": 1}
+
+
+def test_an_uploaded_4d_file_gives_the_same_mask(server, phantoms, tmp_path):
+    images = [nib.load(phantoms / SUBJECT / f"{SUBJECT}_{name}.nii.gz") for name in ("t1", "t1ce", "t2", "flair")]
+    stack = np.stack([np.asarray(image.dataobj) for image in images], axis=-1)
+    nib.save(nib.Nifti1Image(stack, images[0].affine), tmp_path / "subject.nii.gz")
+    upload = {"file": ("subject.nii.gz", (tmp_path / "subject.nii.gz").read_bytes())}
+    uploaded, named = (
+        np.asarray(volume_of(answer, tmp_path).dataobj)
+        for answer in (server.infer(files=upload), server.infer(f"{SUBJECT}_flair"))
+    )
+    assert np.array_equal(uploaded, named)
+
+
+def test_options_change_the_sampling(server, tmp_path):
+    def mask(**params):
+        return np.asarray(volume_of(server.infer(f"{SUBJECT}_t1", **params), tmp_path).dataobj)
+
+    masks = [mask(), mask(num_inference_steps=0), mask(num_inference_steps=4, num_samples=3, sampler="ddpm"), mask()]
+    assert np.array_equal(masks[0], masks[-1])  # and they do not stay
+    assert not np.array_equal(masks[0], masks[1])
+
+
+def test_our_app_grades_and_returns_the_uncertainty(server, phantoms, tmp_path):
+    row = server.infer(f"{SUBJECT}_t1", "json").json()
+    if server.bundle.parent.name == "model":
+        assert "grade" not in row  # the stock app knows masks alone
+        return
+    assert row["grade"] == ("HGG" if row["hgg_prob"] >= 0.5 else "LGG")
+    assert row["volume_low_ml_WT"] <= row["volume_expected_ml_WT"] <= row["volume_high_ml_WT"]
+    volumes = [volume_of(server.infer(f"{SUBJECT}_t1", volume=v), tmp_path) for v in ("uncertainty", "probability")]
+    entropy, prob = (np.asarray(volume.dataobj) for volume in volumes)
+    np.testing.assert_allclose(volumes[0].affine, truth(phantoms).affine, atol=1e-5)
+    inside = prob[(prob > 0) & (prob < 1)].astype(float)
+    expected = -inside * np.log2(inside) - (1 - inside) * np.log2(1 - inside)
+    np.testing.assert_allclose(entropy[(prob > 0) & (prob < 1)].mean(), expected.mean(), rtol=0.05)
+    assert np.array_equal(prob >= 0.5, np.asarray(volume_of(server.infer(f"{SUBJECT}_t1"), tmp_path).dataobj) > 0)
+
+
+def three_modalities(folder: Path, phantoms: Path) -> bytes:
+    stack = np.stack([np.asarray(truth(phantoms).dataobj)] * 3, axis=-1)
+    nib.save(nib.Nifti1Image(stack, np.eye(4)), folder / "three.nii.gz")
+    return (folder / "three.nii.gz").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("wrong file", "cannot read"),
+        ("three modalities", "holds 3 of 4 modalities"),
+        ("missing sibling", "no file for ['t1ce'] beside it"),
+        ("unknown sampler", "sampler 'magic' is not one of"),
+        ("no such image", "no image of this name"),
+    ],
+)
+def test_bad_input_is_told_and_the_server_stays_up(server, phantoms, tmp_path, kind, message):
+    studies = Path(server.log.parent, "studies")
+    if kind == "wrong file":
+        answer = server.infer(files={"file": ("notes.nii.gz", b"no volume")})
+    elif kind == "three modalities":
+        answer = server.infer(files={"file": ("three.nii.gz", three_modalities(tmp_path, phantoms))})
+    elif kind == "missing sibling":
+        hidden = studies / "BraTS20_Training_006_t1ce.nii.gz"
+        hidden.rename(tmp_path / "hidden.nii.gz")
+        answer = server.infer("BraTS20_Training_006_flair")
+        (tmp_path / "hidden.nii.gz").rename(hidden)
+    elif kind == "unknown sampler":
+        answer = server.infer(f"{SUBJECT}_t1", sampler="magic")
+    else:
+        answer = server.infer("nobody")
+    if server.bundle.parent.name == "model":  # MONAI Label's app tells its log alone
+        assert answer.status_code == 500
+        told = server.log.read_text()
+        message = message.replace("no image of this name", "is not a file")
+    else:
+        assert answer.status_code in (404, 422)
+        told = answer.json()["detail"]
+    assert message in told
+    assert server.alive()
+
+
+def test_an_epoch_is_trained_and_served(server, phantoms, tmp_path):
+    for number in range(1, 6):
+        name = f"BraTS20_Training_{number:03d}"
+        label = {"label": (f"{name}.nii.gz", (phantoms / name / f"{name}_seg.nii.gz").read_bytes())}
+        url = f"{server.url}/datastore/label?image={name}_t1ce&tag=final"
+        assert requests.put(url, files=label | {"params": (None, "{}")}, timeout=30).ok
+    weights = server.bundle / "models" / "model.pt"
+    before = weights.read_bytes()
+    request = {"max_epochs": 1, "val_split": 0.2, "multi_gpu": False}
+    assert requests.post(f"{server.url}/train/{MODEL}", json=request, timeout=30).ok
+    wait_for(lambda: status(server)["status"] not in ("SUBMITTED", "RUNNING"), 300)
+    assert status(server)["status"] == "DONE", status(server)
+    assert weights.read_bytes() != before
+    split = json.loads((server.bundle / "output" / "train" / "datalist.json").read_text())
+    assert [len(split[part]) for part in ("training", "validation")] == [4, 1]
+    mask = np.asarray(volume_of(server.infer(f"{SUBJECT}_t1"), tmp_path).dataobj)
+    assert dice(mask > 0, np.asarray(truth(phantoms).dataobj) > 0) > 0.8  # it started from the weights that were there
+
+
+def status(server: Server) -> dict:
+    return requests.get(f"{server.url}/train/", timeout=30).json()
+
+
+def test_the_server_is_the_version_that_the_docs_name():
+    assert monailabel.__version__ == "0.8.5"
+    assert "MONAI Label 0.8.5" in (ROOT / "docs" / "monai_label.md").read_text(encoding="utf-8")

@@ -1,0 +1,102 @@
+"""MONAI Label app that serves the bundle it lies in, with its grade, its estimates and its uncertainty map.
+
+Start the server with ``--app <repository>/label_app``: nothing is copied or downloaded (docs/monai_label.md).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import HTTPException
+from monai.data import NibabelWriter
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.tasks.activelearning.first import First
+from monailabel.tasks.activelearning.random import Random
+from monailabel.tasks.infer.bundle import BundleInferTask
+from monailabel.tasks.train.bundle import BundleTrainTask
+
+BUNDLE = str(Path(__file__).resolve().parents[1])
+MODEL = "medsegdiff_segmentation"
+VOLUMES = {"mask": "pred", "uncertainty": "uncertainty", "probability": "prob"}
+
+
+class SegmentAndGrade(BundleInferTask):
+    """The bundle's inference, whose answer holds the row of ``grades.csv`` as well; bad input is told to the client.
+
+    The option ``volume`` chooses the volume of the answer: the mask, the uncertainty (bits) or the probability.
+    """
+
+    def __init__(self, conf: dict[str, str]) -> None:
+        super().__init__(BUNDLE, conf)
+        self._config["volume"] = list(VOLUMES)
+
+    def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict]:
+        if not request.get("image"):
+            raise HTTPException(404, "the studies hold no image of this name")
+        try:
+            return super().__call__(request, callbacks)
+        except Exception as error:
+            message = sys.modules["scripts.config"].explain(error)  # MONAI Label loads it anew for each request
+            if message is None:
+                raise
+            raise HTTPException(422, message) from error
+
+    def inferer(self, data: Any = None) -> Any:
+        """All that the inferer predicts, not the mask's probability alone."""
+        return super().inferer(data).predict
+
+    def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
+        """Spread the predictions over the item, for the bundle's own postprocessing."""
+        data = super().run_inferer(data, convert_to_batch, device)
+        return data | data.pop(self.key_pred)
+
+    def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, dict]:
+        """File of the chosen volume, and the subject's row of ``grades.csv``."""
+        from scripts.report import grade_row
+
+        name = data["volume"] if isinstance(data["volume"], str) else data["volume"][0]
+        if name not in VOLUMES:
+            raise HTTPException(422, f"volume '{name}' is not one of {list(VOLUMES)}")
+        regions, grade_labels = (self.bundle_config.get_parsed_content(key) for key in ("regions", "grade_labels"))
+        row = grade_row(data, regions, grade_labels)
+        row = {key: None if value != value else value for key, value in row.items()}  # JSON knows no NaN
+        if name != "mask":
+            return write_volume(data[VOLUMES[name]]), row
+        return super().writer(data | {self.output_json_key: row}, extension, dtype)
+
+
+def write_volume(volume: Any) -> str:
+    """Write ``[R, H, W, S]`` as inference does, one component per region; the server removes it when it is sent."""
+    writer = NibabelWriter(output_dtype=np.float32)
+    writer.set_data_array(volume, channel_dim=0)
+    writer.set_metadata({"affine": volume.affine}, resample=False)
+    with tempfile.NamedTemporaryFile(suffix=".nii.gz", delete=False) as file:
+        writer.write(file.name)
+    return file.name
+
+
+class TrainOnOneDevice(BundleTrainTask):
+    """The bundle's training; MONAI Label would look for a configuration of several GPUs and train nothing without."""
+
+    def __call__(self, request: dict[str, Any], datastore: Any) -> dict:
+        return super().__call__(request | {"multi_gpu": False}, datastore)
+
+
+class MedSegDiffApp(MONAILabelApp):
+    """One model that segments, grades and trains."""
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        super().__init__(app_dir, studies, conf, "MedSegDiff", "Segmentation and grading with calibrated uncertainty")
+
+    def init_infers(self) -> dict:
+        return {MODEL: SegmentAndGrade(self.conf)}
+
+    def init_trainers(self) -> dict:
+        return {MODEL: TrainOnOneDevice(BUNDLE, self.conf)}
+
+    def init_strategies(self) -> dict:
+        return {"random": Random(), "first": First()}

@@ -1,0 +1,73 @@
+"""What MONAI Label overrides in train.yaml, without its server (acceptance/test_label.py has that)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from conftest import MODALITIES
+from scripts.config import InputError
+
+
+@pytest.fixture
+def request_of(phantoms, tmp_path, run_bundle):
+    """Train for an epoch as MONAI Label asks for it: a function of the numbers of subjects on both sides."""
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    for file in [*phantoms.glob("*/*.nii.gz"), *phantoms.glob("*.csv")]:
+        shutil.copy(file, studies)
+
+    def run(training, validation, modality="t1ce", **overrides):
+        def items(numbers):
+            stems = [studies / f"BraTS20_Training_{number:03d}" for number in numbers]
+            return [{"image": f"{stem}_{modality}.nii.gz", "label": f"{stem}_seg.nii.gz"} for stem in stems]
+
+        set_by_server = {
+            "train::trainer::max_epochs": 1,
+            "train::dataset::data": items(training),
+            "validate::dataset::data": items(validation),
+        }
+        folders = {"output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "models")}
+        run_bundle(["train.yaml"], **folders, **set_by_server, **overrides)
+        return torch.load(tmp_path / "models" / "model.pt", weights_only=True), tmp_path / "out"
+
+    return run
+
+
+def test_one_file_of_each_subject_trains(request_of):
+    checkpoint, out = request_of([1, 2, 3], [4])
+    split = json.loads((out / "datalist.json").read_text())
+    assert [[item["subject"][-3:] for item in split[part]] for part in split] == [["001", "002", "003"], ["004"]]
+    first = split["training"][0]
+    assert [name.rsplit("_", 1)[1] for name in first["image"]] == [f"{modality}.nii.gz" for modality in MODALITIES]
+    assert {item["grade"] for part in split.values() for item in part} == {0, 1}  # of name_mapping.csv beside them
+    assert checkpoint["training_subjects"] == [f"BraTS20_Training_{number:03d}" for number in (1, 2, 3)]
+
+
+def test_the_served_network_is_trained_whatever_the_defaults_are(request_of):
+    served, _ = request_of([1, 2], [3])
+    again, _ = request_of([1, 2], [3], channels=[16, 16], calib_channels=None, image_size=64)
+    assert again["trained_for"] == served["trained_for"]
+
+
+def test_without_validation_the_last_weights_are_kept(request_of):
+    checkpoint, _ = request_of([1, 2], [])
+    assert checkpoint["epoch"] == 1
+
+
+def test_a_subject_does_not_train_and_validate(request_of, capsys):
+    """MONAI Label splits by file: two labelled files of one subject may come to lie on both sides."""
+    _, out = request_of([1, 2], [2, 3])
+    split = json.loads((out / "datalist.json").read_text())
+    assert [item["subject"][-3:] for item in split["validation"]] == ["003"]
+    assert "1 subjects train and do not validate" in capsys.readouterr().out
+
+
+def test_a_missing_sibling_stops_before_anything_is_written(request_of, tmp_path):
+    (tmp_path / "studies" / "BraTS20_Training_002_flair.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"002_t1ce.nii.gz has no file for \['flair'\] beside it"):
+        request_of([1, 2], [3])
+    assert not (tmp_path / "out").exists()
