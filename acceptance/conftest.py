@@ -1,8 +1,37 @@
-"""The checks that need minutes or an environment of their own: `make conformance`, `make docs-test`, `make label-test`."""
+"""Checks that need minutes or an environment of their own: `make conformance`, `docs-test` and `label-test`."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "medsegdiff_segmentation"
+
+
+def make_phantoms(folder: Path, number: int, *shape: int) -> Path:
+    """A folder of phantoms."""
+    options = ["--shape", *map(str, shape)] if shape else []
+    command = [sys.executable, "-m", "scripts.phantom", "--output_dir", str(folder), "--num_subjects", str(number)]
+    subprocess.run([*command, *options], cwd=ROOT, check=True)
+    return folder
+
+
+def unpack_release(folder: Path) -> Path:
+    """The bundle as it is released, unpacked in a folder."""
+    subprocess.run(
+        [sys.executable, "-m", "scripts.release", "--output_dir", str(folder / "dist")], cwd=ROOT, check=True
+    )
+    (archive,) = (folder / "dist").glob("*.zip")
+    zipfile.ZipFile(archive).extractall(folder)
+    return folder / NAME
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory) -> Path:
+    """The release, unpacked away from the repository; tests must not write here."""
+    return unpack_release(tmp_path_factory.mktemp("released"))

@@ -1,0 +1,206 @@
+"""The bundle as MONAI and its model zoo ask for it, within its folder and away from it. Run by `make conformance`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import jsonschema
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from monai.apps.utils import HashCheckError
+from monai.bundle import load_bundle_config
+
+from conftest import NAME, ROOT, make_phantoms
+
+SCHEMA = ROOT.parent / "shared" / "tools" / "meta_schema_20240725.json"
+WORKFLOW = """
+import sys
+from monai.bundle import ConfigWorkflow
+kind, files, overrides = sys.argv[1], sys.argv[2].split(","), dict(zip(sys.argv[3::2], sys.argv[4::2]))
+numbers = {"max_epochs": 1, "val_interval": 1, "slices_per_volume": 1} if kind == "train" else {}
+workflow = ConfigWorkflow(config_file=files, workflow_type=kind, **overrides, **numbers)
+workflow.initialize()
+assert workflow.check_properties() == [], workflow.check_properties()
+workflow.run()
+workflow.finalize()
+"""
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    return make_phantoms(tmp_path_factory.mktemp("phantoms"), 10, 32, 32, 8)
+
+
+def python(bundle: Path, inside: bool, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python in the bundle's folder, or in another that has it on its path."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if not inside:
+        environment["PYTHONPATH"] = str(bundle)
+    command = [sys.executable, "-B", "-W", "ignore", *arguments]
+    options = {"cwd": bundle if inside else folder, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=False, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def configs(bundle: Path, inside: bool, *names: str) -> list[str]:
+    return [f"configs/{name}" if inside else str(bundle / "configs" / name) for name in names]
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_workflows_run_from_start_to_end(released, inside, phantoms, tmp_path):
+    """Training, its evaluation and inference, of the unpacked release."""
+    folders = {name: str(tmp_path / name) for name in ("train", "evaluate", "inference")}
+    common = ["dataset_dir", str(phantoms), "ckpt_dir", str(tmp_path / "models")]
+    for name, kind, files in (
+        ("train", "train", ["train.yaml", "demo.yaml"]),
+        ("evaluate", "train", ["train.yaml", "demo.yaml", "evaluate.yaml"]),
+        ("inference", "inference", ["inference.yaml"]),
+    ):
+        arguments = [kind, ",".join(configs(released, inside, *files)), *common, "output_dir", folders[name]]
+        python(released, inside, tmp_path, "-c", WORKFLOW, *arguments)
+    assert Path(folders["train"], "metrics.csv").is_file()
+    assert json.loads(Path(folders["evaluate"], "summary.json").read_text())["subjects"] == 2
+    assert len(list(Path(folders["inference"]).glob("*_seg.nii.gz"))) == 10
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("base", ["train.yaml", "inference.json"])
+def test_network_in_and_out_are_verified(released, inside, base, tmp_path):
+    (meta,), (config,) = (configs(released, inside, name) for name in ("metadata.json", base))
+    options = ["--net_id", "network_def", "--meta_file", meta, "--config_file", config, "--device", "cpu"]
+    done = python(released, inside, tmp_path, "-m", "monai.bundle", "verify_net_in_out", *options)
+    assert "verified with no error" in done.stdout + done.stderr
+
+
+def test_metadata_is_complete():
+    metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
+    jsonschema.validate(metadata, json.loads((ROOT / "acceptance" / "metadata_schema.json").read_text()))
+    assert metadata["version"] in metadata["changelog"]
+    image = metadata["network_data_format"]["inputs"]["image"]
+    assert len(image["channel_def"]) == image["num_channels"]
+    for file in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
+        assert metadata["version"] in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not SCHEMA.is_file(), reason="MONAI's schema is not at hand; our own is checked above")
+def test_metadata_is_verified_against_the_schema_of_monai(released, tmp_path):
+    schema = tmp_path / SCHEMA.name
+    schema.write_bytes(SCHEMA.read_bytes())
+    options = ["--meta_file", "configs/metadata.json", "--filepath", str(schema)]
+    done = python(released, True, tmp_path, "-m", "monai.bundle", "verify_metadata", *options)
+    assert "metadata is verified with no error" in done.stdout + done.stderr
+
+
+def test_the_metrics_of_the_metadata_are_those_of_the_weights(tmp_path):
+    """`make demo` gives the phantoms; the rest is its evaluation with the weights that are there."""
+    phantoms = make_phantoms(tmp_path / "data", 160)
+    names = configs(ROOT, True, "train.yaml", "demo.yaml", "evaluate.yaml")
+    options = ["--dataset_dir", str(phantoms), "--ckpt_dir", "models", "--output_dir", str(tmp_path / "evaluate")]
+    python(ROOT, True, tmp_path, "-m", "monai.bundle", "run", "--config_file", str(names), *options)
+    summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    measured = {
+        "phantom_validation_dice_WT": summary["segmentation"]["WT"]["dice"]["mean"]["value"],
+        "phantom_validation_auc": summary["grading"]["auc"]["value"],
+        "phantom_validation_accuracy": summary["grading"]["accuracy"]["value"],
+    }
+    metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
+    assert measured == pytest.approx(metadata["eval_metrics"], abs=0.002)
+
+
+def test_json_twins_are_the_yaml(released):
+    for name in ("train", "inference"):
+        twin = json.loads((released / "configs" / f"{name}.json").read_text())
+        assert twin == yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        parser = load_bundle_config(str(released), f"{name}.json")
+        assert {key: parser[key] for key in twin} == twin
+        assert parser["_meta_"]["name"] == "MedSegDiff with grading"
+
+
+def test_load_finds_the_weights(released, tmp_path):
+    code = """
+import sys, torch, monai.bundle
+options = {"bundle_dir": sys.argv[1], "workflow_type": "inference", "key_in_ckpt": "model", "device": "cpu"}
+network = monai.bundle.load(sys.argv[2], **options)
+weights = torch.load(f"{sys.argv[1]}/{sys.argv[2]}/models/model.pt", weights_only=True)["model"]
+assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+assert network(torch.zeros(2, 4, 64, 48)).shape == (2, 1, 64, 48)
+"""
+    python(released, False, tmp_path, "-c", code, str(released.parent), NAME)
+
+
+def test_the_release_holds_no_more_than_it_should(released):
+    files = {str(path.relative_to(released)) for path in released.rglob("*") if path.is_file()}
+    assert not [path for path in released.rglob("*") if path.is_symlink()]
+    endings = (".py", ".yaml", ".json", ".md", ".txt", ".png", ".conf", ".yml", "LICENSE", "models/model.pt")
+    assert [name for name in files if not name.endswith(endings)] == []
+    zoo = {"LICENSE", "large_files.yml", "docs/README.md", "docs/data_license.txt", "configs/metadata.json"}
+    assert files >= zoo | {"configs/train.json", "configs/inference.json", "models/model.pt"}
+
+
+def test_large_files_are_those_that_the_list_names(released, tmp_path):
+    """MONAI's own check: nothing is fetched where the hash is right, and another file is told."""
+    monai.bundle.download_large_files(bundle_path=str(released))
+    copy = tmp_path / "models"
+    copy.mkdir()
+    (tmp_path / "large_files.yml").write_bytes((released / "large_files.yml").read_bytes())
+    (copy / "model.pt").write_bytes(b"other weights")
+    with pytest.raises(HashCheckError, match="sha256 hash check of existing file failed"):
+        monai.bundle.download_large_files(bundle_path=str(tmp_path))
+
+
+def test_inference_of_the_release_is_that_of_the_repository(released, phantoms, tmp_path):
+    for bundle, name in ((ROOT, "repository"), (released, "release")):
+        (config,) = configs(bundle, True, "inference.yaml" if bundle == ROOT else "inference.json")
+        options = ["--dataset_dir", str(phantoms), "--output_dir", str(tmp_path / name)]
+        python(bundle, True, tmp_path, "-m", "monai.bundle", "run", "--config_file", config, *options)
+    written = sorted((tmp_path / "repository").glob("*.nii.gz"))
+    assert len(written) == 30
+    for file in written:
+        ours, theirs = (np.asarray(nib.load(path).dataobj) for path in (file, tmp_path / "release" / file.name))
+        assert np.array_equal(ours, theirs)
+
+
+def test_a_push_to_the_hub_uploads_the_release_alone(released, tmp_path, monkeypatch):
+    """A dry run: what would be sent is looked at, nothing is."""
+    sent: dict = {}
+
+    class DryRun:
+        def __init__(self, token=None) -> None:
+            pass
+
+        def create_repo(self, **options) -> None:
+            sent["repo"] = options
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> str:
+            folder = Path(folder_path)
+            sent["files"] = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+            sent["card"] = (folder / "README.md").read_text(encoding="utf-8")
+            return f"https://example.org/{repo_id}"
+
+        def create_tag(self, **options) -> None:
+            sent["tag"] = options["tag"]
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", DryRun)
+    monkeypatch.setattr(monai.bundle.scripts.huggingface_hub, "HfApi", DryRun)
+    bundle = tmp_path / NAME
+    subprocess.run(["cp", "-r", str(released), str(bundle)], check=True)
+    monai.bundle.push_to_hf_hub("someone/medsegdiff", NAME, str(tmp_path), version="0.5.0")
+    assert sent["tag"] == "0.5.0"
+    assert sent["files"] == {str(p.relative_to(released)) for p in released.rglob("*") if p.is_file()} | {"README.md"}
+    assert "# Model card" in sent["card"]
+
+
+def test_weights_load_without_pickled_code():
+    checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
+    assert {"model", "trained_for", "training_subjects"} <= checkpoint.keys()
+    assert (ROOT / "models" / "model.pt").stat().st_size < 10e6
