@@ -5,7 +5,7 @@ LABEL_VENV ?= .venv-label
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(VENV)/bin/python
 DEMO = "['configs/train.yaml','configs/demo.yaml']"
 
-.PHONY: demo staged test conformance label-test release lint clean
+.PHONY: demo staged test conformance label-env label-test release lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -59,6 +59,8 @@ test: $(VENV)/.installed-extras
 
 conformance: $(VENV)/.installed-extras
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest acceptance/test_conformance.py
+
+label-env: $(LABEL_VENV)/.installed
 
 label-test: $(LABEL_VENV)/.installed
 	OMP_NUM_THREADS=1 $(LABEL_VENV)/bin/python -m pytest -s acceptance/test_label.py

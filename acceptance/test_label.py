@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
+import re
 import shutil
 import socket
 import subprocess
@@ -21,7 +21,6 @@ import requests
 from conftest import NAME as MODEL
 from conftest import ROOT, make_phantoms, unpack_release
 
-STOCK_APP = Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle"
 SUBJECT = "BraTS20_Training_001"
 SIZE = (64, 64, 32)
 
@@ -59,31 +58,35 @@ def is_stock(server: Server) -> bool:
     return server.log.parent.name.startswith("stock")
 
 
+def documented(word: str, port: str, folder: Path) -> list[str]:
+    """The commands of the docs' blocks that hold a word, with a port and folders of their own."""
+    text = (ROOT / "docs" / "monai_label.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if word in block]
+    assert blocks
+    for old, new in (("8000", port), (".venv-label", sys.prefix), ("/path/to", str(folder)), (": 20", ": 1")):
+        blocks = [block.replace(old, new) for block in blocks]
+    return [block.replace(f"{sys.prefix}/bin/python", sys.executable) for block in blocks]
+
+
 @pytest.fixture(scope="module", params=["stock", "own"])
 def server(request, phantoms, tmp_path_factory):
-    """MONAI Label's own app for bundles, and ours, each with a bundle that training may change."""
+    """MONAI Label's own app for bundles, and ours, started as the docs say, with a bundle that training may change."""
     folder = tmp_path_factory.mktemp(request.param)
     studies = folder / "studies"
     studies.mkdir()
     for file in phantoms.glob("*/*.nii.gz"):
         if not file.name.endswith("_seg.nii.gz"):
             shutil.copy(file, studies)
+    shutil.copy(phantoms / SUBJECT / f"{SUBJECT}_seg.nii.gz", folder / "mask.nii.gz")
     bundle = unpack_release(folder)
-    if request.param == "stock":
-        app = Path(shutil.copytree(STOCK_APP, folder / "app"))
-        (app / "model").mkdir()
-        bundle = bundle.rename(app / "model" / MODEL)
-    else:
-        app = bundle / "label_app"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(studies)]
-    options = ["--conf", "models", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+        port = str(probe.getsockname()[1])
+    (command,) = documented("cp -r" if request.param == "stock" else "--app label_app", port, folder)
     log = folder / "server.log"
-    environment = os.environ | {"MONAI_ZOO_SOURCE": "local", "no_proxy": "127.0.0.1"}
     with log.open("w") as stream:
-        process = subprocess.Popen([*command, *options], cwd=folder, stdout=stream, stderr=stream, env=environment)
+        shell = ["bash", "-euc", command.replace("MONAI_ZOO_SOURCE", "exec env MONAI_ZOO_SOURCE")]
+        process = subprocess.Popen(shell, cwd=bundle, stdout=stream, stderr=stream)
     served = Server(f"http://127.0.0.1:{port}", process, log, bundle)
     try:
         wait_for(lambda: process.poll() is not None or answers(served.url), 180)
@@ -240,6 +243,16 @@ def test_an_epoch_is_trained_and_served(server, phantoms, tmp_path):
     assert [len(split[part]) for part in ("training", "validation")] == [4, 1]
     mask = np.asarray(volume_of(server.infer(f"{SUBJECT}_t1"), tmp_path).dataobj)
     assert dice(mask > 0, np.asarray(truth(phantoms).dataobj) > 0) > 0.8  # it started from the weights that were there
+
+
+def test_the_documented_requests_are_answered(server, tmp_path):
+    port = server.url.rsplit(":", 1)[1]
+    requests_ = documented("curl", port, server.log.parent)
+    for block in requests_ if not is_stock(server) else [block for block in requests_ if '"volume"' not in block]:
+        subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True)
+    wait_for(lambda: status(server)["status"] not in ("SUBMITTED", "RUNNING"), 300)
+    assert status(server)["status"] == "DONE", status(server)
+    assert nib.load(tmp_path / "mask.nii.gz").shape == SIZE
 
 
 def status(server: Server) -> dict:
