@@ -7,6 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -14,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from scripts.config import InputError, atomic_path, warn_some
+from scripts.dicom import Series, find_series, one_study, series_item
 from scripts.grades import GRADE_LABELS, UNKNOWN_GRADE, read_grades
 from scripts.images import Grid, check_channels, find_images, read_grid
 from scripts.split import PATIENT_PATTERN, patient, split
@@ -78,6 +80,9 @@ def find_subjects(
 ) -> list[Item]:
     """List the subject folders of ``dataset_dir``, or itself if it is one, or its images, with their headers checked.
 
+    Without NIfTI volumes, and where no label is asked for, a folder's DICOM series are its modalities.
+
+
     Subjects without a segmentation are refused where ``require_label``, which training and evaluation need. See
     :func:`load_subjects`.
     """
@@ -98,20 +103,33 @@ def find_subjects(
 
 
 def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, require_label: bool) -> list[Item]:
-    items: list[Item] = []
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    empty = [folder.name for folder in folders if not _volumes(folder)]
-    for folder in [folder for folder in folders if folder.name not in empty] or [root.resolve()]:
-        if volumes := _volumes(folder):
-            items.append(_subject_item(folder.name, volumes, modalities, label_suffix, require_label))
-            check_headers(items[-1])
+    volumes, series = _contents(folders, require_label)
+    empty = [folder.name for folder in folders if folder not in volumes and folder not in series]
+    if not volumes and one_study(series.values()):
+        series, empty = {root.resolve(): find_series(root.resolve())}, []
+    elif not volumes and not series:
+        volumes, series = _contents([root.resolve()], require_label)
+    items = [_subject_item(folder.name, files, modalities, label_suffix, require_label) for folder, files in volumes.items()]
+    items += [series_item(folder, found, modalities) for folder, found in series.items()]
+    for item in items:
+        check_headers(item)
     if not items:
+        there = [str(path.relative_to(root)) for path in islice(filter(Path.is_file, root.rglob("*")), 5)]
         raise InputError(
-            f"no subject found in '{root}': expected folders with files such as "
-            f"<subject>/<subject>_{modalities[0]}.nii.gz (images in one folder: set 'image_dir')"
+            f"no subject found in '{root}', but {there or 'no file at all'}: expected folders with files such as "
+            f"<subject>/<subject>_{modalities[0]}.nii.gz{'' if require_label else ' or DICOM series'} (images in one "
+            "folder: set 'image_dir')"
         )
     warn_some(f"folders of {root} hold no volume and are left out", empty)
-    return items
+    return sorted(items, key=lambda item: item["subject"])
+
+
+def _contents(folders: Sequence[Path], require_label: bool) -> tuple[dict[Path, list[Path]], dict[Path, list[Series]]]:
+    """NIfTI volumes by folder; of the folders without, DICOM series, which have no label."""
+    volumes = {folder: files for folder in folders if (files := _volumes(folder))}
+    others = [] if require_label else [folder for folder in folders if folder not in volumes]
+    return volumes, {folder: found for folder in others if (found := find_series(folder))}
 
 
 def _volumes(folder: Path) -> list[Path]:

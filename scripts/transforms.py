@@ -14,13 +14,14 @@ from monai.data import MetaTensor, NibabelWriter
 from monai.transforms import LoadImaged, MapTransform, RandomizableTransform, ThreadUnsafe
 
 from scripts.config import InputError, atomic_path
+from scripts.dicom import SeriesReader
 from scripts.images import PictureReader, is_picture, write_picture
 
 FAR_SHARE = 0.02  # of a JPEG mask's pixels may lie far from every level; compression leaves fewer
 
 
 class LoadVolumesd(LoadImaged, ThreadUnsafe):
-    """MONAI's LoadImaged for volumes and pictures as ``[C, H, W, S]``, and for threads that fill a cache.
+    """MONAI's LoadImaged for volumes, DICOM series and pictures as ``[C, H, W, S]``, and for threads that fill a cache.
 
     Its NIfTI reader keeps the names of the files that it is reading: with two threads, a volume of four modalities may
     come out with the one channel of another's label, without an error. Each thread gets a copy here. ``subject`` is
@@ -36,6 +37,7 @@ class LoadVolumesd(LoadImaged, ThreadUnsafe):
 
     def __init__(self, keys: KeysCollection, channels: int = 1) -> None:
         super().__init__(keys, ensure_channel_first=True)
+        self._loader.register(SeriesReader())
         self._loader.register(PictureReader(channels))  # the last one is asked first
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict:
