@@ -110,7 +110,9 @@ def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, requ
         series, empty = {root.resolve(): find_series(root.resolve())}, []
     elif not volumes and not series:
         volumes, series = _contents([root.resolve()], require_label)
-    items = [_subject_item(folder.name, files, modalities, label_suffix, require_label) for folder, files in volumes.items()]
+    items = [
+        _subject_item(folder.name, files, modalities, label_suffix, require_label) for folder, files in volumes.items()
+    ]
     items += [series_item(folder, found, modalities) for folder, found in series.items()]
     for item in items:
         check_headers(item)

@@ -158,7 +158,9 @@ def _in_order(series: Series) -> Series:
         if image.size[2] > 1:
             raise InputError(f"{where}: {image.file} holds {image.size[2]} frames; export it as one file a slice")
         if image.size != first.size or not np.allclose(image.spacing[:2], first.spacing[:2], atol=SAME_ORIENTATION):
-            raise InputError(f"{where}: {image.file} and {first.file} have different sizes; remove what does not belong")
+            raise InputError(
+                f"{where}: {image.file} and {first.file} have different sizes; remove what does not belong"
+            )
         if not np.allclose(image.direction, first.direction, atol=SAME_ORIENTATION):
             raise InputError(f"{where}: {image.file} and {first.file} have different orientations; remove one kind")
     normal = first.direction[:, 2]
@@ -188,7 +190,7 @@ def _check_positions(where: str, series: Series, normal: np.ndarray) -> None:
 
 
 def series_grid(file: str) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape ``(H, W, S)`` and affine (to the right, front and head, as of NIfTI) of a series; headers alone are read."""
+    """Shape ``(H, W, S)`` of a series and its affine in the axes of NIfTI (right, front, head), by headers alone."""
     series = ordered_series(file)
     first, last = series[0], series[-1]
     spacing = first.spacing.copy()

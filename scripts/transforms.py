@@ -252,11 +252,11 @@ class LikeInputWriter(NibabelWriter):
 
     def set_data_array(self, data_array, channel_dim=0, squeeze_end_dims: bool = True, **kwargs) -> None:
         super().set_data_array(data_array, channel_dim, squeeze_end_dims=False, **kwargs)
-        if self.data_obj.shape[-1] == 1:  # the channel alone: a volume of one slice keeps its axes
-            self.data_obj = self.data_obj[..., 0]
 
     def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options) -> None:
-        super().set_metadata(meta_dict, resample, **options)
+        super().set_metadata(meta_dict, resample, **options)  # takes three axes without a channel for two
+        if self.data_obj.shape[-1] == 1:  # the channel alone: a volume of one slice keeps its axes
+            self.data_obj = self.data_obj[..., 0]
         self.source = Path((meta_dict or {}).get("filename_or_obj", ""))
 
     def write(self, filename, verbose: bool = False, **obj_kwargs) -> None:
