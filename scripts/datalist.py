@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from scripts.config import InputError, atomic_path, warn_some
-from scripts.dicom import Series, find_series, one_study, series_item
+from scripts.dicom import Series, find_series, series_item, share_study
 from scripts.grades import GRADE_LABELS, UNKNOWN_GRADE, read_grades
 from scripts.images import Grid, check_channels, find_images, read_grid
 from scripts.split import PATIENT_PATTERN, patient, split
@@ -80,8 +80,7 @@ def find_subjects(
 ) -> list[Item]:
     """List the subject folders of ``dataset_dir``, or itself if it is one, or its images, with their headers checked.
 
-    Without NIfTI volumes, and where no label is asked for, a folder's DICOM series are its modalities.
-
+    The DICOM series of a folder without NIfTI volumes are its modalities, where no label is asked for.
 
     Subjects without a segmentation are refused where ``require_label``, which training and evaluation need. See
     :func:`load_subjects`.
@@ -106,7 +105,7 @@ def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, requ
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     volumes, series = _contents(folders, require_label)
     empty = [folder.name for folder in folders if folder not in volumes and folder not in series]
-    if not volumes and one_study(series.values()):
+    if not volumes and share_study(series.values()):
         series, empty = {root.resolve(): find_series(root.resolve())}, []
     elif not volumes and not series:
         volumes, series = _contents([root.resolve()], require_label)

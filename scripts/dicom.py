@@ -21,8 +21,8 @@ from monai.utils import ensure_tuple
 from scripts.config import InputError, warn_some
 
 SERIES_UID, STUDY_UID, DESCRIPTION = "0020|000e", "0020|000d", "0008|103e"
-# the meta header of a CT, MR or PET image; all that ITK says of a damaged file is that it cannot read it
-IMAGE_CLASS = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2|4|128)\x00")
+# (0002,0002), the class of a CT, MR or PET image: of a damaged one ITK says no more than of a file that holds no image
+IMAGE_CLASS = re.compile(rb"\x02\x00\x02\x00UI..1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2|4|128)\x00", re.DOTALL)
 SAME_ORIENTATION = 1e-3  # of direction cosines
 SAME_POSITION = 0.01  # mm
 UNEVEN = 0.05  # of the distance between slices; scanners round positions
@@ -93,9 +93,10 @@ def _read_header(file: str, changed: int) -> Slice | None:
     return Slice(file, series, study, description, size, spacing, direction, origin)
 
 
-def one_study(folders: Collection[Sequence[Series]]) -> bool:
-    """Whether several folders hold the series of one study, so that they are parts of one subject."""
-    return len(folders) > 1 and len({image.study for found in folders for series in found for image in series}) == 1
+def share_study(folders: Collection[Sequence[Series]]) -> bool:
+    """Whether any two folders hold series of one study, so that they are parts of one subject."""
+    studies = [study for found in folders for study in {image.study for series in found for image in series}]
+    return len(studies) > len(set(studies))
 
 
 def series_item(folder: Path, series: Sequence[Series], modalities: Sequence[str]) -> dict[str, Any]:

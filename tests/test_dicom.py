@@ -138,7 +138,7 @@ def test_a_series_may_lie_anywhere(tmp_path):
     """Sub-folders of the subject, all in one folder by their descriptions, or the data set is the subject itself."""
     write_subject(tmp_path / "a" / "case1", seed=1)
     for modality in MODALITIES:
-        write_series(tmp_path / "a" / "case2", volume(), AXIAL, f"Sag_{modality}")
+        write_series(tmp_path / "a" / "case2", volume(), AXIAL, f"Sag_{modality}", "1.2.3.2")
         write_series(tmp_path / "a" / "case3" / "study" / modality.upper() / "DICOM", volume(), AXIAL, "t1")
     assert [item["subject"] for item in find(tmp_path / "a")] == ["case1", "case2", "case3"]
     for case, name, places in (
@@ -187,7 +187,7 @@ def test_rounding_between_series_is_no_obstacle(tmp_path):
 def test_what_is_no_image_is_left_out_and_named(tmp_path, caplog):
     write_series(tmp_path / "case1" / "t1", volume(), AXIAL)
     for name in ("notes.txt", "DICOMDIR", "t1/.hidden", "t1/report.dcm"):
-        content = b"\0" * 128 + b"DICM" + b"1.2.840.10008.1.3.10\0" * (name != "notes.txt")
+        content = b"\0" * 128 + b"DICM" + b"of 1.2.840.10008.5.1.4.1.1.4\0" * (name != "notes.txt")
         (tmp_path / "case1" / name).write_bytes(content)
     with caplog.at_level("WARNING"):
         find(tmp_path, ["t1"])
