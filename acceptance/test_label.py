@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import requests
+import SimpleITK as sitk
 
 from conftest import NAME as MODEL
 from conftest import ROOT, make_phantoms, unpack_release
@@ -183,6 +184,38 @@ def test_our_app_grades_and_returns_the_uncertainty(server, inferred, tmp_path):
 
 def close(value: float | None, text: str) -> bool:
     return value is None if text == "" else value == pytest.approx(float(text), rel=1e-4)
+
+
+def write_series(folder: Path, nifti: Path) -> None:
+    """A NIfTI volume as DICOM slices, by SimpleITK."""
+    volume = sitk.Cast(sitk.ReadImage(str(nifti)), sitk.sitkInt16)
+    folder.mkdir(parents=True)
+    tags = {"0008|0060": "MR", "0020|000d": "1.2.3", "0020|000e": f"1.2.3.{abs(hash(nifti.name)) % 10**6}"}
+    cosines = [volume.GetDirection()[row * 3 + axis] for axis in (0, 1) for row in range(3)]
+    for index in range(volume.GetSize()[2]):
+        image = volume[:, :, index]
+        place = volume.TransformIndexToPhysicalPoint((0, 0, index))
+        own = {"0020|0032": place, "0020|0037": cosines, "0020|0013": (volume.GetSize()[2] - index,)}
+        for key, value in (tags | {key: "\\".join(map(str, numbers)) for key, numbers in own.items()}).items():
+            image.SetMetaData(key, value)
+        sitk.WriteImage(image, str(folder / f"{index * 7 % 32:03d}.dcm"), imageIO="GDCMImageIO")
+
+
+def test_a_folder_of_dicom_series_is_segmented_and_a_gap_is_told(server, phantoms, inferred, tmp_path):
+    for modality in ("t1", "t1ce", "t2", "flair"):
+        write_series(tmp_path / "dicom" / modality, phantoms / SUBJECT / f"{SUBJECT}_{modality}.nii.gz")
+    (tmp_path / "dicom" / "notes.txt").write_text("no image")
+    mask = volume_of(server.infer(str(tmp_path / "dicom")), tmp_path)
+    expected = nib.load(inferred / f"{SUBJECT}_seg.nii.gz")
+    np.testing.assert_allclose(mask.affine, expected.affine, atol=1e-4)
+    assert np.array_equal(np.asarray(mask.dataobj), np.asarray(expected.dataobj))
+    (tmp_path / "dicom" / "flair" / "014.dcm").unlink()
+    answer, message = server.infer(str(tmp_path / "dicom")), "a file is missing, or too many are there"
+    if is_stock(server):
+        wait_for(lambda: message in server.log.read_text(), 10)
+    else:
+        assert message in answer.json()["detail"]
+    assert server.alive()
 
 
 def three_modalities(folder: Path, phantoms: Path) -> bytes:

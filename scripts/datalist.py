@@ -7,6 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -14,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from scripts.config import InputError, atomic_path, warn_some
+from scripts.dicom import Series, find_series, series_item, share_study
 from scripts.grades import GRADE_LABELS, UNKNOWN_GRADE, read_grades
 from scripts.images import Grid, check_channels, file_stem, find_images, is_picture, read_grid
 from scripts.split import PATIENT_PATTERN, patient, split
@@ -90,6 +92,8 @@ def find_subjects(
 ) -> list[Item]:
     """List the subject folders of ``dataset_dir``, or itself if it is one, or its images, with their headers checked.
 
+    The DICOM series of a folder without NIfTI volumes are its modalities, where no label is asked for.
+
     Subjects without a segmentation are refused where ``require_label``, which training and evaluation need. See
     :func:`load_subjects`.
     """
@@ -109,35 +113,53 @@ def find_subjects(
 
 
 def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, require_label: bool) -> list[Item]:
-    items: list[Item] = []
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    empty = [folder.name for folder in folders if not _volumes(folder)]
-    for folder in [folder for folder in folders if folder.name not in empty] or [root.resolve()]:
-        if volumes := _volumes(folder):
-            items.append(_subject_item(folder.name, volumes, modalities, label_suffix, require_label))
-            check_headers(items[-1], modalities)
+    volumes, series = _contents(folders, require_label)
+    empty = [folder.name for folder in folders if folder not in volumes and folder not in series]
+    if not volumes and share_study(series.values()):
+        series, empty = {root.resolve(): find_series(root.resolve())}, []
+    elif not volumes and not series:
+        volumes, series = _contents([root.resolve()], require_label)
+    items = [
+        _subject_item(folder.name, files, modalities, label_suffix, require_label) for folder, files in volumes.items()
+    ]
+    items += [series_item(folder, found, modalities) for folder, found in series.items()]
+    for item in items:
+        check_headers(item, modalities)
     if not items:
+        there = [str(path.relative_to(root)) for path in islice(filter(Path.is_file, root.rglob("*")), 5)]
         raise InputError(
-            f"no subject found in '{root}': expected folders with files such as "
-            f"<subject>/<subject>_{modalities[0]}.nii.gz (images in one folder: set 'image_dir')"
+            f"no subject found in '{root}', but {there or 'no file at all'}: expected folders with files such as "
+            f"<subject>/<subject>_{modalities[0]}.nii.gz{'' if require_label else ' or DICOM series'} (images in one "
+            "folder: set 'image_dir')"
         )
     warn_some(f"folders of {root} hold no volume and are left out", empty)
-    return items
+    return sorted(items, key=lambda item: item["subject"])
+
+
+def _contents(folders: Sequence[Path], require_label: bool) -> tuple[dict[Path, list[Path]], dict[Path, list[Series]]]:
+    """NIfTI volumes by folder; of the folders without, DICOM series, which have no label."""
+    volumes = {folder: files for folder in folders if (files := _volumes(folder))}
+    others = [] if require_label else [folder for folder in folders if folder not in volumes]
+    return volumes, {folder: found for folder in others if (found := find_series(folder))}
 
 
 def subject_of(file: str, modalities: Sequence[str]) -> Item:
     """The subject that one file stands for: itself, when it holds all modalities, or with the others beside it.
 
-    The files of a subject are named alike but for the modality: ``7_t1.nii.gz``, ``7_flair.nii.gz``.
+    The files of a subject are named alike but for the modality: ``7_t1.nii.gz``, ``7_flair.nii.gz``. A folder
+    stands for the DICOM series in it.
 
     Raises:
         InputError: naming the file that cannot be read, or whose modality or siblings cannot be told.
     """
     path, stem = Path(file), file_stem(file)
-    if not path.is_file():
-        raise InputError(f"'{file}' is not a file")
     own = next((m for m in modalities if _with_suffix([path], m)), None)
-    if own is None:
+    if path.is_dir():
+        item = series_item(path, find_series(path), modalities)
+    elif not path.is_file():
+        raise InputError(f"'{file}' is not a file")
+    elif own is None:
         item = {"subject": stem, "image": [str(path)]}
         if not is_picture(file) and (volumes := _read_header(stem, file).channels) != len(modalities):
             raise InputError(

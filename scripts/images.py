@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import itk
 import nibabel as nib
 import numpy as np
 from monai.data import ImageReader
@@ -15,6 +16,7 @@ from monai.utils import ensure_tuple
 from PIL import Image
 
 from scripts.config import InputError, atomic_path, warn_some
+from scripts.dicom import is_dicom, read_series, series_grid
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 KNOWN = re.compile(r"\.(png|jpe?g|bmp|tiff?|nii(\.gz)?)$", re.IGNORECASE)
@@ -104,7 +106,7 @@ def check_channels(item: dict[str, Any], modalities: Sequence[str]) -> None:
 
 
 def read_grid(file: str) -> Grid:
-    """Grid of a picture or NIfTI volume; only the header is read.
+    """Grid of a picture, DICOM series (by one of its files) or NIfTI volume; only headers are read.
 
     Raises:
         InputError: when it cannot be read or holds anything but a slice, a volume or a row of volumes.
@@ -112,6 +114,8 @@ def read_grid(file: str) -> Grid:
     if is_picture(file):
         with _opened(file) as image:
             return Grid((*image.size, 1), AFFINE, 3 if image.mode in COLOUR_MODES else 1)
+    if is_dicom(file):
+        return Grid(*series_grid(file))
     try:
         header = nib.Nifti1Image.from_filename(file)
     except Exception as error:
@@ -122,9 +126,11 @@ def read_grid(file: str) -> Grid:
 
 
 def read_volume(file: str) -> np.ndarray:
-    """First channel of a file as it is stored, ``[H, W, S]``."""
+    """First channel of a file, or its DICOM series, as it is stored, ``[H, W, S]``."""
     if is_picture(file):
         return read_picture(file)[0]
+    if is_dicom(file):
+        return itk.array_from_image(read_series(file)).T
     volume = np.atleast_3d(nib.Nifti1Image.from_filename(file).get_fdata(dtype=np.float32))
     return volume.reshape(*volume.shape[:3], -1)[..., 0]
 

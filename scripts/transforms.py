@@ -15,13 +15,14 @@ from monai.transforms import LoadImaged, MapTransform, RandomizableTransform, Th
 
 from scripts.config import InputError, atomic_path
 from scripts.datalist import subject_of
+from scripts.dicom import SeriesReader
 from scripts.images import PictureReader, is_picture, write_picture
 
 FAR_SHARE = 0.02  # of a JPEG mask's pixels may lie far from every level; compression leaves fewer
 
 
 class LoadVolumesd(LoadImaged, ThreadUnsafe):
-    """MONAI's LoadImaged for volumes and pictures as ``[C, H, W, S]``, and for threads that fill a cache.
+    """MONAI's LoadImaged for volumes, DICOM series and pictures as ``[C, H, W, S]``, and for threads that fill a cache.
 
     A single name stands for the subject that :func:`scripts.datalist.subject_of` finds, as MONAI Label names them.
 
@@ -40,6 +41,7 @@ class LoadVolumesd(LoadImaged, ThreadUnsafe):
     def __init__(self, keys: KeysCollection, modalities: Sequence[str] = ()) -> None:
         super().__init__(keys, ensure_channel_first=True)
         self.modalities = modalities
+        self._loader.register(SeriesReader())
         self._loader.register(PictureReader(len(modalities) or 1))  # the last one is asked first
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict:
@@ -259,11 +261,11 @@ class LikeInputWriter(NibabelWriter):
 
     def set_data_array(self, data_array, channel_dim=0, squeeze_end_dims: bool = True, **kwargs) -> None:
         super().set_data_array(data_array, channel_dim, squeeze_end_dims=False, **kwargs)
-        if self.data_obj.shape[-1] == 1:  # the channel alone: a volume of one slice keeps its axes
-            self.data_obj = self.data_obj[..., 0]
 
     def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options) -> None:
-        super().set_metadata(meta_dict, resample, **options)
+        super().set_metadata(meta_dict, resample, **options)  # takes three axes without a channel for two
+        if self.data_obj.shape[-1] == 1:  # the channel alone: a volume of one slice keeps its axes
+            self.data_obj = self.data_obj[..., 0]
         self.source = Path((meta_dict or {}).get("filename_or_obj", ""))
 
     def write(self, filename, verbose: bool = False, **obj_kwargs) -> None:

@@ -51,6 +51,15 @@ def phantoms(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def three_regions(phantoms, tmp_path_factory) -> Path:
+    """Folder of a checkpoint that was trained on TC, WT and ET for some seconds."""
+    out = tmp_path_factory.mktemp("three_regions")
+    folders = {"dataset_dir": str(phantoms), "output_dir": str(out), "ckpt_dir": str(out)}
+    run_configs(["train.yaml"], regions=["TC", "WT", "ET"], max_epochs=3, val_interval=3, learning_rate=0.01, **folders)
+    return out
+
+
 @pytest.fixture
 def make_subject_folder():
     """Write one subject: a function of folder, name and ``{suffix: array}``."""

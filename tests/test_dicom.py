@@ -1,0 +1,282 @@
+"""DICOM series in: found, checked, read and segmented as the same volumes in NIfTI are."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import MODALITIES, run_configs
+from scripts.config import InputError
+from scripts.datalist import check_output_dir, find_subjects, subject_of
+from scripts.dicom import ordered_series
+from scripts.images import read_grid, read_volume
+from scripts.phantom import make_subject
+from scripts.transforms import LoadVolumesd
+
+pydicom = pytest.importorskip("pydicom")
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+REGIONS = ["TC", "WT", "ET"]
+SHAPE = (24, 32, 8)
+SPACING = (10.0, 7.5, 19.0)
+
+
+def rotation(axis: int, degrees: float) -> np.ndarray:
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.roll(np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]), (axis, axis), (0, 1))
+
+
+def affine_of(direction: np.ndarray) -> np.ndarray:
+    """Affine as of NIfTI of slices with these axes (columns, in DICOM's coordinates)."""
+    affine = np.eye(4)
+    affine[:3, :3] = direction * SPACING
+    affine[:3, 3] = [-101.5, -87.25, 12.125]
+    return LPS @ affine
+
+
+AXIAL = affine_of(np.eye(3))
+OBLIQUE = affine_of(rotation(0, 20) @ rotation(2, -13))
+SAGITTAL = affine_of(np.array([[0.0, 0, 1], [1, 0, 0], [0, -1, 0]]) @ np.diag([1, 1, -1.0]))
+
+
+def write_series(
+    folder: Path, volume: np.ndarray, affine: np.ndarray, description: str = "", study: str = "1.2.3"
+) -> list[Path]:
+    """Write ``[H, W, S]`` with an affine of NIfTI as MR slices, in an order that neither names nor numbers tell."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lps = LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    axes = lps[:3, :3] / spacing
+    series, files = generate_uid(), []
+    names = np.random.default_rng(len(description)).permutation(volume.shape[2])
+    for index, name in enumerate(names):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, MRImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        file = folder / f"{description.replace(' ', '')}IM{name:03d}"
+        image = FileDataset(file, {}, file_meta=meta, preamble=b"\0" * 128)
+        image.SOPClassUID, image.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
+        image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = study, series, "1.2.3.4"
+        image.PatientID, image.PatientName, image.Modality, image.SeriesDescription = "p", "A^B", "MR", description
+        image.SeriesNumber, image.InstanceNumber = 1, int(name) + 1
+        image.ImagePositionPatient = [f"{value:.6f}" for value in lps[:3] @ [0, 0, index, 1]]
+        image.ImageOrientationPatient = [f"{value:.9f}" for value in [*axes[:, 0], *axes[:, 1]]]
+        image.PixelSpacing = [f"{spacing[1]:.6f}", f"{spacing[0]:.6f}"]  # between rows, between columns
+        image.SliceThickness = f"{spacing[2]:.6f}"
+        image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+        image.Columns, image.Rows = volume.shape[:2]
+        image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 16, 15, 0
+        image.PixelData = volume[:, :, index].T.astype(np.uint16).tobytes()
+        image.save_as(file, enforce_file_format=True)
+        files.append(file)
+    return files
+
+
+def write_subject(folder: Path, affine: np.ndarray = AXIAL, seed: int = 5) -> dict[str, np.ndarray]:
+    """A phantom as one sub-folder a series; its volumes."""
+    images, _ = make_subject("HGG", SHAPE, seed)
+    for modality, volume in images.items():
+        write_series(folder / f"ax_{modality}", volume, affine, f"Ax {modality}", f"1.2.3.{seed}")
+    return images
+
+
+@pytest.mark.parametrize("affine", [AXIAL, OBLIQUE, SAGITTAL], ids=["axial", "oblique", "sagittal"])
+def test_a_series_is_the_volume_it_was_written_from(tmp_path, affine):
+    images = write_subject(tmp_path / "case1", affine)
+    (item,) = find_subjects(str(tmp_path), MODALITIES, require_label=False)
+    assert item["subject"] == "case1"
+    assert subject_of(str(tmp_path / "case1"), MODALITIES) == item  # as MONAI Label names it
+    read = LoadVolumesd("image", MODALITIES)(item)["image"]
+    for channel, (modality, file) in enumerate(zip(MODALITIES, item["image"], strict=True)):
+        grid = read_grid(file)
+        assert grid.shape == SHAPE
+        np.testing.assert_allclose(grid.affine, affine, atol=1e-4)
+        np.testing.assert_allclose(read.affine, grid.affine, atol=1e-9)
+        np.testing.assert_array_equal(read_volume(file), images[modality])
+        np.testing.assert_array_equal(read[channel], images[modality])
+
+
+def infer(configs: list[str], data: Path, out: Path, model: Path) -> None:
+    folders = {"dataset_dir": str(data), "output_dir": str(out), "ckpt_dir": str(model)}
+    run_configs(configs, regions=REGIONS, num_samples=2, num_inference_steps=2, **folders)
+
+
+@pytest.mark.parametrize("affine", [AXIAL, OBLIQUE, SAGITTAL], ids=["axial", "oblique", "sagittal"])
+def test_inference_is_that_of_the_same_volumes_in_nifti(tmp_path, three_regions, make_subject_folder, affine):
+    images = write_subject(tmp_path / "dicom" / "case1", affine)
+    make_subject_folder(tmp_path / "nifti", "case1", images, affine)
+    for kind in ("dicom", "nifti"):
+        infer(["inference.yaml"], tmp_path / kind, tmp_path / "out" / kind, three_regions)
+    ours, theirs = tmp_path / "out" / "dicom", tmp_path / "out" / "nifti"
+    names = {path.name for path in theirs.iterdir()}
+    assert {path.name for path in ours.iterdir()} == names
+    volumes = {f"case1_{kind}.nii.gz" for kind in ("seg", "prob", "uncertainty", "variance")}
+    assert names == volumes | {"case1_overlay.png", "grades.csv"}
+    for name in volumes:
+        one, other = nib.load(ours / name), nib.load(theirs / name)
+        np.testing.assert_array_equal(one.get_fdata(), other.get_fdata())
+        np.testing.assert_allclose(one.affine, affine, atol=1e-4)
+    assert len(np.unique(nib.load(ours / "case1_seg.nii.gz").get_fdata())) > 1
+    pd.testing.assert_frame_equal(*(pd.read_csv(folder / "grades.csv") for folder in (ours, theirs)), atol=1e-5)
+
+
+def find(folder: Path, modalities: list[str] = MODALITIES) -> list[dict]:
+    return find_subjects(str(folder), modalities, require_label=False)
+
+
+def volume(slices: int = 6, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 1000, (8, 10, slices)).astype(np.int16)
+
+
+def test_a_series_may_lie_anywhere(tmp_path):
+    """Sub-folders of the subject, all in one folder by their descriptions, or the data set is the subject itself."""
+    write_subject(tmp_path / "a" / "case1", seed=1)
+    for modality in MODALITIES:
+        write_series(tmp_path / "a" / "case2", volume(), AXIAL, f"Sag_{modality}", "1.2.3.2")
+        write_series(tmp_path / "a" / "case3" / "study" / modality.upper() / "DICOM", volume(), AXIAL, "t1")
+    assert [item["subject"] for item in find(tmp_path / "a")] == ["case1", "case2", "case3"]
+    for case, name, places in (
+        ("case1", "case1", "ax_{0}/Ax{0}IM*"),
+        ("case2", "case2", "Sag_{0}IM*"),
+        ("case3", "study", "study/{1}/DICOM/t1IM*"),
+    ):
+        (item,) = find(tmp_path / "a" / case)
+        assert item["subject"] == name
+        for file, modality in zip(item["image"], MODALITIES, strict=True):
+            assert Path(file) in (tmp_path / "a" / case).glob(places.format(modality, modality.upper()))
+
+
+def test_the_only_series_of_the_only_modality(tmp_path):
+    write_series(tmp_path / "case1" / "scan", volume(), AXIAL, "whatever", "1.2.3.1")
+    write_series(tmp_path / "case2", volume(), AXIAL, "whatever", "1.2.3.2")
+    assert [item["subject"] for item in find(tmp_path, ["flair"])] == ["case1", "case2"]
+
+
+def test_nifti_and_dicom_subjects_side_by_side(tmp_path, make_subject_folder, volumes):
+    make_subject_folder(tmp_path, "case2", volumes)
+    write_subject(tmp_path / "case1")
+    assert [item["subject"] for item in find(tmp_path)] == ["case1", "case2"]
+    with pytest.raises(InputError, match="no subject found"):
+        find_subjects(str(tmp_path / "case1"), MODALITIES)  # training wants labels
+
+
+def test_each_slice_has_a_scale_of_its_own(tmp_path):
+    content = volume()
+    files = write_series(tmp_path / "case1", content, AXIAL)
+    for index, file in enumerate(files[1:], start=1):
+        edit(file, RescaleSlope=str(1 + index / 4), RescaleIntercept="0")
+    (item,) = find(tmp_path, ["t1"])
+    np.testing.assert_allclose(read_volume(item["image"][0]), content * (1 + np.arange(6) / 4), rtol=1e-6)
+
+
+def test_rounding_between_series_is_no_obstacle(tmp_path):
+    nudged = AXIAL.copy()
+    nudged[0, 3] += 0.004
+    for modality, affine in (("t1", AXIAL), ("flair", nudged)):
+        write_series(tmp_path / "case1" / modality, volume(), affine)
+    (item,) = find(tmp_path, ["t1", "flair"])
+    np.testing.assert_allclose(LoadVolumesd("image")(item)["image"].affine, AXIAL, atol=1e-4)
+
+
+def test_what_is_no_image_is_left_out_and_named(tmp_path, caplog):
+    write_series(tmp_path / "case1" / "t1", volume(), AXIAL)
+    for name in ("notes.txt", "DICOMDIR", "t1/.hidden", "t1/report.dcm"):
+        content = b"\0" * 128 + b"DICM" + b"of 1.2.840.10008.5.1.4.1.1.4\0" * (name != "notes.txt")
+        (tmp_path / "case1" / name).write_bytes(content)
+    with caplog.at_level("WARNING"):
+        find(tmp_path, ["t1"])
+    (message,) = [record.message for record in caplog.records if "no DICOM images" in record.message]
+    assert all(name in message for name in ("4 files", "notes.txt", "DICOMDIR", "t1/.hidden", "t1/report.dcm"))
+
+
+def edit(file: Path, **attributes) -> None:
+    image = pydicom.dcmread(file)
+    for name, value in attributes.items():
+        setattr(image, name, value)
+    image.save_as(file)
+
+
+def position(file: Path, offset: list[float]) -> None:
+    edit(
+        file,
+        ImagePositionPatient=[a + b for a, b in zip(pydicom.dcmread(file).ImagePositionPatient, offset, strict=True)],
+    )
+
+
+def cut(files: list[Path]) -> None:
+    files[2].write_bytes(files[2].read_bytes()[:-200])
+
+
+def enhanced(files: list[Path]) -> None:
+    edit(files[2], NumberOfFrames=2, PixelData=2 * pydicom.dcmread(files[2]).PixelData)
+
+
+def other_size(files: list[Path]) -> None:
+    edit(files[2], Columns=4, PixelData=pydicom.dcmread(files[2]).PixelData[:80])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda files: files[2].unlink(), r"19.00 mm apart, but after 31.12 mm the next is at 69.12 mm"),
+        (lambda files: shutil.copy(files[2], files[2].parent / "copy"), r"several images at 50.12 mm"),
+        (lambda files: position(files[5], [0, 0, 3]), r"after 88.12 mm the next is at 110.12 mm"),
+        (lambda files: [position(f, [0, 9.0 * i, 0]) for i, f in enumerate(files)], r"45.00 mm aside"),
+        (lambda files: edit(files[2], ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "different orientations"),
+        (other_size, "different sizes"),
+        (enhanced, "holds 2 frames"),
+        (cut, "cannot read the DICOM image .*damaged"),
+    ],
+    ids=["gap", "twice", "uneven", "tilted", "orientations", "sizes", "frames", "cut"],
+)
+def test_bad_series_are_refused_by_their_headers(tmp_path, spoil, message):
+    spoil(write_series(tmp_path / "case1" / "t1", volume(), AXIAL, "Ax T1"))
+    with pytest.raises(InputError, match=message) as caught:
+        find(tmp_path, ["t1"])
+    assert "case1" in str(caught.value)
+    assert "t1" in str(caught.value)
+
+
+def test_series_are_missed_and_counted(tmp_path):
+    for modality in ("t1", "flair"):
+        write_series(tmp_path / "case1" / modality, volume(), AXIAL, f"Ax {modality}")
+    with pytest.raises(InputError, match=r"'case1': no DICOM series for modality 't2' among \[.*Ax t1.*\(6 images\)"):
+        find(tmp_path, ["t1", "t2"])
+    write_series(tmp_path / "case1" / "more_t1", volume(), AXIAL)
+    with pytest.raises(InputError, match="several DICOM series for modality 't1'"):
+        find(tmp_path, ["t1", "flair"])
+
+
+def test_series_on_two_grids_are_refused(tmp_path):
+    write_series(tmp_path / "case1" / "t1", volume(6), AXIAL)
+    write_series(tmp_path / "case1" / "flair", volume(5), AXIAL)
+    with pytest.raises(InputError, match=r"'case1': the modality .* has shape \(8, 10, 5\)"):
+        find(tmp_path, ["t1", "flair"])
+
+
+def test_a_folder_of_anything_else_says_what_is_there(tmp_path):
+    (tmp_path / "case1").mkdir()
+    (tmp_path / "case1" / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match=r"no subject found in .*, but \['case1/notes.txt'\]: .* or DICOM series"):
+        find(tmp_path)
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    files = write_series(tmp_path / "case1", volume(), AXIAL)
+    assert len(ordered_series(str(files[0]))) == 6
+    files[5].unlink()
+    assert [Path(image.file) for image in ordered_series(str(files[3]))] == files[:5]
+
+
+def test_no_output_among_the_images(tmp_path):
+    write_subject(tmp_path / "case1")
+    (item,) = find(tmp_path)
+    with pytest.raises(InputError, match="holds the volumes of 'case1'"):
+        check_output_dir(str(tmp_path / "case1" / "ax_t1"), [item])

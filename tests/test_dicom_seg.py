@@ -1,0 +1,97 @@
+"""Masks as DICOM segmentations: opened again and compared with the NIfTI masks."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from conftest import MODALITIES
+from scripts.config import InputError
+from scripts.dicom import ordered_series
+from scripts.dicom_seg import DicomSegWriter
+from scripts.transforms import LabelToRegionsd
+from test_dicom import AXIAL, OBLIQUE, REGIONS, SAGITTAL, find, infer, write_series, write_subject
+
+highdicom = pytest.importorskip("highdicom")
+pydicom = pytest.importorskip("pydicom")
+
+REGION_LABELS = {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}
+CONFIGS = ["inference.yaml", "dicom_seg.yaml"]
+
+
+@pytest.mark.parametrize("affine", [AXIAL, OBLIQUE, SAGITTAL], ids=["axial", "oblique", "sagittal"])
+def test_segments_are_the_regions_of_the_mask(tmp_path, three_regions, affine):
+    write_subject(tmp_path / "data" / "case1", affine)
+    infer(CONFIGS, tmp_path / "data", tmp_path / "out", three_regions)
+    mask = nib.load(tmp_path / "out" / "case1_seg.nii.gz").get_fdata()
+    series = ordered_series(str(next((tmp_path / "data" / "case1" / f"ax_{MODALITIES[0]}").iterdir())))
+    sources = [pydicom.dcmread(image.file) for image in series]
+    seg = highdicom.seg.segread(tmp_path / "out" / "case1_seg.dcm")
+    uids = [source.SOPInstanceUID for source in sources]
+    pixels = seg.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+    for number, region in enumerate(REGIONS):
+        truth = np.isin(mask, REGION_LABELS[region])
+        np.testing.assert_array_equal(pixels[..., number].transpose(2, 1, 0), truth)
+        assert seg.get_segment_description(number + 1).segment_label == region
+    assert pixels.any()
+    assert (pixels.sum(axis=-1) > 1).any()  # they overlap
+    assert (seg.FrameOfReferenceUID, seg.StudyInstanceUID) == ("1.2.3.4", sources[0].StudyInstanceUID)
+    assert {uid for *_, uid in seg.get_source_image_uids()} == set(uids)
+    positions = {source.SOPInstanceUID: source.ImagePositionPatient for source in sources}
+    for frame in seg.PerFrameFunctionalGroupsSequence:
+        source = frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        assert frame.PlanePositionSequence[0].ImagePositionPatient == positions[source]
+
+
+def writer(out, item, regions=("WT",), **settings) -> DicomSegWriter:
+    to_regions = LabelToRegionsd("pred", regions, REGION_LABELS)
+    return DicomSegWriter(str(out), regions, to_regions, [item], **settings)
+
+
+def test_an_empty_mask_of_an_anonymised_subject(tmp_path):
+    """No voxel is segmented, and attributes that DICOM demands are gone."""
+    for file in write_series(tmp_path / "case1", np.ones((8, 10, 4), np.int16), AXIAL):
+        image = pydicom.dcmread(file)
+        del image.PatientName, image.PatientID
+        image.save_as(file)
+    (item,) = find(tmp_path, ["t1"])
+    pred = MetaTensor(torch.zeros(1, 8, 10, 4), meta={"filename_or_obj": item["image"][0]})
+    engine = SimpleNamespace(state=SimpleNamespace(output=[{"subject": "case1", "pred": pred}]))
+    writer(tmp_path / "out", item, property_type="Lesion").iteration_completed(engine)
+    seg = highdicom.seg.segread(tmp_path / "out" / "case1_seg.dcm")
+    assert seg.get_segment_description(1).segmented_property_type.meaning == "Lesion"
+    assert not seg.pixel_array.any()
+    assert seg.PatientName == ""
+
+
+def test_subjects_of_nifti_are_refused_before_anything_is_written(
+    tmp_path, three_regions, make_subject_folder, volumes
+):
+    make_subject_folder(tmp_path / "data", "case1", volumes)
+    with pytest.raises(InputError, match="subject 'case1' is not DICOM"):
+        infer(CONFIGS, tmp_path / "data", tmp_path / "out", three_regions)
+    assert not (tmp_path / "out").exists()
+
+
+def test_headers_that_cannot_be_referred_to(tmp_path):
+    for file in write_series(tmp_path / "case1", np.ones((8, 10, 4), np.int16), AXIAL):
+        image = pydicom.dcmread(file)
+        del image.FrameOfReferenceUID
+        image.save_as(file)
+    (item,) = find(tmp_path, ["t1"])
+    with pytest.raises(InputError, match=r"'case1': .*Frame Of Reference UID"):
+        writer(tmp_path, item)
+
+
+def test_unknown_codes_and_a_missing_extra(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="property_type='Nonsense'"):
+        writer(tmp_path, {}, property_type="Nonsense")
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(InputError, match=r"pip install -e '.\[dicom\]'"):
+        writer(tmp_path, {})
