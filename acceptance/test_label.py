@@ -190,15 +190,21 @@ def write_series(folder: Path, nifti: Path) -> None:
     """A NIfTI volume as DICOM slices, by SimpleITK."""
     volume = sitk.Cast(sitk.ReadImage(str(nifti)), sitk.sitkInt16)
     folder.mkdir(parents=True)
-    tags = {"0008|0060": "MR", "0020|000d": "1.2.3", "0020|000e": f"1.2.3.{abs(hash(nifti.name)) % 10**6}"}
+    series = f"1.2.3.{len(list(folder.parent.iterdir()))}"
+    tags = {"0008|0060": "MR", "0020|000d": "1.2.3", "0020|000e": series}
+    writer = sitk.ImageFileWriter()
+    writer.SetImageIO("GDCMImageIO")
+    writer.KeepOriginalImageUIDOn()
     cosines = [volume.GetDirection()[row * 3 + axis] for axis in (0, 1) for row in range(3)]
     for index in range(volume.GetSize()[2]):
         image = volume[:, :, index]
         place = volume.TransformIndexToPhysicalPoint((0, 0, index))
         own = {"0020|0032": place, "0020|0037": cosines, "0020|0013": (volume.GetSize()[2] - index,)}
-        for key, value in (tags | {key: "\\".join(map(str, numbers)) for key, numbers in own.items()}).items():
+        own = {key: "\\".join(map(str, numbers)) for key, numbers in own.items()}
+        for key, value in (tags | own | {"0008|0018": f"{series}.{index}"}).items():
             image.SetMetaData(key, value)
-        sitk.WriteImage(image, str(folder / f"{index * 7 % 32:03d}.dcm"), imageIO="GDCMImageIO")
+        writer.SetFileName(str(folder / f"{index * 7 % 32:03d}.dcm"))  # in no order of space
+        writer.Execute(image)
 
 
 def test_a_folder_of_dicom_series_is_segmented_and_a_gap_is_told(server, phantoms, inferred, tmp_path):
