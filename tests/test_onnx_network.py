@@ -215,6 +215,15 @@ def test_unusable_folders(spoil, message, trained, tmp_path):
         OnnxNetwork(str(tmp_path))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("module", MODULES[1:])
+def test_every_module_can_be_traced(module):
+    network = make(conditioning=["highway", module], **TINY)
+    traced = torch.jit.trace(network, torch.randn(1, 4, 16, 16))
+    image = torch.randn(3, 4, 32, 48)
+    assert torch.allclose(traced(image), network(image), atol=1e-4)
+
+
 CONVERTER = {
     "input_names": ["image"],
     "output_names": ["seg_logits"],
