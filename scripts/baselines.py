@@ -33,7 +33,7 @@ class Baseline(nn.Module):
     grade_temperature: torch.Tensor
     noised_mask = "truth"
     self_conditioning = False
-    calibrator = None
+    has_calib_map = False
 
     def __init__(self, diffusion: GaussianDiffusion, out_channels: int, divisor: int) -> None:
         super().__init__()
@@ -124,5 +124,5 @@ class GradingResNet(Baseline):
 
     def predict(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Baseline.predict`."""
-        empty = image.new_full((len(image), self.out_channels, *image.shape[2:]), NO_TUMOUR)
+        empty = image.new_full((image.shape[0], self.out_channels, *image.shape[2:]), NO_TUMOUR)
         return empty, self.cls_head(image)

@@ -209,6 +209,13 @@ def check_unseen(
         logger.warning(f"{message}, or have the same name: the scores are not of unseen subjects")
 
 
+def check_settings(trained_for: Mapping[str, Any], settings: Mapping[str, Any], source: str) -> None:
+    """Raise InputError when weights of a ``source`` were trained for other ``settings``."""
+    for key, trained in trained_for.items():
+        if key in settings and settings[key] != trained:
+            raise InputError(f"{source} was trained with {key}={trained}, now it is {settings[key]}")
+
+
 def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) -> None:
     """Load ``model`` of a checkpoint into the network, if it was trained for the same ``settings``.
 
@@ -217,9 +224,7 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
     """
     checkpoint = read_checkpoint(ckpt_path)
     weights = checkpoint["model"]
-    for key, trained in checkpoint.get("trained_for", {}).items():
-        if settings[key] != trained:
-            raise InputError(f"ckpt_path '{ckpt_path}' was trained with {key}={trained}, now it is {settings[key]}")
+    check_settings(checkpoint.get("trained_for", {}), settings, f"ckpt_path '{ckpt_path}'")
     expected = network.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         ours, theirs = (tuple(part[name].shape) if name in part else "absent" for part in (expected, weights))

@@ -13,9 +13,12 @@ from scripts.config import InputError
 from scripts.diffusion import timestep_pairs
 from scripts.ensemble import FUSIONS, fuse, pairwise_dice
 from scripts.net import MedSegDiff, check_image_size
+from scripts.onnx_network import OnnxNetwork
 from scripts.samplers import make_sampler
 from scripts.transforms import entropy_bits
 from scripts.uncertainty import CALIBRATED_FOR, temperature_scaled
+
+Network = MedSegDiff | Baseline | OnnxNetwork
 
 
 class VolumeInferer(Inferer):
@@ -80,7 +83,7 @@ class VolumeInferer(Inferer):
         return self.predict(inputs, network)["pred"]
 
     @torch.no_grad()
-    def predict(self, inputs: torch.Tensor, network: MedSegDiff | Baseline) -> dict[str, torch.Tensor]:
+    def predict(self, inputs: torch.Tensor, network: Network) -> dict[str, torch.Tensor]:
         """Sample volumes ``[B, M, H, W, S]``.
 
         Returns:
@@ -97,7 +100,7 @@ class VolumeInferer(Inferer):
                 output[name] = MetaTensor(output[name], meta=inputs.meta)
         return output
 
-    def _predict_volume(self, volume: torch.Tensor, network: MedSegDiff | Baseline) -> dict[str, torch.Tensor]:
+    def _predict_volume(self, volume: torch.Tensor, network: Network) -> dict[str, torch.Tensor]:
         """Results of :meth:`predict` for one volume ``[M, H, W, S]``."""
         slices = volume.movedim(-1, 0)
         brain = torch.nonzero((slices != 0).flatten(1).any(dim=1)).flatten()
@@ -126,7 +129,7 @@ class VolumeInferer(Inferer):
         return result | ({"variance": samples.var(dim=0)} if self.num_samples > 1 else {})
 
     def sample(
-        self, image: torch.Tensor, network: MedSegDiff | Baseline, indices: Sequence[int]
+        self, image: torch.Tensor, network: Network, indices: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask probability ``[b, N, R, H, W]`` of N samples, and mean P(HGG) ``[b]``, of slices ``[b, M, H, W]``.
 
@@ -170,12 +173,12 @@ class VolumeInferer(Inferer):
         groups = (len(indices), self.num_samples)
         return ((x_0 + 1) / 2).unflatten(0, groups), grade.unflatten(0, groups).mean(dim=1)
 
-    def check(self, network: MedSegDiff | Baseline, image_size: int) -> None:
+    def check(self, network: Network, image_size: int) -> None:
         """Raise InputError, before any volume is read, for a size or trajectory that this network cannot sample."""
         check_image_size((image_size, image_size), network.divisor)
         if self.num_inference_steps:
             timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
-        if network.calibrator is None and (self.start_timestep is not None or not self.num_inference_steps):
+        if not network.has_calib_map and (self.start_timestep is not None or not self.num_inference_steps):
             raise InputError(
                 "start_timestep and num_inference_steps=0 need a calibration map: add 'highway' to conditioning"
             )

@@ -221,11 +221,16 @@ class MedSegDiff(nn.Module):
         return self.denoiser.middle_block
 
     @property
+    def has_calib_map(self) -> bool:
+        """Whether there is an image-only branch."""
+        return self.calibrator is not None
+
+    @property
     def noised_mask(self) -> str:
         """What training noises by default: epsilon's loss has no bound but for the truth."""
         if self.diffusion.prediction_type == "epsilon":
             return "truth"
-        return "prediction" if self.calibrator is None else "calibration"
+        return "calibration" if self.has_calib_map else "prediction"
 
     def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """All that the image ``[B, M, H, W]`` alone decides, to be computed once per slice, by name.
@@ -262,10 +267,10 @@ class MedSegDiff(nn.Module):
         """
         alone = x_t is None
         if x_t is None:
-            x_t = image.new_zeros(len(image), self.out_channels, *image.shape[2:])
+            x_t = image.new_zeros(image.shape[0], self.out_channels, *image.shape[2:])
         steps = self.diffusion.num_train_timesteps
         if timesteps is None:
-            timesteps = torch.full((len(image),), steps - 1, device=image.device)
+            timesteps = torch.full((image.shape[0],), steps - 1, device=image.device)
         if condition is None:
             condition = self.condition(image)
         calib_map = condition.get("calib_map")

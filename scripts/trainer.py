@@ -121,5 +121,5 @@ class DenoisingInferer(Inferer):
 
     def check(self, network: MedSegDiff | Baseline) -> None:
         """Raise InputError, before any volume is read, when the map that is to be noised does not exist."""
-        if self.noised_mask == "calibration" and network.calibrator is None:
+        if self.noised_mask == "calibration" and not network.has_calib_map:
             raise InputError("noised_mask='calibration' needs 'highway' in conditioning; leave it null")
