@@ -250,7 +250,7 @@ def test_monais_own_verbs_export_the_network_alone(verb, options, trained, tmp_p
         meta_file=str(ROOT / "configs" / "metadata.json"),
         use_trace=True,
         **options,
-        **TINY_TRAINING(["inference.yaml"]),
+        ckpt_path=str(trained / "model.pt"),  # which tells the network's settings
     )
     if verb is ckpt_export:
         exported = torch.jit.load(tmp_path / "model.ts")
