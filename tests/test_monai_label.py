@@ -66,6 +66,11 @@ def test_a_subject_does_not_train_and_validate(request_of, capsys):
     assert "1 subjects train and do not validate" in capsys.readouterr().out
 
 
+def test_nothing_labelled_is_told(request_of):
+    with pytest.raises(InputError, match="no image has a submitted label"):
+        request_of([], [])
+
+
 def test_a_missing_sibling_stops_before_anything_is_written(request_of, tmp_path):
     (tmp_path / "studies" / "BraTS20_Training_002_flair.nii.gz").unlink()
     with pytest.raises(InputError, match=r"002_t1ce.nii.gz has no file for \['flair'\] beside it"):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
 
 from scripts.checkpoint import trained_settings
-from scripts.config import running_parser, warn_some
+from scripts.config import InputError, running_parser, warn_some
 from scripts.datalist import Item, attach_grades, check_headers, subject_of
 from scripts.split import patient
 
@@ -19,31 +22,36 @@ def take_label_request() -> None:
     training starts from them or not, for the server goes on with what is trained.
 
     Raises:
-        InputError: naming the file that cannot be used.
+        InputError: when nothing is labelled, or naming the file that cannot be used.
     """
-    parser = running_parser()
+    parser, value = running_parser(), running_parser().get_parsed_content
     training, validation = (parser[f"{part}::dataset::data"] for part in ("train", "validate"))
     if not isinstance(training, list):
         return
-    value = parser.get_parsed_content
-    settings = trained_settings(value("ckpt_path")) if Path(value("ckpt_path")).is_file() else {}
-    modalities = settings.get("modalities", value("modalities"))
+    if not training:
+        raise InputError("no image has a submitted label (of the tag 'final') to train on")
+    if Path(value("ckpt_path")).is_file():
+        change(parser, trained_settings(value("ckpt_path")))
+    modalities, dataset_dir = value("modalities"), str(Path(training[0]["image"]).parent)
     parts = {"training": subjects(training, modalities)}
-    parts["validation"] = subjects(validation if isinstance(validation, list) else [], modalities)
-    parts["validation"] = unseen(parts["validation"], parts["training"], value("patient_pattern"))
-    dataset_dir = str(Path(training[0]["image"]).parent)
-    options = {key: value(key) for key in ("grade_csv", "subject_column", "grade_column", "grade_labels")}
-    options |= {key: settings[key] for key in options.keys() & settings.keys()}
-    settings["max_epochs"] = parser["train::trainer::max_epochs"]
-    settings["dataset_dir"] = dataset_dir
-    settings["datalist"] = {part: attach_grades(items, dataset_dir, **options) for part, items in parts.items()}
-    settings["train::dataset::data"], settings["validate::dataset::data"] = (
-        "@datalist::training",
-        "@datalist::validation",
-    )
+    others = subjects(validation if isinstance(validation, list) else [], modalities)
+    parts["validation"] = unseen(others, parts["training"], value("patient_pattern"))
+    grading = {key: value(key) for key in ("grade_csv", "subject_column", "grade_column", "grade_labels")}
+    settings = {
+        "max_epochs": parser["train::trainer::max_epochs"],
+        "dataset_dir": dataset_dir,
+        "datalist": {part: attach_grades(items, dataset_dir, **grading) for part, items in parts.items()},
+        "train::dataset::data": "@datalist::training",
+        "validate::dataset::data": "@datalist::validation",
+    }
     if not parts["validation"]:  # nothing to choose by: the last weights are kept
         settings |= {"val_interval": settings["max_epochs"] + 1, "validate::dataset": []}
-    parser.update(settings)
+    change(parser, settings)
+
+
+def change(parser: ConfigParser, settings: Mapping[str, Any]) -> None:
+    """Set keys of a configuration that is being run, so that what is read from now on sees them."""
+    parser.update(dict(settings))
     parser.parse(True)
 
 
