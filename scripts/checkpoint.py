@@ -162,7 +162,7 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
         checkpoint["model"].keys()
     except Exception as error:
-        raise InputError(f"ckpt_path '{ckpt_path}' cannot be read as a checkpoint of this bundle: {error}") from error
+        raise InputError(f"ckpt_path '{ckpt_path}' cannot be read as a checkpoint of this bundle: {error!r}") from error
     return checkpoint
 
 
