@@ -1,4 +1,4 @@
-"""The checks that need minutes or an environment of their own: `make conformance`, `make docs-test`, `make label-test`."""
+"""The checks that need minutes, or an environment of their own: `make conformance`, `docs-test`, `label-test`."""
 
 from __future__ import annotations
 
