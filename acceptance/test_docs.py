@@ -255,7 +255,7 @@ def run(block: Block, copy: Path, data: Path) -> Outcome:
 @pytest.fixture(scope="session")
 def outcomes(request, tmp_path_factory) -> Iterator[dict[Block, Future]]:
     """What each block came to: copies are run two at a time, each up to the last block that is asked for."""
-    wanted = {item.callspec.params["block"] for item in request.session.items if hasattr(item, "callspec")}
+    wanted = {item.callspec.params.get("block") for item in request.session.items if hasattr(item, "callspec")}
     data = tmp_path_factory.mktemp("data")
     for name, make in DATA.items():
         make(data / name)
