@@ -76,7 +76,7 @@ def reduced(words: list[str]) -> list[str]:
         name = Path(words[0]).name
         words = put(words, BENCHMARKS[name], replace=True)
         if name == "training.py" and "--subjects" in words:
-            words = put(words, {"--subjects": ["4", "6"]}, replace=True)
+            words = put(words, {"--subjects": ["8", "10"]}, replace=True)
         options = {"training.py": NETWORK, "inference.py": NETWORK, "sampling.py": TRAINING}
         return put(words, options.get(name, {}), replace=False)
     return words
