@@ -7,6 +7,7 @@ noted in the file that ``DOCS_OUTPUTS`` names.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def values_of(words: list[str], option: str) -> list[str] | None:
     if option not in words:
         return None
     start = words.index(option) + 1
-    stop = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+    stop = next((i for i in range(start, len(words)) if re.match("--?[a-zA-Z]", words[i])), len(words))
     return words[start:stop]
 
 
@@ -57,7 +58,7 @@ def put(words: list[str], options: dict[str, list[str]], *, replace: bool) -> li
 
 def reduced(words: list[str]) -> list[str]:
     """The arguments of ``python`` or ``torchrun`` with smaller sizes."""
-    if "monai.bundle" in words:
+    if "monai.bundle run" in " ".join(words):
         (files,) = values_of(words, "--config_file") or ["[]"]
         names = [files] if files.endswith(".yaml") and "[" not in files else yaml.safe_load(files)
         bases = {Path(name).name for name in names}
@@ -98,8 +99,7 @@ def reduced_ablation(words: list[str], files: list[str]) -> list[str]:
 def main() -> None:
     """Become the reduced command."""
     program, *words = sys.argv[1:]
-    start = {"python": [], "pip": ["-m", "pip"], "torchrun": []}[program]
-    words = reduced([*start, *words])
+    words = reduced(["-m", "pip", *words] if program == "pip" else words)
     for folder in values_of(words, "--output_dir") or []:
         with open(os.environ["DOCS_OUTPUTS"], "a", encoding="utf-8") as file:
             file.write(f"{Path(folder).resolve()}\n")

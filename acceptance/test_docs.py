@@ -31,17 +31,19 @@ from scripts.phantom import make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 600
-# Pages that share a copy, in this order; every other page has one of its own.
+# Pages that share a copy, in this order; every other page has one of its own. `make demo` (README.md) and `make staged`
+# (training.md) write the phantoms that others use.
 SHARED = [
+    ["README.md", "docs/ablation.md", "docs/results.md", "models/README.md"],
     [
-        "README.md",
-        "docs/ablation.md",
+        "docs/train.md",
+        "docs/evaluate.md",
+        "docs/infer.md",
+        "docs/training.md",
+        "docs/several_gpus.md",
         "docs/performance.md",
-        "docs/results.md",
         "docs/conditioning.md",
-        "models/README.md",
     ],
-    ["docs/train.md", "docs/evaluate.md", "docs/infer.md", "docs/training.md", "docs/several_gpus.md"],
 ]
 # Commands that begin with these words are not run.
 EXEMPT = {
@@ -220,12 +222,15 @@ def copy_repository(folder: Path) -> Path:
             shutil.copy(ROOT / name, folder / name)
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for program in ("python", "pip", "torchrun"):
+    for program in ("python", "python3", "pip", "torchrun"):
         (programs / program).write_text(
             f'#!/bin/sh\nexec {sys.executable} {ROOT}/acceptance/reduced.py {program} "$@"\n'
         )
         (programs / program).chmod(0o755)
     (programs / "activate").write_text(f"export PATH={programs}:$PATH\n")
+    for tool in Path(sys.executable).parent.iterdir():
+        if not re.match("python|pip|activate", tool.name, re.IGNORECASE) and not (programs / tool.name).exists():
+            (programs / tool.name).symlink_to(tool)
     for stamp in (".installed", ".installed-extras"):  # of the Makefile: nothing is to be installed
         (folder / ".venv" / stamp).touch()
     return folder
