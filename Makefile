@@ -5,7 +5,7 @@ LABEL_VENV ?= .venv-label
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(VENV)/bin/python
 DEMO = "['configs/train.yaml','configs/demo.yaml']"
 
-.PHONY: demo staged test conformance label-env label-test release lint clean
+.PHONY: demo staged test conformance docs-test label-env label-test release lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -34,7 +34,7 @@ demo: $(VENV)/.installed
 	$(RUN) -W ignore -m monai.bundle run --config_file $(DEMO)
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml','configs/calibrate.yaml']" --output_dir demo/calibrate
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml']" --output_dir demo/evaluate
-	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/inference.yaml','configs/demo.yaml']" --dataset_dir demo/new --output_dir demo/inference
+	$(RUN) -W ignore -m monai.bundle run --config_file configs/inference.yaml --ckpt_dir demo/models --dataset_dir demo/new --output_dir demo/inference
 	@echo
 	@echo "epoch table      demo/train/metrics.csv"
 	@echo "curves           demo/train/learning_curves.png"
@@ -59,6 +59,9 @@ test: $(VENV)/.installed-extras
 
 conformance: $(VENV)/.installed-extras
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest acceptance/test_conformance.py
+
+docs-test: $(VENV)/.installed-extras
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest acceptance/test_docs.py
 
 label-env: $(LABEL_VENV)/.installed
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))  # for what writes test data; this file is the conftest that is found first
 NAME = "medsegdiff_segmentation"
 
 

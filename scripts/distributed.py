@@ -27,7 +27,7 @@ def join_processes(distributed: bool) -> None:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if distributed and "RANK" not in os.environ:
-        raise InputError("configs/multi_gpu.yaml is for processes that torchrun starts: see docs/training.md")
+        raise InputError("configs/multi_gpu.yaml is for processes that torchrun starts: see docs/several_gpus.md")
     if processes > 1 and not distributed:
         raise InputError(
             f"torchrun started {processes} processes, each of which would do it all: add configs/multi_gpu.yaml"

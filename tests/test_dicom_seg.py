@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from dicom_phantom import AXIAL, OBLIQUE, SAGITTAL, write_series, write_subject
 from monai.data import MetaTensor
 
 from conftest import MODALITIES
@@ -16,7 +17,7 @@ from scripts.config import InputError
 from scripts.dicom import ordered_series
 from scripts.dicom_seg import DicomSegWriter
 from scripts.transforms import LabelToRegionsd
-from test_dicom import AXIAL, OBLIQUE, REGIONS, SAGITTAL, find, infer, write_series, write_subject
+from test_dicom import REGIONS, find, infer
 
 highdicom = pytest.importorskip("highdicom")
 pydicom = pytest.importorskip("pydicom")

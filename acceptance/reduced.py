@@ -1,0 +1,112 @@
+"""Stands for the interpreter in test_docs.py: the command of a page with smaller sizes, all else as it is.
+
+``reduced.py python -m monai.bundle run ...`` becomes that very command with the sizes below. Each ``--output_dir`` is
+noted in the file that ``DOCS_OUTPUTS`` names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+# Put in where a command does not say otherwise. Evaluation gets them too: the network must be that of training.
+TRAINING = {
+    "--image_size": ["32"],
+    "--channels": ["[8,8,8]"],
+    "--calib_channels": ["[8,8,8]"],
+    "--slices_per_volume": ["2"],
+    "--batch_size": ["8"],
+    "--val_interval": ["1"],
+}
+# Put in whatever a command says.
+EPOCHS = {"--max_epochs": ["1"]}
+BENCHMARKS = {
+    "data.py": {"--num_subjects": ["1"], "--image_size": ["32"]},
+    "export.py": {"--repeats": ["1"], "--slices": ["2"]},
+    "flops.py": {},
+    "inference.py": {},
+    "network.py": {"--repeats": ["1"], "--image_size": ["32"]},
+    "sampling.py": EPOCHS | {"--prediction_types": ["sample"], "--samplers": ["ddim"], "--steps": ["1", "2"]},
+    "training.py": {"--steps": ["1"], "--repeats": ["1"]},
+}
+NETWORK = {key: TRAINING[key] for key in ("--image_size", "--channels", "--calib_channels")}
+
+
+def values_of(words: list[str], option: str) -> list[str] | None:
+    """What stands behind an option, up to the next one; None without it."""
+    if option not in words:
+        return None
+    start = words.index(option) + 1
+    stop = next((i for i in range(start, len(words)) if re.match("--?[a-zA-Z]", words[i])), len(words))
+    return words[start:stop]
+
+
+def put(words: list[str], options: dict[str, list[str]], *, replace: bool) -> list[str]:
+    """The command with these options; those that it gives itself stay, unless they are to be replaced."""
+    for option, values in options.items():
+        old = values_of(words, option)
+        if old is None:
+            words = [*words, option, *values]
+        elif replace:
+            start = words.index(option) + 1
+            words = [*words[:start], *values, *words[start + len(old) :]]
+    return words
+
+
+def reduced(words: list[str]) -> list[str]:
+    """The arguments of ``python`` or ``torchrun`` with smaller sizes."""
+    if "monai.bundle run" in " ".join(words):
+        (files,) = values_of(words, "--config_file") or ["[]"]
+        names = [files] if files.endswith(".yaml") and "[" not in files else yaml.safe_load(files)
+        bases = {Path(name).name for name in names}
+        if "ablation.yaml" in bases:
+            return reduced_ablation(words, names)
+        if "train.yaml" in bases:
+            words = put(put(words, TRAINING, replace=False), EPOCHS, replace=True)
+        return put(words, {"--nproc_per_node": ["2"]}, replace=True) if "--nproc_per_node" in words else words
+    if words[:2] == ["-m", "scripts.phantom"]:
+        count = min(10, int((values_of(words, "--num_subjects") or ["10"])[0]))
+        words = put(words, {"--num_subjects": [str(count)]}, replace=True)
+        return put(words, {"--shape": ["32", "32", "8"]}, replace=False)
+    if words[:3] == ["-m", "pip", "install"]:
+        return [*words, "--dry-run"]
+    if words and Path(words[0]).parent.name == "benchmarks":
+        name = Path(words[0]).name
+        words = put(words, BENCHMARKS[name], replace=True)
+        if name == "training.py" and "--subjects" in words:
+            words = put(words, {"--subjects": ["8", "10"]}, replace=True)
+        options = {"training.py": NETWORK, "inference.py": NETWORK, "sampling.py": TRAINING}
+        return put(words, options.get(name, {}), replace=False)
+    return words
+
+
+def reduced_ablation(words: list[str], files: list[str]) -> list[str]:
+    """One seed and epoch, of the arms the reference and the last, of the grid the first values."""
+    config: dict = {}
+    for file in files:
+        config |= yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    arms = yaml.safe_load((values_of(words, "--arms") or [str(config["arms"])])[0])
+    kept = dict.fromkeys([config.get("reference") or next(iter(arms)), list(arms)[-1]])
+    grid = {key: values[:1] for key, values in config.get("grid", {}).items()}
+    words = put(words, EPOCHS | {"--seeds": ["[0]"], "--arms": [str({n: arms[n] for n in kept})]}, replace=True)
+    settings = {f"--ablation::settings::{key[2:]}": value for key, value in TRAINING.items() if key != "--val_interval"}
+    return put(words, {"--grid": [str(grid)]} | settings, replace=False)
+
+
+def main() -> None:
+    """Become the reduced command."""
+    program, *words = sys.argv[1:]
+    words = reduced(["-m", "pip", *words] if program == "pip" else words)
+    for folder in values_of(words, "--output_dir") or []:
+        with open(os.environ["DOCS_OUTPUTS"], "a", encoding="utf-8") as file:
+            file.write(f"{Path(folder).resolve()}\n")
+    module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
+    os.execv(sys.executable, [sys.executable, *module, *words])
+
+
+if __name__ == "__main__":
+    main()
