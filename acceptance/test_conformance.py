@@ -13,11 +13,12 @@ import jsonschema
 import monai.bundle
 import nibabel as nib
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import yaml
 from monai.apps.utils import HashCheckError
-from monai.bundle import load_bundle_config
+from monai.bundle import ConfigParser, load_bundle_config
 
 from conftest import NAME, ROOT, make_phantoms
 
@@ -204,3 +205,39 @@ def test_weights_load_without_pickled_code():
     checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
     assert {"model", "trained_for", "training_subjects"} <= checkpoint.keys()
     assert (ROOT / "models" / "model.pt").stat().st_size < 10e6
+
+
+CONVERTER = {
+    "input_names": ["image"],
+    "output_names": ["seg_logits"],
+    "dynamic_axes": {"image": {0: "batch", 2: "height", 3: "width"}},
+    "verify": True,
+    "use_ort": True,
+    "atol": 1e-4,
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [("ckpt_export", {}), ("onnx_export", {"input_shape": [2, 4, 64, 64], "converter_kwargs": CONVERTER})],
+)
+def test_the_verbs_of_monai_export_the_network(verb, options, tmp_path):
+    """TorchScript and ONNX of any batch and size, against PyTorch."""
+    file = tmp_path / "exported"
+    common = {"net_id": "network_def", "ckpt_file": str(ROOT / "models" / "model.pt"), "key_in_ckpt": "model"}
+    config, meta = (str(ROOT / "configs" / name) for name in ("inference.yaml", "metadata.json"))
+    export = getattr(monai.bundle, verb)
+    export(**common, filepath=str(file), config_file=config, meta_file=meta, use_trace=True, **options)
+    if verb == "ckpt_export":
+        exported = torch.jit.load(file)
+    else:
+        session = onnxruntime.InferenceSession(str(file))
+        exported = lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])  # noqa: E731
+    parser = ConfigParser()
+    parser.read_config(config)
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(common["ckpt_file"], weights_only=True)["model"])
+    with torch.no_grad():
+        for shape in ((1, 4, 16, 16), (3, 4, 32, 48)):
+            image = torch.randn(shape)
+            assert torch.allclose(exported(image), network(image), atol=1e-4)

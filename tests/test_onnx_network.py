@@ -10,13 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import onnx
-import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ckpt_export, onnx_export
 
-from conftest import MODALITIES, ROOT, TINY_TRAINING, run_configs
+from conftest import MODALITIES, TINY_TRAINING, run_configs
 from scripts.conditioning import MODULES
 from scripts.config import InputError
 from scripts.diffusion import GaussianDiffusion
@@ -224,41 +222,3 @@ def test_every_module_can_be_traced(module):
     traced = torch.jit.trace(network, torch.randn(1, 4, 16, 16))
     image = torch.randn(3, 4, 32, 48)
     assert torch.allclose(traced(image), network(image), atol=1e-4)
-
-
-CONVERTER = {
-    "input_names": ["image"],
-    "output_names": ["seg_logits"],
-    "dynamic_axes": {"image": {0: "batch", 2: "height", 3: "width"}},
-    "verify": True,
-    "use_ort": True,
-    "atol": 1e-4,
-}
-
-
-@pytest.mark.parametrize(
-    ("verb", "options"),
-    [(ckpt_export, {}), (onnx_export, {"input_shape": [2, 4, 64, 64], "converter_kwargs": CONVERTER})],
-)
-def test_monais_own_verbs_export_the_network_alone(verb, options, trained, tmp_path):
-    verb(
-        net_id="network_def",
-        filepath=str(tmp_path / "model.ts"),
-        ckpt_file=str(trained / "model.pt"),
-        key_in_ckpt="model",
-        config_file=str(ROOT / "configs" / "inference.yaml"),
-        meta_file=str(ROOT / "configs" / "metadata.json"),
-        use_trace=True,
-        **options,
-        ckpt_path=str(trained / "model.pt"),  # which tells the network's settings
-    )
-    if verb is ckpt_export:
-        exported = torch.jit.load(tmp_path / "model.ts")
-    else:
-        session = onnxruntime.InferenceSession(str(tmp_path / "model.ts"))
-        exported = lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])  # noqa: E731
-    network = randomise(tiny_network())
-    with torch.no_grad():
-        for shape in ((1, 4, 16, 16), (3, 4, 32, 48)):
-            image = torch.randn(shape)
-            assert torch.allclose(exported(image), network(image), atol=1e-4)
