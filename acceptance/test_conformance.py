@@ -223,7 +223,7 @@ CONVERTER = {
 )
 def test_the_verbs_of_monai_export_the_network(verb, options, tmp_path):
     """TorchScript and ONNX of any batch and size, against PyTorch."""
-    file = tmp_path / "exported"
+    file = tmp_path / "exported.ts"  # the suffix that ckpt_export would add
     common = {"net_id": "network_def", "ckpt_file": str(ROOT / "models" / "model.pt"), "key_in_ckpt": "model"}
     config, meta = (str(ROOT / "configs" / name) for name in ("inference.yaml", "metadata.json"))
     export = getattr(monai.bundle, verb)
