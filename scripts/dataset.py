@@ -20,8 +20,8 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from scripts.config import InputError, atomic_path
-from scripts.datalist import item_files
 from scripts.images import read_volume
+from scripts.subjects import item_files
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def cached_dataset(
     """Data set whose deterministic transforms have run once for every item when this returns.
 
     Args:
-        data: items of :mod:`scripts.datalist`.
+        data: items of :mod:`scripts.subjects`.
         transform: preprocessing, then random transforms; what precedes the first random one is cached.
         cache_dir: folder of the cache on disk (for sets that do not fit in memory); None caches in memory.
         num_workers: threads that fill the cache.

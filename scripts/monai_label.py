@@ -10,8 +10,8 @@ from monai.bundle import ConfigParser
 
 from scripts.checkpoint import trained_settings
 from scripts.config import InputError, running_parser, warn_some
-from scripts.datalist import Item, attach_grades, check_headers, subject_of
 from scripts.split import patient
+from scripts.subjects import Item, attach_grades, check_headers, subject_of
 
 
 def take_label_request() -> None:

@@ -14,9 +14,9 @@ from monai.data import MetaTensor, NibabelWriter
 from monai.transforms import LoadImaged, MapTransform, RandomizableTransform, ThreadUnsafe
 
 from scripts.config import InputError, atomic_path
-from scripts.datalist import subject_of
 from scripts.dicom import SeriesReader
 from scripts.images import PictureReader, is_picture, write_picture
+from scripts.subjects import subject_of
 
 FAR_SHARE = 0.02  # of a JPEG mask's pixels may lie far from every level; compression leaves fewer
 
@@ -24,7 +24,7 @@ FAR_SHARE = 0.02  # of a JPEG mask's pixels may lie far from every level; compre
 class LoadVolumesd(LoadImaged, ThreadUnsafe):
     """MONAI's LoadImaged for volumes, DICOM series and pictures as ``[C, H, W, S]``, and for threads that fill a cache.
 
-    A single name stands for the subject that :func:`scripts.datalist.subject_of` finds, as MONAI Label names them.
+    A single name stands for the subject that :func:`scripts.subjects.subject_of` finds, as MONAI Label names them.
 
     Its NIfTI reader keeps the names of the files that it is reading: with two threads, a volume of four modalities may
     come out with the one channel of another's label, without an error. Each thread gets a copy here. ``subject`` is

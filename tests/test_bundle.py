@@ -382,7 +382,7 @@ def test_command_line_from_another_folder_prints_the_error_alone(phantoms, tmp_p
 
 
 def test_real_brats2021_case_has_every_region(shared_data):
-    from scripts.datalist import find_subjects
+    from scripts.subjects import find_subjects
 
     (item,) = find_subjects(str(shared_data / "brats2021"), MODALITIES)
     label = torch.as_tensor(np.asarray(nib.load(item["label"]).dataobj))[None]

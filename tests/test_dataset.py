@@ -14,8 +14,8 @@ from monai.bundle import ConfigParser
 
 from conftest import MODALITIES, ROOT
 from scripts.config import InputError
-from scripts.datalist import load_subjects
 from scripts.dataset import ExplainedDataset, SliceSampler, cached_dataset
+from scripts.subjects import load_subjects
 
 
 def training_config(phantoms: Path, **overrides) -> ConfigParser:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from conftest import ROOT
 from scripts.config import InputError
-from scripts.datalist import check_output_dir, describe, find_subjects, load_subjects, read_datalist
+from scripts.datalist import describe, read_datalist
 from scripts.images import read_grid, read_picture
 from scripts.split import split
+from scripts.subjects import check_output_dir, find_subjects, load_subjects
 from scripts.transforms import LabelToRegionsd, LikeInputWriter, LoadVolumesd, subject_name
 
 RGB = ["red", "green", "blue"]
