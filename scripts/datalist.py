@@ -44,7 +44,7 @@ def make_datalist(
         num_eval_cases: judge only so many subjects of the subset.
         modalities: file suffixes that the files of ``datalist_file`` must have, or of ``image_dir`` the channels.
         image_dir: as in :func:`scripts.subjects.load_subjects`.
-        patient_pattern: regular expression whose group 1 is the patient of a subject, see :func:`scripts.split.patient`.
+        patient_pattern: regular expression for :func:`scripts.split.patient`.
 
     Raises:
         InputError: for an unusable ``datalist_file``, ``subset`` or ``num_eval_cases``, or a patient on both sides.
