@@ -63,6 +63,7 @@ EXEMPT = {
     "mlflow ui": "a server: it does not end",
     "torchrun --nnodes 2": "needs two machines",
 }
+IDENTITY = ["-c", "user.name=docs", "-c", "user.email=docs@example.org"]
 COMMAND = re.compile(r"(python|make|pip|torchrun|git|pytest|tensorboard|mlflow|OMP_NUM_THREADS=\S+) \S")
 CODE = re.compile(r"^```(?P<language>\w*)\n(?P<fenced>.*?)^```$|`(?P<inline>[^`]+)`", re.MULTILINE | re.DOTALL)
 
@@ -120,8 +121,8 @@ def pictures(images: Path, masks: Path, names: list[str], suffix: str, levels: l
 
 
 def dicom(folder: Path) -> None:
-    for name in ("case1", "case2"):
-        write_subject(folder / name)
+    for number in (1, 2):
+        write_subject(folder / f"case{number}", seed=number)
 
 
 def refuge2(folder: Path) -> None:
@@ -236,6 +237,8 @@ def copy_repository(folder: Path) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    for words in (["init", "-q"], ["add", "-A"], [*IDENTITY, "commit", "-qm", "copy"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     for program in ("python", "python3", "pip", "torchrun"):
