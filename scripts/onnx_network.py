@@ -204,6 +204,7 @@ def _session(file: Path, device: torch.device) -> Any:
     onnxruntime = _import("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # its own default knows no OMP_NUM_THREADS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads keep torch's from working
     wanted = [f"{kind}ExecutionProvider" for kind in (["CUDA"] if device.type == "cuda" else []) + ["CPU"]]
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     return onnxruntime.InferenceSession(str(file), options, providers=providers)
