@@ -150,7 +150,7 @@ def subject_of(file: str, modalities: Sequence[str]) -> Item:
     """
     path, stem = Path(file), file_stem(file)
     own = next((m for m in modalities if with_suffix([path], m)), None)
-    if path.is_dir():
+    if file and path.is_dir():  # no name at all would be the current folder
         item = series_item(path, find_series(path), modalities)
     elif not path.is_file():
         raise InputError(f"'{file}' is not a file")

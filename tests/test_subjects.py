@@ -200,6 +200,7 @@ def test_4d_files_in_one_folder_are_subjects(tmp_path, volumes):
         ("s_seg.nii.gz", MODALITIES, "s_seg.nii.gz holds 1 of 4 modalities: give one 4D file"),
         ("three.nii.gz", MODALITIES, "three.nii.gz holds 3 of 4 modalities"),
         ("notes.nii.gz", MODALITIES, "cannot read"),
+        ("absent.nii.gz", MODALITIES, "absent.nii.gz' is not a file"),
     ],
 )
 def test_a_file_that_stands_for_no_subject(name, modalities, message, tmp_path, make_subject_folder, volumes):
@@ -208,3 +209,8 @@ def test_a_file_that_stands_for_no_subject(name, modalities, message, tmp_path, 
     (folder / "notes.nii.gz").write_text("no volume")
     with pytest.raises(InputError, match=message):
         subjects.subject_of(str(folder / name), modalities)
+
+
+def test_no_name_is_not_the_current_folder():
+    with pytest.raises(InputError, match="'' is not a file"):
+        subjects.subject_of("", MODALITIES)
