@@ -29,8 +29,8 @@ $(LABEL_VENV)/.installed: label_app/requirements.txt requirements.txt
 
 demo: $(VENV)/.installed
 	rm -rf demo
-	$(RUN) -m scripts.phantom --output_dir demo/data --num_subjects 160
-	$(RUN) -m scripts.phantom --output_dir demo/new --num_subjects 1 --seed 1
+	$(RUN) -m scripts.tools.phantom --output_dir demo/data --num_subjects 160
+	$(RUN) -m scripts.tools.phantom --output_dir demo/new --num_subjects 1 --seed 1
 	$(RUN) -W ignore -m monai.bundle run --config_file $(DEMO)
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml','configs/calibrate.yaml']" --output_dir demo/calibrate
 	$(RUN) -W ignore -m monai.bundle run --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml']" --output_dir demo/evaluate
@@ -46,7 +46,7 @@ demo: $(VENV)/.installed
 	@cat demo/inference/grades.csv
 
 staged: $(VENV)/.installed
-	test -d demo/data || $(RUN) -m scripts.phantom --output_dir demo/data --num_subjects 160
+	test -d demo/data || $(RUN) -m scripts.tools.phantom --output_dir demo/data --num_subjects 160
 	set -e; for stage in stage1_segmentation stage2_grading stage3_joint; do \
 	    $(RUN) -W ignore -m monai.bundle run --stages_dir demo/staged --max_epochs 6 \
 	        --config_file "['configs/train.yaml','configs/demo.yaml','configs/$$stage.yaml']"; \
@@ -69,7 +69,7 @@ label-test: $(LABEL_VENV)/.installed
 	OMP_NUM_THREADS=1 $(LABEL_VENV)/bin/python -m pytest -s acceptance/test_label.py
 
 release: $(VENV)/.installed
-	$(VENV)/bin/python -m scripts.release
+	$(VENV)/bin/python -m scripts.tools.release
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

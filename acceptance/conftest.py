@@ -17,7 +17,15 @@ NAME = "medsegdiff_segmentation"
 def make_phantoms(folder: Path, number: int, *shape: int) -> Path:
     """A folder of phantoms."""
     options = ["--shape", *map(str, shape)] if shape else []
-    command = [sys.executable, "-m", "scripts.phantom", "--output_dir", str(folder), "--num_subjects", str(number)]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.tools.phantom",
+        "--output_dir",
+        str(folder),
+        "--num_subjects",
+        str(number),
+    ]
     subprocess.run([*command, *options], cwd=ROOT, check=True)
     return folder
 
@@ -25,7 +33,7 @@ def make_phantoms(folder: Path, number: int, *shape: int) -> Path:
 def unpack_release(folder: Path) -> Path:
     """The bundle as it is released, unpacked in a folder."""
     subprocess.run(
-        [sys.executable, "-m", "scripts.release", "--output_dir", str(folder / "dist")], cwd=ROOT, check=True
+        [sys.executable, "-m", "scripts.tools.release", "--output_dir", str(folder / "dist")], cwd=ROOT, check=True
     )
     (archive,) = (folder / "dist").glob("*.zip")
     zipfile.ZipFile(archive).extractall(folder)

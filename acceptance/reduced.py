@@ -68,7 +68,7 @@ def reduced(words: list[str]) -> list[str]:
         if "train.yaml" in bases:
             words = put(put(words, TRAINING, replace=False), EPOCHS, replace=True)
         return put(words, {"--nproc_per_node": ["2"]}, replace=True) if "--nproc_per_node" in words else words
-    if words[:2] == ["-m", "scripts.phantom"]:
+    if words[:2] == ["-m", "scripts.tools.phantom"]:
         count = min(10, int((values_of(words, "--num_subjects") or ["10"])[0]))
         words = put(words, {"--num_subjects": [str(count)]}, replace=True)
         return put(words, {"--shape": ["32", "32", "8"]}, replace=False)

@@ -28,7 +28,7 @@ import pytest
 from dicom_phantom import write_subject
 from PIL import Image
 
-from scripts.phantom import make_dataset
+from scripts.tools.phantom import make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 600

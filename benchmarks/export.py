@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.network import timed  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
-from scripts.inferer import VolumeInferer  # noqa: E402
-from scripts.onnx_network import OnnxNetwork, export_onnx  # noqa: E402
+from scripts.sampling.inferer import VolumeInferer  # noqa: E402
+from scripts.tools.onnx_network import OnnxNetwork, export_onnx  # noqa: E402
 
 CASES = [  # files in configs/, samples, steps
     (["train.yaml"], 1, 1),

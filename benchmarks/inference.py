@@ -30,11 +30,11 @@ from benchmarks.tables import hardware, markdown  # noqa: E402
 
 PARTS = {  # methods timed, outer ones less their inner ones
     "read": ["monai.transforms.LoadImaged.__call__"],
-    "preprocess": ["scripts.dataset.ExplainedDataset.__getitem__"],
-    "sample": ["scripts.inferer.VolumeInferer.sample"],
-    "fuse": ["scripts.inferer.VolumeInferer.predict"],
+    "preprocess": ["scripts.data.caching.UncachedDataset.__getitem__"],
+    "sample": ["scripts.sampling.inferer.VolumeInferer.sample"],
+    "fuse": ["scripts.sampling.inferer.VolumeInferer.predict"],
     "back to the grid": ["monai.transforms.Invertd.__call__"],
-    "write": ["monai.transforms.SaveImaged.__call__", "scripts.report.GradeTable.iteration_completed"],
+    "write": ["monai.transforms.SaveImaged.__call__", "scripts.report.evaluation.GradeTable.iteration_completed"],
 }
 
 

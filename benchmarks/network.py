@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.flops import count  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
-from scripts.conditioning import MODULES  # noqa: E402
-from scripts.diffusion import GaussianDiffusion  # noqa: E402
-from scripts.losses import MultiTaskLoss  # noqa: E402
+from scripts.diffusion.schedule import GaussianDiffusion  # noqa: E402
 from scripts.net import MedSegDiff  # noqa: E402
-from scripts.variants import VARIANTS  # noqa: E402
+from scripts.networks.conditioning import MODULES  # noqa: E402
+from scripts.networks.variants import VARIANTS  # noqa: E402
+from scripts.training.losses import MultiTaskLoss  # noqa: E402
 
 CONDITIONING = {
     "concatenation": [],

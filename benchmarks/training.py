@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import hardware, markdown  # noqa: E402
-from scripts.phantom import make_dataset  # noqa: E402
+from scripts.tools.phantom import make_dataset  # noqa: E402
 
 VARIANTS: dict[str, dict] = {
     "default": {},

@@ -56,13 +56,14 @@ class SegmentAndGrade(BundleInferTask):
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, dict]:
         """File of the chosen volume, and the subject's row of ``grades.csv``."""
-        from scripts.report import grade_row
+        from scripts.data.grades import grade_names
+        from scripts.report.tables import grade_row
 
         name = data["volume"] if isinstance(data["volume"], str) else data["volume"][0]
         if name not in VOLUMES:
             raise HTTPException(422, f"volume '{name}' is not one of {list(VOLUMES)}")
-        regions, grade_labels = (self.bundle_config.get_parsed_content(key) for key in ("regions", "grade_labels"))
-        row = grade_row(data, regions, grade_labels)
+        settings = self.bundle_config.get_parsed_content("settings")
+        row = grade_row(data, settings["regions"], grade_names(settings["grade_labels"]))
         row = {key: None if value != value else value for key, value in row.items()}  # JSON knows no NaN
         if name != "mask":
             return write_volume(data[VOLUMES[name]]), row

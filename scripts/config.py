@@ -1,10 +1,11 @@
-"""Guards around a bundle run: errors for people, refused keys, the saved configuration, atomic files."""
+"""Checks of a bundle run: short error messages, unknown keys, the saved configuration, atomic writes."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import inspect
+import json
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -22,42 +24,53 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 logger = logging.getLogger(__name__)
 
 BUNDLE_ROOT = Path(__file__).resolve().parents[1]
+# the metadata, and what `--tracking mlflow` adds
+ADDED_BY_MONAI = {*DEFAULT_MLFLOW_SETTINGS["configs"], ConfigParser.meta_key} - {"output_dir"}  # type: ignore[misc]
 
-
-# errors of torch that come from outside: a part of their message, and what they mean
-SIGNS = {
-    "exited unexpectedly": "a process that loads data was killed, often for want of memory: lower num_workers or give "
-    "cache_dir, and go on with configs/resume.yaml",
-    "Connection closed by peer": "another process of this run died; its own message says why. Go on with "
+# errors of other libraries: a part of their message, and what it means to the user
+KNOWN_ERRORS = {
+    "exited unexpectedly": "a data-loading process was killed, usually because memory ran out. Lower num_workers or "
+    "set cache_dir, then continue with configs/resume.yaml",
+    "Connection closed by peer": "another process of this run died; its own message gives the reason. Continue with "
     "configs/resume.yaml",
     "No module named 'mlflow'": "MLflow is not installed: pip install -e '.[tracking]'",
-    "CUDA out of memory": "the GPU's memory is full: lower batch_size and raise accumulation_steps as much, or "
-    "(in evaluation and inference) lower sampling_batch_size",
+    "CUDA out of memory": "the GPU is out of memory. In training, lower batch_size and raise "
+    "train::trainer::accumulation_steps. In evaluation and inference, lower sampling_batch_size of the inferer",
 }
+# keys that may differ when training is resumed: they decide where and how fast it runs, not what is learned
+FREE_ON_RESUME = (
+    "imports", "run", "bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "cache_dir", "device",
+    "num_workers", "distributed", "resume", "subset", "num_eval_cases", "datalist_file", "grade_csv",
+    "train::compile", "validate::inferer::sampling_batch_size",
+)  # fmt: skip
 
 
 class InputError(ValueError):
-    """Something a user gave is wrong; the message says what, where and what to do."""
+    """The user's input is wrong. The message says what, where, and what to do."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stopped and what to do."""
+    """Training cannot continue. The message says where it stopped and what to do."""
 
 
-def start_run(*bases: str) -> None:
-    """First expression of every ``run`` list: short messages for our own errors, then the check of the keys.
+def start_run(*bases: str) -> ConfigParser:
+    """Check the keys and values of the running configuration; from now on our own errors print as one line.
 
     Args:
-        bases: file names in ``configs/`` whose top-level keys are the known ones.
+        bases: files in ``configs/`` that declare the known top-level keys.
+
+    Returns:
+        The parser of the running configuration.
 
     Raises:
-        InputError: for a top-level key that no base declares (MONAI would accept it silently), or a value of
-            another kind than its default.
+        InputError: for a top-level key that no base declares (MONAI accepts it silently), or a value of the wrong
+            type.
     """
     sys.excepthook = _report_own_error
-    config = running_parser().get()
-    check_keys(config, *bases)
-    check_values(config, *bases)
+    parser = running_parser()
+    check_keys(parser.get(), *bases)
+    check_values(parser.get(), *bases)
+    return parser
 
 
 def check_keys(config: dict, *bases: str) -> None:
@@ -67,8 +80,7 @@ def check_keys(config: dict, *bases: str) -> None:
         InputError: naming each unknown key and the nearest known one.
     """
     known = {key for base in bases for key in ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / base))}
-    tracking = {*DEFAULT_MLFLOW_SETTINGS["configs"], ConfigParser.meta_key}  # type: ignore[misc]  # added by MONAI itself
-    unknown = [key for key in config if key not in known | tracking]
+    unknown = [key for key in config if key not in known | ADDED_BY_MONAI]
     if unknown:
         hints = []
         for key in unknown:
@@ -78,10 +90,10 @@ def check_keys(config: dict, *bases: str) -> None:
 
 
 def check_values(config: dict, *bases: str) -> None:
-    """Refuse values of another kind than their default in the last of ``bases``, and a device that is not there.
+    """Refuse values whose type differs from that of their default, and a device that does not exist.
 
-    A whole number whose default is at least 1 must be so too, others must not be negative. Defaults that are null or
-    an expression say nothing about their kind.
+    The defaults are those of ``bases``; the last file wins. An integer must be at least 1 if its default is, and must
+    not be negative otherwise. Defaults that are null or an expression are not checked.
 
     Raises:
         InputError: naming the key, its value and what it should be.
@@ -92,37 +104,65 @@ def check_values(config: dict, *bases: str) -> None:
         if key not in config or isinstance(default, str) or default is None or str(value).startswith(("$", "@")):
             continue
         if isinstance(default, (bool, list, dict)):
-            fits, wanted = isinstance(value, type(default)), type(default).__name__
+            valid, expected = isinstance(value, type(default)), type(default).__name__
         elif isinstance(default, int):
-            least = 0 if key == "num_inference_steps" else min(default, 1)  # 0 is the calibration map
-            wanted = f"whole number, {least} or more"
-            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            minimum = 0 if key == "num_inference_steps" else min(default, 1)  # 0 gives the calibration map
+            expected = f"whole number, {minimum} or more"
+            valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
         else:
-            wanted, fits = "number, 0 or more", isinstance(value, (int, float)) and value >= 0
-        if not fits:
-            raise InputError(f"{key}={value!r} must be a {wanted}, such as {default!r}")
-    strength = config.get("augmentation", 0)
-    if isinstance(strength, (int, float)) and strength > 1:
-        raise InputError(f"augmentation={strength} must lie between 0 and 1")
+            expected, valid = "number, 0 or more", isinstance(value, (int, float)) and value >= 0
+        if not valid:
+            raise InputError(f"{key}={value!r} must be a {expected}, such as {default!r}")
     device = str(config.get("device", ""))
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device='{device}': no GPU can be used here; leave the key out, or set device=cpu")
+        raise InputError(f"device='{device}': no GPU is available here; leave the key out, or set device=cpu")
 
 
 @idist.one_rank_only()
 def save_config(file: str) -> None:
-    """Write the merged configuration of the running bundle to ``file``; it can be run again."""
+    """Write the merged configuration of the running bundle to ``file``. The file can be run again."""
     config = {k: v for k, v in running_parser().get().items() if k != ConfigParser.meta_key}
     with atomic_path(file) as path:
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
+def resumable_config() -> dict[str, Any]:
+    """What must not change when training is resumed: the running configuration as plain data, ``{"a::b": value}``.
+
+    Top-level values that are expressions are replaced by their result where that is plain data, such as ``amp``.
+    """
+    parser = running_parser()
+    config = {key: value for key, value in parser.get().items() if key not in ADDED_BY_MONAI}
+    for key, value in config.items():
+        if isinstance(value, str) and value.startswith(("$", "@")) and key not in FREE_ON_RESUME:
+            result = parser.get_parsed_content(key)
+            config[key] = result if isinstance(result, (bool, int, float, str, list, dict)) else value
+    config = json.loads(json.dumps(config, default=str))
+    config["train"]["handlers"] = [
+        handler for handler in config["train"]["handlers"] if "MLFlowHandler" not in str(handler)
+    ]
+    return {
+        key: value
+        for key, value in _flatten(config)
+        if not any(key == free or key.startswith(f"{free}::") for free in FREE_ON_RESUME)
+    }
+
+
+def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    nested = isinstance(node, list) and any(isinstance(value, (dict, list)) for value in node)
+    items = node.items() if isinstance(node, dict) else enumerate(node) if nested else ()
+    if not items:
+        yield path, node
+    for key, value in items:
+        yield from _flatten(value, f"{path}::{key}" if path else str(key))
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it when the block succeeds, and vanishes when it fails."""
+    """Yield a temporary path beside ``path``. It replaces ``path`` if the block succeeds and is removed if it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = "".join(path.suffixes[-2:])  # writers choose their format by it
+    suffix = "".join(path.suffixes[-2:])  # writers choose the format by it
     handle, name = tempfile.mkstemp(prefix=".partial_", suffix=suffix, dir=path.parent)
     os.close(handle)
     partial = Path(name)
@@ -137,24 +177,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def warn_some(what: str, names: Sequence[str]) -> None:
-    """Warn of what some are, with their number and the first names; of nothing where there are none."""
+    """Log the warning "<number> <what>: <first names>"; log nothing if ``names`` is empty."""
     if names:
         logger.warning(f"{len(names)} {what}: {list(names[:5])}{' ...' if len(names) > 5 else ''}")
 
 
 def running_parser() -> ConfigParser:
-    """The parser whose expression is being evaluated: MONAI hands a configuration no way to see itself."""
+    """The parser of the running configuration, found on the call stack: MONAI offers no other way to get it."""
     frame = inspect.currentframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, ConfigParser):
             return owner
         frame = frame.f_back
-    raise RuntimeError("no bundle is running: this function is meant for the 'run' list of a configuration")
+    raise RuntimeError("no bundle is running: call this function from a configuration")
 
 
 def _report_own_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """``sys.excepthook`` that prints our errors alone: MONAI wraps them in pages of 'failed to instantiate'."""
+    """``sys.excepthook`` that prints only our own message: MONAI adds pages of 'failed to instantiate'."""
     message = explain(error)
     if message is None:
         sys.__excepthook__(kind, error, trace)
@@ -163,13 +203,13 @@ def _report_own_error(kind: type[BaseException], error: BaseException, trace: Tr
 
 
 def explain(error: BaseException) -> str | None:
-    """What an error, or the one behind it, means to a user; None for those that only a developer can read."""
+    """Message for the user of an error or of one of its causes; None if it needs a developer."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (InputError, TrainingError)):
             return str(cause)
-        for sign, meaning in SIGNS.items():
-            if sign in str(cause):
+        for text, meaning in KNOWN_ERRORS.items():
+            if text in str(cause):
                 return meaning
         cause = cause.__cause__ or cause.__context__
     return None

@@ -55,7 +55,7 @@ def shard(items: Sequence[T], even: bool = False) -> list[T]:
     return list(partition_dataset(items, num_partitions=processes, even_divisible=even)[idist.get_rank()])
 
 
-def gathered(values: Sequence[T]) -> list[T]:
+def gather_from_all(values: Sequence[T]) -> list[T]:
     """The values of all processes, in the order of the items that :func:`shard` shared out."""
     if idist.get_world_size() == 1:
         return list(values)
@@ -65,12 +65,12 @@ def gathered(values: Sequence[T]) -> list[T]:
     return [value for turn in turns for value in turn if value is not missing]
 
 
-def average(gradient: torch.Tensor) -> torch.Tensor:
+def average_over_processes(gradient: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all processes."""
     return torch.as_tensor(idist.all_reduce(gradient)) / idist.get_world_size()
 
 
-def parallel(network: nn.Module) -> nn.Module:
+def wrap_distributed(network: nn.Module) -> nn.Module:
     """The network as a process of several trains it: its gradients are averaged. Itself where there is one process."""
     if idist.get_world_size() == 1:
         return network
@@ -78,7 +78,7 @@ def parallel(network: nn.Module) -> nn.Module:
     return DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def same_buffers(network: nn.Module) -> None:
+def broadcast_buffers(network: nn.Module) -> None:
     """Give all processes the running statistics of the first, whose network is saved."""
     if idist.get_world_size() > 1:
         for buffer in network.buffers():

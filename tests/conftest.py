@@ -9,6 +9,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.data import MetaTensor
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -16,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["MONAI_FAIL_ON_DUPLICATE_CONFIG"] = "1"
 
 from scripts.config import InputError, TrainingError  # noqa: E402
-from scripts.phantom import make_dataset  # noqa: E402
+from scripts.tools.phantom import make_dataset  # noqa: E402
 
 MODALITIES = ["t1", "t1ce", "t2", "flair"]
 TINY_TRAINING = {
@@ -104,7 +106,43 @@ def run_configs(configs: list[str], **overrides) -> None:
         sys.excepthook = hook
 
 
+def settings_of(*configs: str, **overrides) -> dict:
+    """The settings that training with these configurations saves in the checkpoint."""
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / name) for name in configs])
+    parser.update(overrides)
+    return parser.get_parsed_content("settings")
+
+
 @pytest.fixture
 def run_bundle():
     """The function that runs configurations."""
     return run_configs
+
+
+@pytest.fixture
+def item(tmp_path):
+    """An evaluated subject with a truth of 4 x 4 x 2 voxels, stored as L, P, S with 2 mm voxels."""
+    affine = np.diag([-2.0, -2.0, 2.0, 1.0])
+    file = tmp_path / "s1" / "s1_t1.nii.gz"
+    file.parent.mkdir()
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(16, 16, 4)).astype(np.float32), affine), file)
+    label = torch.zeros(1, 16, 16, 4)
+    label[:, 2:6, 3:7, 1:3] = 1
+
+    def meta(array):
+        return MetaTensor(array, affine=affine, meta={"filename_or_obj": str(file)})
+
+    return {
+        "subject": "s1",
+        "grade": 1,
+        "grade_prob": torch.tensor([0.3, 0.7]),
+        "label": meta(label),
+        "pred": meta(label.clone()),
+        "prob": meta(0.02 + 0.9 * label),
+        "uncertainty": meta(0.5 * label),
+        "sample_dice": torch.tensor([0.75]),
+        "volume_temperature": torch.tensor([1.0]),
+    }

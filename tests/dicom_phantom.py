@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.phantom import make_subject
+from scripts.tools.phantom import make_subject
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SHAPE = (24, 32, 8)

@@ -6,8 +6,8 @@ import pytest
 from scipy.stats import false_discovery_control, wilcoxon
 
 from conftest import TINY_TRAINING
-from scripts.ablation import Ablation, compare, to_markdown
 from scripts.config import InputError, TrainingError
+from scripts.tools.ablation import Ablation, compare, to_markdown
 
 SETTINGS = TINY_TRAINING | {"max_epochs": 1, "device": "cpu"}
 
@@ -124,7 +124,7 @@ def test_runs_are_kept_and_failures_named(phantoms, tmp_path, monkeypatch):
     assert (tmp_path / "ablation.png").stat().st_size > 5000
     trained = next(tmp_path.glob("*/last.pt")).stat().st_mtime_ns
     del arms["odd"]
-    monkeypatch.setattr("scripts.ablation.train", None)  # what is finished must not be trained again
+    monkeypatch.setattr("scripts.tools.ablation.train", None)  # what is finished must not be trained again
     grid().run()
     assert next(tmp_path.glob("*/last.pt")).stat().st_mtime_ns == trained
     assert len(pd.read_csv(tmp_path / "runs.csv")) == 2

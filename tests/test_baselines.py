@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.baselines import GradingResNet, PlainUNet
 from scripts.config import InputError
-from scripts.diffusion import GaussianDiffusion
+from scripts.diffusion.schedule import GaussianDiffusion
+from scripts.networks.baselines import GradingResNet, PlainUNet
 
 
 def inputs():
@@ -13,7 +13,7 @@ def inputs():
 
 
 def test_plain_unet_has_the_signature_of_the_diffusion_network():
-    network = PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]).eval()
+    network = PlainUNet(GaussianDiffusion(), calib_channels=[8, 8, 16]).eval()
     image, x_t, t = inputs()
     seg_logits, cls_logits, calib_map = network(image, x_t, t)
     assert seg_logits.shape == (2, 1, 16, 16)
@@ -25,7 +25,7 @@ def test_plain_unet_has_the_signature_of_the_diffusion_network():
 
 
 def test_plain_unet_without_grading_head():
-    assert PlainUNet(GaussianDiffusion(), channels=[8, 8, 16], use_cls_head=False)(*inputs())[1] is None
+    assert PlainUNet(GaussianDiffusion(), calib_channels=[8, 8, 16], use_cls_head=False)(*inputs())[1] is None
 
 
 def test_resnet_grades_and_finds_no_tumour():

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from conftest import MODALITIES, ROOT
-from scripts.conditioning import MODULES
 from scripts.config import InputError, TrainingError
-from scripts.handlers import EpochTable
-from scripts.metrics import mask_scores
-from scripts.transforms import LabelToRegionsd
+from scripts.data.regions import LabelToRegionsd, RegionCoding
+from scripts.networks.conditioning import CONDITIONING
+from scripts.report.metrics import mask_scores
 
 
 @pytest.fixture
@@ -45,7 +44,10 @@ def test_training_writes_what_the_docs_name(trained):
         "metrics.csv", "config.yaml", "datalist.json", "learning_curves.png", "tensorboard", "model.pt", "last.pt",
     }  # fmt: skip
     table = pd.read_csv(trained / "metrics.csv")
-    assert list(table.columns) == list(EpochTable.COLUMNS)
+    assert list(table.columns) == [
+        "epoch", "split", "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_cls", "L_total",
+        "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm", "learning_rate", "seconds",
+    ]  # fmt: skip
     assert table["split"].tolist() == ["train", "validation"] * 2
     always = ["dice", "iou", "auc", "f1", "accuracy", "L_seg", "L_cls", "L_total", "sigma_seg", "sigma_cls"]
     assert table[always].notna().all(axis=None)
@@ -96,10 +98,10 @@ def test_calibration_is_stored_and_applied(trained, phantoms, run_bundle, tmp_pa
     run_bundle(files[:2], output_dir=str(tmp_path / "after"), **common)
     fitted = json.loads((tmp_path / "calibrate" / "calibration.json").read_text())
     before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("before", "after"))
-    assert fitted["WT"]["brain"]["temperature"] != pytest.approx(1, abs=0.05)
+    assert fitted["WT"]["foreground"]["temperature"] != pytest.approx(1, abs=0.05)
     scores = [summary["uncertainty"]["WT"] for summary in (before, after)]
-    assert scores[0]["ece_brain"]["value"] == pytest.approx(fitted["WT"]["brain"]["before"]["ece"], abs=1e-3)
-    assert scores[1]["ece_brain"]["value"] < scores[0]["ece_brain"]["value"]
+    assert scores[0]["ece_foreground"]["value"] == pytest.approx(fitted["WT"]["foreground"]["before"]["ece"], abs=1e-3)
+    assert scores[1]["ece_foreground"]["value"] < scores[0]["ece_foreground"]["value"]
     dice = [summary["segmentation"]["WT"]["dice"]["mean"]["value"] for summary in (before, after)]
     assert dice[0] == pytest.approx(dice[1], abs=0.02)  # masks move only where the resampling to their grid does
 
@@ -150,7 +152,7 @@ def test_inference_writes_on_the_inputs_own_grid(trained, copied, run_bundle, tm
     assert 0 <= prob.get_fdata().min() <= prob.get_fdata().max() <= 1
     grades = pd.read_csv(out / "grades.csv")
     assert grades["subject"].tolist() == ["BraTS20_Training_002", "BraTS20_Training_005"]
-    assert grades["hgg_prob"].between(0, 1).all()
+    assert (grades["prob_LGG"] + grades["prob_HGG"]).to_numpy() == pytest.approx(1, abs=1e-5)
 
 
 def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tmp_path):
@@ -176,10 +178,10 @@ def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tm
         {"use_cls_head": False},
         {"prediction_type": "epsilon", "num_train_timesteps": 20, "num_inference_steps": 4},
         {"prediction_type": "v_prediction", "schedule": "cosine", "num_samples": 2},
-        {"noised_mask": "prediction", "timestep_sampling": "importance", "start_timestep": 499, "fusion": "staple"},
-        {"self_conditioning": True, "noised_mask": "truth", "eta": 1.0, "num_inference_steps": 3},
-        {"conditioning": list(MODULES), "amp": True, "num_samples": 2, "num_inference_steps": 2, "ema_decay": 0.9},
-        {"conditioning": [], "task_weighting": "sum"},
+        {"train::inferer::noised_mask": "prediction", "validate::inferer::start_timestep": 499, "fusion": "staple"},
+        {"self_conditioning": True, "train::inferer::noised_mask": "truth", "validate::inferer::eta": 1.0},
+        {"conditioning": list(CONDITIONING), "amp": True, "num_samples": 2, "num_inference_steps": 2},
+        {"conditioning": [], "loss::task_weighting": "sum"},
         {"num_inference_steps": 0},
         {"cache_dir": "cache"},
     ],
@@ -194,7 +196,7 @@ def test_settings_train_and_judge(overrides, phantoms, run_bundle, tmp_path):
     table = pd.read_csv(tmp_path / "eval" / "subjects.csv")
     assert table[["dice_WT", "iou_WT", "hd95_WT"]].notna().all(axis=None)
     graded = overrides.get("use_cls_head", True) and overrides.get("num_inference_steps", 1) > 0
-    assert table["hgg_prob"].isna().all() == (not graded)
+    assert table["prob_HGG"].isna().all() == (not graded)
 
 
 def test_three_regions_are_judged_as_they_are_saved(phantoms, run_bundle, tmp_path):
@@ -206,7 +208,7 @@ def test_three_regions_are_judged_as_they_are_saved(phantoms, run_bundle, tmp_pa
     run_bundle(["inference.yaml"], output_dir=str(tmp_path / "pred"), **common)
     table = pd.read_csv(tmp_path / "eval" / "subjects.csv").set_index("subject")
     assert table[[f"dice_{region}" for region in regions]].mean(axis=None) == pytest.approx(best, abs=1e-4)
-    split_masks = LabelToRegionsd("label", regions, {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]})
+    split_masks = LabelToRegionsd("label", RegionCoding(regions, {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}))
     nested = []
     for name, row in table.iterrows():
         files = (tmp_path / "pred" / f"{name}_seg.nii.gz", phantoms / name / f"{name}_seg.nii.gz")
@@ -231,7 +233,7 @@ def test_one_class_warns_and_leaves_auc_undefined(copied, run_bundle, tmp_path, 
     csv = copied / "name_mapping.csv"
     csv.write_text(csv.read_text().replace("LGG", "HGG"))
     run_bundle(["train.yaml"], dataset_dir=str(copied), max_epochs=1, **folders(tmp_path))
-    assert "one class only" in capsys.readouterr().out
+    assert "no training subject has the grade LGG" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert (table[["alpha_LGG", "alpha_HGG"]] == 1).all(axis=None)
     assert table["auc"].isna().all()
@@ -305,27 +307,31 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
         ({"variant": "M", "channels": None}, "variant 'M'"),
         ({"conditioning": ["ff_parsers"]}, "conditioning=.*must be a list of names"),
         ({"conditioning": ["anchor"]}, "conditioning=.*add it"),
-        ({"conditioning": [], "noised_mask": "calibration"}, "noised_mask='calibration' needs 'highway'"),
+        (
+            {"conditioning": [], "train::inferer::noised_mask": "calibration"},
+            "noised_mask='calibration' needs 'highway'",
+        ),
         ({"conditioning": [], "num_inference_steps": 0}, "need a calibration map"),
         ({"num_res_blocks": 0}, "num_res_blocks=0"),
-        ({"task_weighting": "mean"}, "task_weighting 'mean'"),
+        ({"loss::task_weighting": "mean"}, "task_weighting 'mean'"),
         ({"regions": ["WTT"]}, "regions="),
         ({"modalities": "t1"}, "modalities='t1' must be a list"),
         ({"channels": 8}, "channels=8"),
         ({"num_inference_steps": 2000}, "num_inference_steps=2000"),
         ({"slices_per_volume": 0}, "slices_per_volume=0"),
         ({"alpha": [1.0]}, "alpha="),
+        ({"alpha": [1.0, -1.0]}, "alpha="),
         ({"fold": 7}, "fold=7"),
-        ({"augmentation": 2.0}, "augmentation=2.0 must lie between 0 and 1"),
-        ({"early_stopping": 0}, "early_stopping=0 must be"),
-        ({"ema_decay": 2}, "ema_decay=2 must lie"),
-        ({"trainable": "["}, "is not a regular expression"),
-        ({"trainable": "^head"}, "matches no parameter"),
-        ({"tasks": ["grading"], "use_cls_head": False}, "needs use_cls_head"),
-        ({"tasks": ["masks"]}, "tasks="),
-        ({"lr_schedule": "step"}, "lr_schedule 'step'"),
-        ({"warmup_epochs": 5}, "warmup_epochs=5 must be less than max_epochs=2"),
-        ({"amp_dtype": "half"}, "amp_dtype 'half'"),
+        ({"grade_labels": {"LGG": 0, "HGG": 2}}, "without a gap"),
+        ({"architecture": "UNet"}, "architecture 'UNet'"),
+        ({"augmentation": 2.0}, "unknown configuration key 'augmentation'.*'augmentations'"),
+        ({"train::early_stopping": 0}, "early_stopping=0 must be"),
+        ({"optimizer::params::trainable": "["}, "is not a regular expression"),
+        ({"optimizer::params::trainable": "^head"}, "matches no parameter"),
+        ({"loss::tasks": ["grading"], "use_cls_head": False}, "needs use_cls_head"),
+        ({"loss::tasks": ["masks"]}, "tasks="),
+        ({"lr_schedule": "step"}, "unknown configuration key 'lr_schedule'.*'lr_scheduler'"),
+        ({"train::amp_dtype": "half"}, "amp_dtype 'half'"),
         ({"init_ckpt": "missing.pt"}, "'missing.pt' does not exist"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -334,6 +340,44 @@ def test_bad_settings_stop_before_anything_is_written(override, message, phantom
     with pytest.raises(InputError, match=message):
         run_bundle(["train.yaml"], dataset_dir=str(phantoms), **folders(tmp_path), **override)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overlay", "override", "message"),
+    [
+        ("ema.yaml", {"ema::decay": 2}, "ema::decay=2 must lie"),
+        ("lr_warmup.yaml", {}, "warmup_epochs=5 must be less than max_epochs=2"),
+    ],
+)
+def test_bad_settings_of_overlays(overlay, override, message, phantoms, run_bundle, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_bundle(["train.yaml", overlay], dataset_dir=str(phantoms), **folders(tmp_path), **override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_three_grades(copied, run_bundle, tmp_path):
+    """Another mapping in the configuration is all that it takes."""
+    csv = copied / "name_mapping.csv"
+    rows = csv.read_text().splitlines()
+    graded = [row.replace("LGG", "G2").replace("HGG", f"G{3 + i % 2}") for i, row in enumerate(rows)]
+    csv.write_text("\n".join(graded) + "\n")
+    common = {"dataset_dir": str(copied), "ckpt_dir": str(tmp_path)}
+    labels = {"G2": 0, "G3": 1, "G4": 2}
+    run_bundle(["train.yaml"], output_dir=str(tmp_path / "train"), grade_labels=labels, num_folds=2, **common)
+    table = pd.read_csv(tmp_path / "train" / "metrics.csv")
+    assert table[["f1_G2", "f1_G3", "f1_G4"]].notna().any(axis=None)
+    assert (table[["alpha_G2", "alpha_G3", "alpha_G4"]] > 0).all(axis=None)
+    files = ["train.yaml", "evaluate.yaml"]
+    for kind in ("evaluate", "calibrate"):
+        more = {"output_dir": str(tmp_path / kind), "grade_labels": labels, "num_folds": 2}
+        run_bundle([*files, *(["calibrate.yaml"] if kind == "calibrate" else [])], **more, **common)
+    summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    assert list(summary["grading"]) == ["auc", "f1", "f1_G2", "f1_G3", "f1_G4", "accuracy"]
+    run_bundle(["inference.yaml"], output_dir=str(tmp_path / "inference"), **common)
+    grades = pd.read_csv(tmp_path / "inference" / "grades.csv")
+    prob = grades[["prob_G2", "prob_G3", "prob_G4"]]
+    assert prob.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+    assert (prob.idxmax(axis=1).str.removeprefix("prob_") == grades["grade"]).all()
 
 
 def test_evaluation_names_a_file_that_cannot_be_read(trained, copied, run_bundle, tmp_path):
@@ -382,11 +426,11 @@ def test_command_line_from_another_folder_prints_the_error_alone(phantoms, tmp_p
 
 
 def test_real_brats2021_case_has_every_region(shared_data):
-    from scripts.subjects import find_subjects
+    from scripts.data.subjects import find_subjects
 
     (item,) = find_subjects(str(shared_data / "brats2021"), MODALITIES)
     label = torch.as_tensor(np.asarray(nib.load(item["label"]).dataobj))[None]
-    tc, wt, et = LabelToRegionsd("label", ["TC", "WT", "ET"], {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]})(
+    tc, wt, et = LabelToRegionsd("label", RegionCoding(["TC", "WT", "ET"], {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}))(
         {"label": label}
     )["label"]
     assert label.shape[1:] == (240, 240, 155)

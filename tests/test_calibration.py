@@ -9,12 +9,12 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts.calibration import TemperatureFit, cross_fitted, fit_temperature
-from scripts.checkpoint import load_weights, read_checkpoint
 from scripts.config import InputError
-from scripts.diffusion import GaussianDiffusion
+from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
-from scripts.uncertainty import temperature_scaled
+from scripts.report.calibration import TemperatureFit, cross_fitted, fit_temperature, to_classes
+from scripts.sampling.probability import temperature_scaled
+from scripts.training.checkpoints import load_weights, read_checkpoint
 from test_net import TINY
 
 
@@ -27,7 +27,8 @@ def overconfident(temperature, num=100_000, seed=0):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_is_found(temperature):
-    assert fit_temperature(*overconfident(temperature)) == pytest.approx(temperature, rel=0.03)
+    prob, truth = overconfident(temperature)
+    assert fit_temperature(to_classes(prob), truth) == pytest.approx(temperature, rel=0.03)
 
 
 def test_scaling_keeps_masks_and_orders():
@@ -44,17 +45,18 @@ def test_scaling_keeps_masks_and_orders():
 def test_cross_fitting_uses_the_others():
     # nine subjects are twice too sure, one is exactly right: it must be scaled by what the nine say
     subjects = [overconfident(2.0, 5000, seed) for seed in range(9)] + [overconfident(1.0, 5000, 9)]
-    probs, truths = map(list, zip(*subjects, strict=True))
+    probs = [to_classes(prob) for prob, _ in subjects]
+    truths = [truth for _, truth in subjects]
     scaled = cross_fitted(probs, truths)
-    expected = temperature_scaled(torch.tensor(probs[9]), torch.tensor(2.0)).numpy()
-    assert np.abs(scaled[9] - expected).max() < 0.02
+    expected = temperature_scaled(torch.tensor(subjects[9][0]), torch.tensor(2.0)).numpy()
+    assert np.abs(scaled[9][:, 1] - expected).max() < 0.02
     assert cross_fitted(probs[:1], truths[:1])[0] is probs[0]
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
-    torch.save({"model": network.state_dict(), "trained_for": {"seed": 1}}, tmp_path / "model.pt")
+    torch.save({"model": network.state_dict(), "settings": {"seed": 1}}, tmp_path / "model.pt")
     return str(tmp_path / "model.pt")
 
 
@@ -73,7 +75,13 @@ def items(tmp_path):
             prob[:, 8:] = label[:, 8:]  # must not count for the brain
             pred = MetaTensor(prob > 0.5, meta={"filename_or_obj": str(tmp_path / f"{i}_t1.nii")})
             found.append(
-                {"prob": prob, "label": label, "pred": pred, "grade": grades[i % 2], "hgg_prob": 0.2 + 0.1 * i}
+                {
+                    "prob": prob,
+                    "label": label,
+                    "pred": pred,
+                    "grade": grades[i % 2],
+                    "grade_prob": torch.tensor([0.8 - 0.1 * i, 0.2 + 0.1 * i]),
+                }
             )
         return found
 
@@ -83,10 +91,10 @@ def items(tmp_path):
 def fit(checkpoint, folder, evaluated):
     handler = TemperatureFit(checkpoint, str(folder), ["TC", "WT"])
     network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
-    network.brain_temperature.fill_(9)
+    network.foreground_temperature.fill_(9)
     engine = SimpleNamespace(network=network, state=SimpleNamespace(output=evaluated))
     handler.started(engine)
-    assert (network.brain_temperature == 1).all()  # an earlier fit does not enter the next
+    assert (network.foreground_temperature == 1).all()  # an earlier fit does not enter the next
     handler.iteration_completed(engine)
     handler.completed(engine)
     return network
@@ -95,31 +103,31 @@ def fit(checkpoint, folder, evaluated):
 def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items):
     network = fit(checkpoint, tmp_path, items())
     load_weights(network, checkpoint, {"seed": 1})
-    assert network.brain_temperature.tolist() == pytest.approx([2, 2], rel=0.1)
+    assert network.foreground_temperature.tolist() == pytest.approx([2, 2], rel=0.1)
     # the voxels outside the brain, which are right, are among the lesion's alone
-    assert (network.lesion_temperature < network.brain_temperature).all()
+    assert (network.lesion_temperature < network.foreground_temperature).all()
     assert network.grade_temperature != 1
     report = json.loads((tmp_path / "calibration.json").read_text())
     for region in ("TC", "WT"):
-        scores = report[region]["brain"]
+        scores = report[region]["foreground"]
         assert scores["after"]["ece"] < 0.03 < scores["before"]["ece"]
         assert scores["after"]["brier"] < scores["before"]["brier"]
         assert scores["cross_fitted"]["ece"] == pytest.approx(scores["after"]["ece"], abs=0.02)
         assert scores["subjects"] == 6
     assert report["grade"]["after"]["log_loss"] <= report["grade"]["before"]["log_loss"]
-    assert read_checkpoint(checkpoint)["trained_for"] == {"seed": 1}  # all else is kept
+    assert read_checkpoint(checkpoint)["settings"] == {"seed": 1}  # all else is kept
 
 
 def test_one_class_leaves_the_grade_alone(checkpoint, tmp_path, caplog, items):
     network = fit(checkpoint, tmp_path, items(grades=(1, 1)))
     load_weights(network, checkpoint, {"seed": 1})
     assert network.grade_temperature == 1
-    assert "grades of one class" in caplog.text
+    assert "fewer than two grades" in caplog.text
 
 
 def test_nothing_to_calibrate_leaves_the_checkpoint(checkpoint, tmp_path, items):
     empty = [item | {"label": torch.zeros(2, 16, 16, 16)} for item in items()]
     with pytest.raises(InputError, match="no voxel of TC"):
         fit(checkpoint, tmp_path, empty)
-    assert (read_checkpoint(checkpoint)["model"]["brain_temperature"] == 1).all()
+    assert (read_checkpoint(checkpoint)["model"]["foreground_temperature"] == 1).all()
     assert not (tmp_path / "calibration.json").exists()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from scripts.conditioning import (
+from scripts.networks.conditioning import (
     BandPassFilter,
     DynamicEncoding,
     FFParser,

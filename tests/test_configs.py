@@ -9,8 +9,10 @@ import pytest
 import torch
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.data.utils import pickle_hashing
 
-from conftest import ROOT
+from conftest import ROOT, settings_of
+from scripts.net import SETTINGS
 
 CONFIGS = ROOT / "configs"
 BASES = ("train.yaml", "inference.yaml")
@@ -44,7 +46,9 @@ def test_overlays_only_override(name):
     overlay = load(name)
     base = load("inference.yaml") | load("train.yaml")
     assert {key.split("::")[0].removeprefix("+") for key in overlay} <= base.keys()
-    assert [key for key in overlay if key in base and overlay[key] == base[key]] == []  # none repeats it
+    assert [
+        key for key in overlay if key in base and overlay[key] == base[key] and key != "run"
+    ] == []  # none repeats it
     assert len((CONFIGS / name).read_text().splitlines()) <= 80
 
 
@@ -71,21 +75,40 @@ def test_numbers_are_numbers(name):
             float(text)  # YAML reads 1e-4 as a string
 
 
-def test_both_bases_build_the_same_network():
-    train, inference = map(load, BASES)
-    from_checkpoint = {key for key in inference if inference[key] == f"$@trained['{key}']"}
-    assert from_checkpoint == train["trained_for"].keys() | train["output_names"].keys()
-    for key in (train.keys() & inference.keys()) - from_checkpoint - {"imports", "output_dir", "run"}:
+def test_both_bases_prepare_images_alike():
+    """Inference is one file for MONAI Label, so its chain stands twice; the data sets of both must agree."""
+    train, inference = parsed("train.yaml"), parsed("inference.yaml", settings=settings_of("train.yaml"))
+    chains = [
+        train.get_parsed_content("validate::preprocessing").transforms,
+        inference.get_parsed_content("preprocessing").transforms,
+    ]
+    labels = [transform for transform in chains[0] if getattr(transform, "keys", None) == ("label",)]
+    assert len(labels) == 2
+    images = [transform for transform in chains[0] if transform not in labels]
+    assert [type(transform) for transform in images] == [type(transform) for transform in chains[1]]
+    for ours, theirs in zip(images, chains[1], strict=True):
+        assert pickle_hashing(ours) == pickle_hashing(theirs)
+
+
+def test_both_bases_sample_alike():
+    train, inference = load("train.yaml")["validate"]["inferer"], load("inference.yaml")["inferer"]
+    for key in ("_target_", "sampling_batch_size", "eta", "start_timestep", "calibrated_for"):
         assert train[key] == inference[key], key
+    shared = {"seed", "num_inference_steps", "num_samples", "sampler", "fusion", "device", "amp", "ckpt_path"}
+    assert {key: load("train.yaml")[key] for key in shared} == {key: load("inference.yaml")[key] for key in shared}
 
 
 def test_the_weights_are_those_of_the_demo_and_inference_needs_no_other_setting():
     checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
-    demo = parsed("train.yaml", "demo.yaml")
-    assert checkpoint["trained_for"] == demo.get_parsed_content("trained_for")
-    for parser in (demo, parsed("inference.yaml")):
+    assert checkpoint["settings"] == settings_of("train.yaml", "demo.yaml")
+    for parser in (parsed("train.yaml", "demo.yaml"), parsed("inference.yaml")):
         parser.get_parsed_content("network_def").load_state_dict(checkpoint["model"])
     assert (ROOT / "models" / "model.pt").stat().st_size < 10e6
+
+
+def test_every_setting_is_a_public_key_and_an_argument():
+    assert set(SETTINGS) <= load("train.yaml").keys()
+    assert not set(SETTINGS) & load("inference.yaml").keys()  # they are in the checkpoint
 
 
 @pytest.mark.parametrize(
@@ -98,7 +121,7 @@ def test_overlays_build_networks(overlay):
 
 def test_seed_settings_train_a_step_and_sample_a_slice():
     """A13 at its full size; only the width of the tensors in the batch (one slice) is less."""
-    parser = parsed("train.yaml", "seed_settings.yaml", class_alpha=[1.0, 1.0], device="cpu", amp=False)
+    parser = parsed("train.yaml", "seed_settings.yaml", alpha=[1.0, 1.0], device="cpu", amp=False)
     content = parser.get_parsed_content
     expected = {"image_size": 256, "num_train_timesteps": 1000, "schedule": "linear", "batch_size": 4}
     assert {key: content(key) for key in expected} == expected
@@ -151,7 +174,6 @@ def test_monai_finds_the_required_properties(files, kind, phantoms, tmp_path):
         workflow_type=kind,
         dataset_dir=str(phantoms),
         output_dir=str(tmp_path),
-        image_size=32,
     )
     workflow.initialize()
     assert workflow.check_properties() == []

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from conftest import MODALITIES
-from scripts import datalist, subjects
 from scripts.config import InputError
+from scripts.data import datalist, subjects
 from test_split import cohort
+
+GRADES = {"LGG": 0, "HGG": 1}
 
 
 def test_slices_are_counted_from_foot_to_head(tmp_path, make_subject_folder, volumes):
     affine = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], float)  # stored A, S, R
     make_subject_folder(tmp_path, "s1", volumes, affine=affine)
-    assert "slices=8" in datalist.describe({"all": subjects.load_subjects(str(tmp_path), MODALITIES)}, [1, 1])
+    assert "slices=8" in datalist.describe({"all": subjects.load_subjects(str(tmp_path), MODALITIES)}, [1, 1], GRADES)
 
 
 def test_datalist_can_be_edited_and_passed_back(tmp_path, make_subject_folder, volumes):
@@ -62,6 +64,23 @@ def test_subset_all_and_number_of_cases():
 def test_summary_counts(tmp_path, make_subject_folder, volumes):
     make_subject_folder(tmp_path, "s1", volumes)
     items = subjects.load_subjects(str(tmp_path), MODALITIES)
-    text = datalist.describe({"training": items}, [2.4276, 0.6297])
+    text = datalist.describe({"training": items}, [2.4276, 0.6297], GRADES)
     assert "subjects=1 slices=4 n_LGG=0 n_HGG=0 ungraded=1" in text
     assert "alpha_LGG=2.4276 alpha_HGG=0.6297" in text
+
+
+def test_any_number_of_grades(tmp_path, make_subject_folder, volumes):
+    for i in range(4):
+        make_subject_folder(tmp_path, f"s{i}", volumes)
+    items = subjects.find_subjects(str(tmp_path), MODALITIES)
+    graded = [item | {"grade": grade} for item, grade in zip(items, (0, 1, 2, -1), strict=True)]
+    labels = {"G2": 0, "G3": 1, "G4": 2}
+    text = datalist.describe({"training": graded}, [1.0, 0.5, 2.0], labels)
+    assert "n_G2=1 n_G3=1 n_G4=1 ungraded=1" in text
+    assert "alpha_G2=1.0000 alpha_G3=0.5000 alpha_G4=2.0000" in text
+    file = tmp_path / "datalist.json"
+    datalist.write_datalist({"training": graded[:2], "validation": graded[2:]}, str(file), str(tmp_path))
+    options = {"dataset_dir": str(tmp_path), "modalities": MODALITIES}
+    assert datalist.read_datalist(str(file), **options, grade_labels=labels)["validation"][0]["grade"] == 2
+    with pytest.raises(InputError, match=r"a grade from \[-1, 0, 1\]"):
+        datalist.read_datalist(str(file), **options)

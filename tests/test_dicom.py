@@ -13,10 +13,10 @@ from dicom_phantom import AXIAL, OBLIQUE, SAGITTAL, SHAPE, write_series, write_s
 
 from conftest import MODALITIES, run_configs
 from scripts.config import InputError
-from scripts.dicom import ordered_series
-from scripts.images import read_grid, read_volume
-from scripts.subjects import check_output_dir, find_subjects, subject_of
-from scripts.transforms import LoadVolumesd
+from scripts.data.dicom import ordered_series
+from scripts.data.pictures import read_grid, read_volume
+from scripts.data.subjects import check_output_dir, find_subjects, subject_of
+from scripts.data.transforms import LoadVolumesd
 
 pydicom = pytest.importorskip("pydicom")
 

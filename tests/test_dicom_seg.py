@@ -14,9 +14,9 @@ from monai.data import MetaTensor
 
 from conftest import MODALITIES
 from scripts.config import InputError
-from scripts.dicom import ordered_series
-from scripts.dicom_seg import DicomSegWriter
-from scripts.transforms import LabelToRegionsd
+from scripts.data.dicom import ordered_series
+from scripts.data.regions import LabelToRegionsd, RegionCoding
+from scripts.tools.dicom_seg import DicomSegWriter
 from test_dicom import REGIONS, find, infer
 
 highdicom = pytest.importorskip("highdicom")
@@ -51,7 +51,7 @@ def test_segments_are_the_regions_of_the_mask(tmp_path, three_regions, affine):
 
 
 def writer(out, item, regions=("WT",), **settings) -> DicomSegWriter:
-    to_regions = LabelToRegionsd("pred", regions, REGION_LABELS)
+    to_regions = LabelToRegionsd("pred", RegionCoding(regions, REGION_LABELS))
     return DicomSegWriter(str(out), regions, to_regions, [item], **settings)
 
 

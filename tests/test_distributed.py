@@ -16,7 +16,7 @@ import torch
 
 from conftest import ROOT
 from scripts.config import InputError
-from scripts.distributed import gathered, shard
+from scripts.distributed import gather_from_all, shard
 from test_faults import command, folders, wait_for
 
 
@@ -36,7 +36,7 @@ def trained(phantoms, tmp_path_factory) -> Path:
 
 
 def test_one_process_keeps_everything():
-    assert shard(["a", "b", "c"]) == gathered(["a", "b", "c"]) == ["a", "b", "c"]
+    assert shard(["a", "b", "c"]) == gather_from_all(["a", "b", "c"]) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(("even", "shares"), [(False, ["ace", "bd"]), (True, ["ace", "bda"])])
@@ -46,7 +46,7 @@ def test_shares_of_two_processes(even, shares, monkeypatch):
         monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
         assert "".join(shard("abcde", even)) == share
     monkeypatch.setattr("ignite.distributed.all_gather", lambda values: [["a", "c", "e"], ["b", "d"]])
-    assert "".join(gathered([])) == "abcde"
+    assert "".join(gather_from_all([])) == "abcde"
     with pytest.raises(InputError, match="1 subjects cannot be shared by 2 processes"):
         shard(["a"])
 

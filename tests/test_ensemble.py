@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.ensemble import fuse, pairwise_dice, staple
+from scripts.sampling.ensemble import fuse, pairwise_dice, staple
 
 
 def test_mean_and_majority():

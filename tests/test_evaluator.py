@@ -4,10 +4,10 @@ import pytest
 import torch
 from monai.data import DataLoader
 
-from scripts.diffusion import GaussianDiffusion
-from scripts.evaluator import VolumeEvaluator
-from scripts.inferer import VolumeInferer
+from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
+from scripts.sampling.evaluator import VolumeEvaluator
+from scripts.sampling.inferer import VolumeInferer
 from test_net import TINY, randomise
 
 

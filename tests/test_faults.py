@@ -23,14 +23,12 @@ STATEFUL = {
     "val_interval": 2,
     "slices_per_volume": 4,
     "batch_size": 4,
-    "ema_decay": 0.9,
-    "ema_warmup_steps": 10,
-    "timestep_sampling": "importance",
-    "augmentation": 1.0,
-    "lr_schedule": "cosine_restarts",
-    "restart_epochs": 3,
-    "accumulation_steps": 2,
+    "ema::decay": 0.9,
+    "lr_scheduler::T_0": 3,
+    "train::early_stopping": 9,
+    "train::trainer::accumulation_steps": 2,
 }
+FILES = ["train.yaml", "ema.yaml", "lr_restarts.yaml", "augment.yaml", "augment_mr.yaml"]
 
 
 def command(configs: list[str], **settings) -> list[str]:
@@ -72,15 +70,15 @@ def assert_same(ours, theirs) -> None:
 def test_killed_training_resumes_to_the_same_weights(phantoms, run_bundle, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = {"dataset_dir": str(phantoms), **STATEFUL}
-    run_bundle(["train.yaml"], **settings, **folders(whole))
-    run = command(["train.yaml", "resume.yaml"], **settings, **folders(killed))
+    run_bundle(FILES, **settings, **folders(whole))
+    run = command([*FILES, "resume.yaml"], **settings, **folders(killed))
     with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: (killed / "last.pt").is_file(), process)  # at some moment of the second epoch, or later
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert 1 <= state(killed / "last.pt")["epoch"] < 4
     (killed / ".partial_left.pt").write_bytes(b"half")
-    run_bundle(["train.yaml", "resume.yaml"], **settings, **folders(killed))
+    run_bundle([*FILES, "resume.yaml"], **settings, **folders(killed))
     for name in ("last.pt", "model.pt"):
         assert_same(state(whole / name), state(killed / name))
     tables = [pd.read_csv(folder / "metrics.csv").drop(columns="seconds") for folder in (whole, killed)]
@@ -91,7 +89,7 @@ def test_killed_training_resumes_to_the_same_weights(phantoms, run_bundle, tmp_p
 def test_a_complete_training_is_left_as_it_is(phantoms, run_bundle, tmp_path, capsys):
     settings = {"dataset_dir": str(phantoms), "max_epochs": 1, **folders(tmp_path)}
     run_bundle(["train.yaml", "resume.yaml"], **settings)
-    assert "training starts at the beginning" in capsys.readouterr().out
+    assert "training starts from the beginning" in capsys.readouterr().out
     before = (tmp_path / "last.pt").read_bytes()
     run_bundle(["train.yaml", "resume.yaml"], **settings)
     assert "training is complete" in capsys.readouterr().out
@@ -101,11 +99,15 @@ def test_a_complete_training_is_left_as_it_is(phantoms, run_bundle, tmp_path, ca
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"channels": [16, 16, 16]}, r"was trained with channels=\[8, 8, 8\]"),
+        ({"channels": [16, 16, 16]}, r"was trained with channels=\[8, 8, 8\], now it is \[16, 16, 16\]"),
+        ({"alpha": [1.0, 2.0]}, r"was trained with alpha=absent, now it is \[1.0, 2.0\]"),
+        ({"amp": True}, "was trained with amp=False, now it is True"),
+        ({"val_interval": 2}, "was trained with val_interval=1, now it is 2"),
+        ({"augmentations": [{"_target_": "Identityd", "keys": "image"}]}, "was trained with augmentations"),
         ({"image_size": 16}, "was trained with image_size=32"),
         ({"max_epochs": 9}, "was trained with max_epochs=2, now it is 9"),
         ({"learning_rate": 1e-2}, "was trained with learning_rate=0.0005"),
-        ({"fold": 1}, "was trained on 8 subjects that are not the 8 of now"),
+        ({"fold": 1}, "was trained on 8 subjects, and these are not the 8 training subjects of now"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -129,7 +131,7 @@ SAVER = """
 import os, resource, signal, sys, torch
 from types import SimpleNamespace
 sys.path.insert(0, {root!r})
-from scripts.checkpoint import SaveCheckpoints
+from scripts.training.checkpoints import SaveCheckpoints
 save, fault = torch.save, sys.argv[1]
 def killed(content, path):
     save(content, path)
@@ -137,7 +139,7 @@ def killed(content, path):
     os.kill(os.getpid(), signal.SIGKILL)
 evaluator = SimpleNamespace(state=SimpleNamespace(best_metric=0.5, best_metric_epoch=0))
 network = torch.nn.Linear(300, 300)
-saver = SaveCheckpoints({folder!r}, {{"model": network, "loss": network}}, evaluator, ["s1"], {{}}, {{}}, {{}})
+saver = SaveCheckpoints({folder!r}, {{"model": network}}, ["model"], evaluator, {{}}, ["s1"])
 saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=1), scaler=None))
 if fault == "killed":
     torch.save = killed
@@ -157,20 +159,20 @@ def test_the_old_checkpoint_outlives_a_failed_save(fault, returncode, tmp_path):
     assert state(tmp_path / "last.pt")["epoch"] == 1
     if fault == "full":
         assert f"TrainingError: cannot write {tmp_path / 'last.pt'}" in done.stderr
-        assert "make room" in done.stderr
+        assert "Free some space" in done.stderr
         assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_a_killed_loader_process_is_explained(phantoms, tmp_path):
     overlay = tmp_path / "kill.yaml"
     kill = {"_target_": "Lambdad", "keys": "image", "func": "$lambda image: __import__('os')._exit(1)"}
-    overlay.write_text(yaml.safe_dump({"train::augmentations": [kill]}))
-    settings = {"dataset_dir": str(phantoms), "num_workers": 1, "augmentation": 1.0, **folders(tmp_path / "out")}
+    overlay.write_text(yaml.safe_dump({"augmentations": [kill]}))
+    settings = {"dataset_dir": str(phantoms), "num_workers": 1, **folders(tmp_path / "out")}
     run = command(["train.yaml"], **settings)
     run[run.index("--config_file") + 1] = str(["configs/train.yaml", str(overlay)])
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: a process that loads data was killed")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: a data-loading process was killed")
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import torch
 from monai.data import MetaTensor
 from test_samplers import NAMES
 
-from scripts.baselines import PlainUNet
 from scripts.config import InputError
-from scripts.diffusion import GaussianDiffusion
-from scripts.inferer import VolumeInferer, area_weighted_mean
+from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
+from scripts.networks.baselines import PlainUNet
+from scripts.sampling.inferer import VolumeInferer
+from scripts.sampling.probability import area_weighted_mean
 from test_net import TINY, randomise
 
 
@@ -114,7 +115,7 @@ def test_self_conditioning_hands_the_estimate_on(volume):
 
 def test_temperatures_are_applied(network, volume):
     before = VolumeInferer().predict(volume, network)
-    network.brain_temperature.fill_(2.0)
+    network.foreground_temperature.fill_(2.0)
     network.lesion_temperature.fill_(4.0)
     network.grade_temperature.fill_(3.0)
     after = VolumeInferer().predict(volume, network)
@@ -122,10 +123,10 @@ def test_temperatures_are_applied(network, volume):
     assert torch.allclose(after["pred"][brain].logit(), before["pred"][brain].logit() / 2, atol=1e-3)
     assert torch.allclose(after["hgg_prob"].logit(), before["hgg_prob"].logit() / 3, atol=1e-3)
     assert not after["pred"][..., 0].any()  # no brain, no probability
-    assert after["to_brain"].tolist() == [[1.0]]
+    assert after["volume_temperature"].tolist() == [[1.0]]
     lesion = VolumeInferer(calibrated_for="lesion").predict(volume, network)
     assert torch.allclose(lesion["pred"][brain].logit(), before["pred"][brain].logit() / 4, atol=1e-3)
-    assert lesion["to_brain"].tolist() == [[0.5]]
+    assert lesion["volume_temperature"].tolist() == [[0.5]]
     assert (after["uncertainty"][brain] > before["uncertainty"][brain]).float().mean() > 0.9
 
 

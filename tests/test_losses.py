@@ -7,8 +7,8 @@ import torch
 from monai.losses import DiceFocalLoss
 
 from scripts.config import InputError
-from scripts.diffusion import GaussianDiffusion
-from scripts.losses import MIN_SIGMA, MultiTaskLoss, UncertaintyWeighting
+from scripts.diffusion.schedule import GaussianDiffusion
+from scripts.training.losses import MIN_SIGMA, MultiTaskLoss, UncertaintyWeighting
 
 
 def batch(regions=1):

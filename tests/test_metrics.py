@@ -2,21 +2,29 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from scripts.diffusion import GaussianDiffusion
-from scripts.losses import MultiTaskLoss
-from scripts.metrics import (
+from scripts.diffusion.schedule import GaussianDiffusion
+from scripts.report.metrics import (
     AverageLosses,
     SubjectGrades,
+    epoch_columns,
+    epoch_values,
     grading_scores,
     mask_scores,
     sampled_losses,
     training_grades,
-    with_intervals,
 )
+from scripts.training.losses import MultiTaskLoss
+
+NAMES = ["LGG", "HGG"]
+TWO = {"LGG": 0, "HGG": 1}
+
+
+def two(*positive):
+    """Probabilities of two grades."""
+    return [[1 - p, p] for p in positive]
 
 
 def cube(shape=(1, 10, 10, 10), start=2, stop=6):
@@ -54,22 +62,50 @@ def test_regions_are_scored_apart():
 
 
 def test_grading_scores_in_closed_form():
-    scores = grading_scores([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9])
+    scores = grading_scores([0, 0, 1, 1], two(0.1, 0.6, 0.4, 0.9), NAMES)
     assert scores == pytest.approx({"auc": 0.75, "f1": 0.5, "f1_LGG": 0.5, "f1_HGG": 0.5, "accuracy": 0.5})
 
 
 def test_one_class_or_none_is_undefined_not_a_crash():
-    scores = grading_scores([1, 1], [0.9, 0.8])
+    scores = grading_scores([1, 1], two(0.9, 0.8), NAMES)
     assert math.isnan(scores["auc"])
     assert scores["accuracy"] == scores["f1_HGG"] == scores["f1"] == 1
-    assert all(math.isnan(value) for value in grading_scores([], []).values())
+    assert all(math.isnan(value) for value in grading_scores([], [], NAMES).values())
+
+
+def test_three_grades_one_against_the_rest():
+    grade, prob = [0, 1, 2, 2], [[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.5, 0.4], [0.1, 0.1, 0.8]]
+    scores = grading_scores(grade, prob, ["G2", "G3", "G4"])
+    # G2: 0.6 above all; G3: 0.4 above 2 of 3; G4: both above both
+    assert scores["auc"] == pytest.approx((1 + 2 / 3 + 1) / 3)
+    assert scores["accuracy"] == 0.5
+    assert [scores[f"f1_{name}"] for name in ("G2", "G3", "G4")] == pytest.approx([2 / 3, 0, 2 / 3])
+    assert scores["f1"] == pytest.approx(4 / 9)
+    absent = grading_scores(grade[:2], prob[:2], ["G2", "G3", "G4"])
+    assert absent["auc"] == pytest.approx(1.0)  # the mean of the two grades that are there
+    assert math.isnan(absent["f1_G4"])
+
+
+def test_columns_follow_the_grades():
+    assert epoch_columns(TWO) == [
+        "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_cls", "L_total",
+        "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm",
+    ]  # fmt: skip
+    three = {"G2": 0, "G3": 1, "G4": 2}
+    assert {"f1_G4", "alpha_G2", "alpha_G4"} <= set(epoch_columns(three))
+    values = epoch_values(MultiTaskLoss(GaussianDiffusion(), [1.0, 2.0, 3.0]), [1.0, 2.0, 3.0], three)
+    assert values == pytest.approx({"sigma_seg": 1, "sigma_cls": 1, "alpha_G2": 1, "alpha_G3": 2, "alpha_G4": 3})
 
 
 def test_slices_are_averaged_by_area_before_any_score():
-    metric = SubjectGrades()
+    metric = SubjectGrades(TWO)
     # subject a: large slices say HGG, a small one says LGG; b: LGG; c: unknown grade
-    metric.update((["a", "b", "c"], torch.tensor([0.9, 0.2, 0.0]), torch.tensor([1, 0, -1]), torch.tensor([9, 5, 5])))
-    metric.update((["a", "b", "c"], torch.tensor([0.0, 0.2, 0.0]), torch.tensor([1, 0, -1]), torch.tensor([1, 5, 5])))
+    metric.update(
+        (["a", "b", "c"], torch.tensor(two(0.9, 0.2, 0.0)), torch.tensor([1, 0, -1]), torch.tensor([9, 5, 5]))
+    )
+    metric.update(
+        (["a", "b", "c"], torch.tensor(two(0.0, 0.2, 0.0)), torch.tensor([1, 0, -1]), torch.tensor([1, 5, 5]))
+    )
     scores = metric.compute()
     assert scores["accuracy"] == scores["auc"] == 1
     metric.reset()
@@ -84,7 +120,7 @@ def test_training_grades_leave_out_empty_slices():
         {"pred": (torch.ones(2, 1, 4, 4), torch.zeros(2, 2), None), "label": targets}
     )
     assert (subjects, grade.tolist(), area.tolist()) == (["a", "b"], [1, -1], [16, 16])
-    assert prob.tolist() == [0.5, 0.5]
+    assert prob.tolist() == [[0.5, 0.5]] * 2
 
 
 def test_hd95_of_a_picture_is_that_of_its_outlines():
@@ -104,27 +140,16 @@ def test_losses_average_over_the_iterations_that_have_them():
 def test_validation_losses_are_of_the_sampled_mask():
     loss = MultiTaskLoss(GaussianDiffusion(prediction_type="epsilon"), alpha=[2.0, 1.0])
     label = cube()
-    item = {"prob": 0.8 * label + 0.1 * (1 - label), "label": label, "hgg_prob": 0.25, "grade": 0}
+    item = {
+        "prob": 0.8 * label + 0.1 * (1 - label),
+        "label": label,
+        "grade_prob": torch.tensor([0.75, 0.25]),
+        "grade": 0,
+    }
     components = dict(sampled_losses([item], loss))
     expected = loss.mask_loss(torch.logit(item["prob"])[None], label[None]).item()
     assert components["L_seg"] == pytest.approx(expected, rel=1e-4)
     assert components["L_cls"] == pytest.approx(-2 * 0.25**2 * math.log(0.75), rel=1e-4)
-    ungraded = dict(sampled_losses([item | {"hgg_prob": float("nan")}], loss))
+    del item["grade_prob"]
+    ungraded = dict(sampled_losses([item], loss))
     assert "L_cls" not in ungraded
-
-
-def test_interval_of_a_mean():
-    values = np.random.default_rng(0).normal(0.8, 0.1, 200)
-    cell = with_intervals(lambda v: {"mean": v.mean()}, values)["mean"]
-    half = 1.96 * values.std() / math.sqrt(200)
-    assert cell["value"] == pytest.approx(values.mean())
-    assert cell["low"] == pytest.approx(values.mean() - half, abs=0.004)
-    assert cell["high"] == pytest.approx(values.mean() + half, abs=0.004)
-
-
-def test_interval_of_undefined_and_of_one_subject():
-    one = with_intervals(lambda v: {"mean": v.mean()}, [0.5])
-    assert one == {"mean": {"value": 0.5, "low": None, "high": None}}
-    cells = with_intervals(grading_scores, [1, 1, 1], [0.6, 0.7, 0.3])
-    assert cells["auc"] == {"value": None, "low": None, "high": None}
-    assert cells["accuracy"]["low"] < cells["accuracy"]["value"] < cells["accuracy"]["high"]

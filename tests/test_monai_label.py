@@ -50,7 +50,7 @@ def test_one_file_of_each_subject_trains(request_of):
 def test_the_served_network_is_trained_whatever_the_defaults_are(request_of):
     served, _ = request_of([1, 2], [3])
     again, _ = request_of([1, 2], [3], channels=[16, 16], calib_channels=None, image_size=64)
-    assert again["trained_for"] == served["trained_for"]
+    assert again["settings"] == served["settings"]
 
 
 def test_without_validation_the_last_weights_are_kept(request_of):

@@ -4,13 +4,14 @@ import pytest
 import torch
 from monai.networks.nets import DiffusionModelUNet
 
-from scripts.conditioning import MODULES
 from scripts.config import InputError
-from scripts.diffusion import GaussianDiffusion
-from scripts.inferer import VolumeInferer
-from scripts.losses import MultiTaskLoss
-from scripts.net import Denoiser, MedSegDiff
-from scripts.variants import VARIANTS, Variant
+from scripts.diffusion.schedule import GaussianDiffusion
+from scripts.net import MedSegDiff, build
+from scripts.networks.conditioning import CONDITIONING, HIGHWAY, MODULES, ConditioningModule
+from scripts.networks.unets import Denoiser
+from scripts.networks.variants import VARIANTS, Variant
+from scripts.sampling.inferer import VolumeInferer
+from scripts.training.losses import MultiTaskLoss
 
 TINY = {"channels": [8, 8, 16], "calib_channels": [8, 16, 16]}
 
@@ -56,7 +57,8 @@ def test_every_variant_builds(variant):
     denoiser = network.denoiser
     assert len(denoiser.down_blocks) == len(VARIANTS[variant].channels)
     assert [hasattr(block, "attentions") for block in denoiser.down_blocks].count(True) == (variant != "S")
-    assert (denoiser.anchor is not None) == (denoiser.ss_former is not None) == (variant == "v2")
+    modules = [name for place in denoiser.conditioning.values() for name in place]
+    assert modules == (["anchor", "ss_former"] if variant == "v2" else [])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -94,7 +96,7 @@ def test_channels_override_all_of_the_variant_but_its_conditioning():
     network = MedSegDiff(GaussianDiffusion(), variant="v2", channels=[8, 8, 16])
     assert not any(hasattr(block, "attentions") for block in network.denoiser.down_blocks)
     assert network.calibrator.filters == (16, 16, 32)
-    assert network.denoiser.ss_former is not None
+    assert "ss_former" in network.denoiser.conditioning["bottom"]
 
 
 def test_seed_settings_build():
@@ -138,7 +140,7 @@ def test_denoiser_is_monais_network():
 
 
 @pytest.mark.parametrize(
-    "conditioning", [[], ["highway"], ["ff_parser"], *(["highway", name] for name in MODULES[1:]), MODULES]
+    "conditioning", [[], [HIGHWAY], ["ff_parser"], *([HIGHWAY, name] for name in MODULES), CONDITIONING]
 )
 def test_every_parameter_gets_a_gradient(conditioning):
     network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=conditioning, **TINY)).train()
@@ -158,7 +160,7 @@ def test_every_input_matters():
 
 
 def test_condition_sees_only_the_image_and_can_be_reused():
-    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=MODULES, **TINY))
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=CONDITIONING, **TINY))
     image, x_t, t = inputs()
     seg_logits, _, calib_map = network(image, x_t, t)
     assert torch.equal(network(image, x_t + 1, t - 1)[2], calib_map)
@@ -167,7 +169,7 @@ def test_condition_sees_only_the_image_and_can_be_reused():
     assert torch.equal(network(image, x_t, t, condition)[0], seg_logits)
 
 
-@pytest.mark.parametrize("module", MODULES[1:])
+@pytest.mark.parametrize("module", MODULES)
 def test_every_module_changes_the_answer(module):
     """The other network has the same weights and lacks the module."""
     network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=["highway", module], **TINY))
@@ -182,16 +184,16 @@ def test_every_module_changes_the_answer(module):
 
 def test_conditioning_on_an_image_that_the_denoiser_does_not_see():
     """The modules alone carry the image: with it hidden from the denoiser, its answer still changes with it."""
-    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=MODULES, **TINY))
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=CONDITIONING, **TINY))
     image, x_t, t = inputs()
     condition = network.condition(image)
     seg_logits = network(image, x_t, t, condition)[0]
-    for name in ("anchor", "ss_former", "1", "2"):
+    for name in ("stem_anchor", "bottom_ss_former", "level1_dynamic_encoding", "level2_dynamic_encoding"):
         changed = condition | {name: condition[name] + torch.randn_like(condition[name])}
         assert not torch.allclose(network(image, x_t, t, changed)[0], seg_logits), name
 
 
-@pytest.mark.parametrize("conditioning", [["highway"], MODULES])
+@pytest.mark.parametrize("conditioning", [["highway"], CONDITIONING])
 def test_a_fresh_network_answers_with_its_calibration_map(conditioning):
     seg_logits, _, calib_map = MedSegDiff(GaussianDiffusion(), conditioning=conditioning, **TINY)(*inputs())
     assert torch.equal(seg_logits, calib_map)
@@ -225,7 +227,7 @@ def test_without_highway_image_and_mask_are_concatenated():
 
 @pytest.mark.parametrize("deeper", [{"channels": [8, 8, 8, 8]}, {"calib_channels": [8, 8, 8, 8]}])
 def test_the_two_unets_may_differ_in_depth(deeper):
-    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=MODULES, **TINY | deeper))
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=CONDITIONING, **TINY | deeper))
     assert network(*inputs(size=16))[0].shape == (2, 1, 16, 16)
 
 
@@ -242,3 +244,48 @@ def test_the_two_unets_may_differ_in_depth(deeper):
 def test_bad_settings(settings, message):
     with pytest.raises(InputError, match=message):
         MedSegDiff(GaussianDiffusion(), **settings)
+
+
+SETTINGS_OF_MODEL = {
+    "architecture": "MedSegDiff",
+    "modalities": ["t1", "t2"],
+    "regions": ["WT", "ET"],
+    "grade_labels": {"G2": 0, "G3": 1, "G4": 2},
+    "num_train_timesteps": 20,
+    "schedule": "cosine",
+    **TINY,
+}
+
+
+def test_a_network_is_built_from_plain_settings():
+    network = build(SETTINGS_OF_MODEL)
+    assert network.diffusion.num_train_timesteps == 20
+    seg_logits, cls_logits, _ = network(*(part for part in (torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16, 16))))
+    assert seg_logits.shape == (2, 2, 16, 16)
+    assert cls_logits.shape == (2, 3)
+    baseline = build(SETTINGS_OF_MODEL | {"architecture": "PlainUNet"})
+    assert baseline.unet.filters == tuple(TINY["calib_channels"])
+    with pytest.raises(InputError, match="architecture 'UNet' is not one of"):
+        build(SETTINGS_OF_MODEL | {"architecture": "UNet"})
+
+
+def test_one_more_module_is_one_class_and_one_entry(monkeypatch):
+    class Scale(ConditioningModule):
+        place = "bottom"
+
+        def __init__(self, channels, image_channels, embedding):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(channels, 1, 1))
+
+        def prepare(self, image_features):
+            return image_features.mean(dim=(1, 2, 3), keepdim=True)
+
+        def forward(self, x, prepared, emb):
+            return x + self.weight * prepared
+
+    monkeypatch.setitem(MODULES, "scale", Scale)
+    monkeypatch.setattr("scripts.networks.conditioning.CONDITIONING", (*CONDITIONING, "scale"))
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=["highway", "scale"], **TINY))
+    outputs = network(*inputs())
+    outputs[0].sum().backward()
+    assert network.denoiser.conditioning["bottom"]["scale"].weight.grad.any()

@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from conftest import MODALITIES
-from scripts.phantom import MEANS, make_dataset, make_subject
-from scripts.subjects import load_subjects
+from scripts.data.subjects import load_subjects
+from scripts.tools.phantom import MEANS, make_dataset, make_subject
 
 
 def test_written_as_brats_folders_with_grades(phantoms):

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 from matplotlib import image as mpimg
 
-from scripts.plots import plot_ablation, plot_overlay, plot_reliability, plot_risk_coverage
-from scripts.uncertainty import calibration_bins, risk_coverage
+from scripts.report.plots import plot_ablation, plot_overlay, plot_reliability, plot_risk_coverage
+from scripts.report.uncertainty import calibration_bins, risk_coverage
 
 
 def test_overlay_shows_the_patients_left_on_the_right(tmp_path):

@@ -9,7 +9,7 @@ import zipfile
 import yaml
 
 from conftest import ROOT
-from scripts import release
+from scripts.tools import release
 
 
 def write(folder, monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from scripts.config import InputError
-from scripts.diffusion import GaussianDiffusion, timestep_pairs
-from scripts.samplers import DDIM, DDPM, SAMPLERS, make_sampler
+from scripts.diffusion.samplers import DDIM, DDPM, SAMPLERS, make_sampler
+from scripts.diffusion.schedule import GaussianDiffusion, timestep_pairs
 
 MU, S = 0.7, 0.5
 NAMES = [name for name in SAMPLERS if importlib.util.find_spec("diffusers") or name in ("ddpm", "ddim")]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from scripts.config import InputError
-from scripts.split import patient, split
+from scripts.data.split import patient, split
 
 
 def cohort(counts=(40, 100, 10)):

@@ -27,8 +27,9 @@ def staged(phantoms, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("staged")
     for stage in ("stage1_segmentation", "stage2_grading", "stage3_joint"):
-        settings = {"dataset_dir": str(phantoms), "stages_dir": str(folder), "max_epochs": 3, "ema_decay": 0.9}
-        run_configs(["train.yaml", f"{stage}.yaml"], **settings)
+        settings = {"dataset_dir": str(phantoms), "max_epochs": 3, "ema::decay": 0.9}
+        settings |= {"output_dir": str(folder / stage), "ckpt_dir": str(folder / stage)}
+        run_configs(["train.yaml", f"{stage}.yaml", "ema.yaml"], **settings)
     return folder
 
 
@@ -66,7 +67,9 @@ def test_the_last_head_of_stage_two_is_kept(staged):
 
 def test_a_stage_without_the_one_before_says_so(phantoms, run_bundle, tmp_path):
     with pytest.raises(InputError, match="stage1_segmentation/model.pt' does not exist"):
-        run_bundle(["train.yaml", "stage2_grading.yaml"], dataset_dir=str(phantoms), stages_dir=str(tmp_path))
+        folder = str(tmp_path / "stage2_grading")
+        files = ["train.yaml", "stage2_grading.yaml"]
+        run_bundle(files, dataset_dir=str(phantoms), output_dir=folder, ckpt_dir=folder)
     assert not list(tmp_path.iterdir())
 
 
@@ -82,10 +85,12 @@ def test_weights_that_have_seen_the_validation_subjects_are_no_start(staged, pha
 
 def test_average_is_validated_and_kept(phantoms, run_bundle, tmp_path):
     folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
-    run_bundle(["train.yaml"], ema_decay=0.95, ema_warmup_steps=2, **folders)
+    run_bundle(["train.yaml", "ema.yaml"], **folders | {"ema::decay": 0.95})
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     assert not same(last["network"], last["model"], "denoiser")
-    assert same(last["ema"]["ema_model"], last["model"], "")
+    average = {name.removeprefix("module."): value for name, value in last["ema"].items() if name != "n_averaged"}
+    assert same(average, last["model"], "")
+    assert last["ema"]["n_averaged"] == 4  # 2 epochs of 2 batches
     run_bundle(
         ["train.yaml", "evaluate.yaml"],
         **folders | {"output_dir": str(tmp_path / "e")},
@@ -95,38 +100,54 @@ def test_average_is_validated_and_kept(phantoms, run_bundle, tmp_path):
     assert judged == pytest.approx(pd.read_csv(tmp_path / "metrics.csv")["dice"].iloc[-1], abs=1e-5)
 
 
+ACCUMULATE = "train::trainer::accumulation_steps"
+
+
 @pytest.mark.parametrize(
-    ("settings", "steps"),
+    ("overlays", "settings", "steps"),
     [
-        ({"accumulation_steps": 2, "batch_size": 4, "max_epochs": 1}, 2),  # 8 subjects x 2 slices: 4 batches
-        ({"accumulation_steps": 3, "batch_size": 4, "max_epochs": 1}, 2),  # the rest of an epoch is a step too
-        ({"lr_schedule": "plateau", "lr_patience": 1, "learning_rate": 1e-7, "max_epochs": 3}, 6),
-        ({"channels_last": True, "self_conditioning": True, "amp": True}, 4),
-        ({"gradient_cosine": True, "augmentation": 1.0, "early_stopping": 1, "batch_size": 1}, None),
-        ({"timestep_sampling": "importance", "warmup_epochs": 1}, 4),
+        ([], {ACCUMULATE: 2, "batch_size": 4, "max_epochs": 1}, 2),  # 8 subjects x 2 slices: 4 batches
+        ([], {ACCUMULATE: 3, "batch_size": 4, "max_epochs": 1}, 2),  # the rest of an epoch is a step too
+        (["lr_plateau.yaml"], {"lr_scheduler::patience": 1, "learning_rate": 1e-7, "max_epochs": 3}, 6),
+        (["lr_restarts.yaml"], {"lr_scheduler::T_0": 1}, 4),
+        (["lr_constant.yaml"], {"self_conditioning": True, "amp": True}, 4),
+        (["lr_warmup.yaml"], {"lr_scheduler::warmup_epochs": 1}, 4),
+        (["augment.yaml", "augment_mr.yaml"], {"train::early_stopping": 1, "batch_size": 1}, None),
+        (["augment.yaml", "augment_pictures.yaml"], {}, 4),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=str,
 )
-def test_options_run(settings, steps, phantoms, run_bundle, tmp_path):
+def test_options_run(overlays, settings, steps, phantoms, run_bundle, tmp_path):
     folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
-    run_bundle(["train.yaml"], **folders, **settings)
+    run_bundle(["train.yaml", *overlays], **folders, **settings)
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     table = pd.read_csv(tmp_path / "metrics.csv")
     assert table["L_total"].notna().all()
     if steps:
         assert {int(part["step"]) for part in last["optimizer"]["state"].values()} == {steps}
-    if settings.get("lr_schedule") == "plateau":
+    if "lr_plateau.yaml" in overlays:
         assert last["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.5e-7)  # no Dice was better
-    assert table["gradient_cosine"].notna().any() == settings.get("gradient_cosine", False)
+    if "lr_restarts.yaml" in overlays:
+        assert table["learning_rate"].nunique() == 1  # it restarts every epoch
+    if "lr_warmup.yaml" in overlays:
+        assert table["learning_rate"].iloc[0] == pytest.approx(table["learning_rate"].max() / 10)
+
+
+def test_early_stopping_stays_stopped(phantoms, run_bundle, tmp_path):
+    folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
+    settings = {"train::early_stopping": 2, "learning_rate": 1e-9, "max_epochs": 8}
+    for files in (["train.yaml"], ["train.yaml", "resume.yaml"]):
+        run_bundle(files, **folders, **settings)
+        assert pd.read_csv(tmp_path / "metrics.csv")["epoch"].max() == 3  # the first is the best
 
 
 def test_the_parts_with_weights_are_compiled(phantoms, run_bundle, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda part: compiled.append(part)
-    )  # what compiling does is test_trainer's
+    )  # what compiling does is test_steps's
     folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
-    run_bundle(["train.yaml"], **folders, compile=True, max_epochs=1)
+    run_bundle(["train.yaml"], **folders, max_epochs=1, **{"train::compile": True})
     assert [type(part).__name__ for part in compiled] == ["ImageUNet", "Denoiser", "GradingHead"]
 
 

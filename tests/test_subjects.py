@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from conftest import MODALITIES
-from scripts import subjects
 from scripts.config import InputError
+from scripts.data import subjects
 
 
 def write_csv(path, text):

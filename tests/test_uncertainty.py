@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.metrics import CalibrationErrorMetric
 
-from scripts.uncertainty import (
+from scripts.report.uncertainty import (
     COVERAGE,
     calibration_bins,
     error_auroc,

@@ -1,0 +1,1 @@
+"""Find, check, split, read and write the images of subjects."""

@@ -1,0 +1,142 @@
+"""Decathlon-style data lists: the training and validation subjects of a run, written and read again."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ignite.distributed as idist
+import nibabel as nib
+
+from scripts.config import InputError, atomic_path
+from scripts.data.grades import GRADE_LABELS, UNKNOWN_GRADE, grade_names
+from scripts.data.pictures import read_grid
+from scripts.data.split import PATIENT_PATTERN, patient, split
+from scripts.data.subjects import Item, check_headers, with_suffix
+
+
+def make_datalist(
+    items: Sequence[Item] | None,
+    *,
+    datalist_file: str | None,
+    dataset_dir: str,
+    fold: int,
+    num_folds: int,
+    seed: int,
+    subset: str = "validation",
+    num_eval_cases: int | None = None,
+    modalities: Sequence[str],
+    image_dir: str | None = None,
+    patient_pattern: str = PATIENT_PATTERN,
+    grade_labels: Mapping[str, int] = GRADE_LABELS,
+) -> dict[str, list[Item]]:
+    """Training and validation items: from ``datalist_file`` if given, else by :func:`scripts.data.split.split`.
+
+    Args:
+        items: subjects found by :func:`scripts.data.subjects.load_subjects`.
+        datalist_file: Decathlon-style JSON written by an earlier run, perhaps edited.
+        dataset_dir: folder that relative paths of ``datalist_file`` start from.
+        fold: which fold validates.
+        num_folds: number of folds; 5 gives the usual 80/20.
+        seed: seed of the split.
+        subset: ``validation``, or ``all`` to judge every subject found.
+        num_eval_cases: judge only so many subjects of the subset.
+        modalities: file suffixes that the files of ``datalist_file`` must have, or of ``image_dir`` the channels.
+        image_dir: as in :func:`scripts.data.subjects.load_subjects`.
+        patient_pattern: regular expression for :func:`scripts.data.split.patient`.
+        grade_labels: class index of each grade; ``datalist_file`` must not hold another one.
+
+    Raises:
+        InputError: for an unusable ``datalist_file``, ``subset`` or ``num_eval_cases``, or a patient on both sides.
+    """
+    if subset not in ("validation", "all"):
+        raise InputError(f"subset='{subset}' must be 'validation' or 'all'")
+    if num_eval_cases is not None and (not isinstance(num_eval_cases, int) or num_eval_cases < 1):
+        raise InputError(f"num_eval_cases={num_eval_cases!r} must be a whole number, 1 or more")
+    if datalist_file:
+        subsets = read_datalist(datalist_file, dataset_dir, modalities, image_dir, grade_labels)
+    elif subset == "all":
+        subsets = {"training": [], "validation": list(items or [])}
+    else:
+        subsets = split(items or [], fold, num_folds, seed, patient_pattern)
+    training, validation = ({patient(item["subject"], patient_pattern) for item in part} for part in subsets.values())
+    if both := sorted(training & validation):
+        raise InputError(f"{datalist_file}: patients on both sides of the split: {both[:5]}")
+    if subset == "all":
+        subsets["validation"] = sorted(subsets["training"] + subsets["validation"], key=lambda item: item["subject"])
+    subsets["validation"] = subsets["validation"][:num_eval_cases]
+    return subsets
+
+
+@idist.one_rank_only()
+def write_datalist(subsets: Mapping[str, Sequence[Item]], file: str, dataset_dir: str) -> None:
+    """Write ``{"training": [...], "validation": [...]}`` with paths relative to ``dataset_dir``."""
+    root = Path(dataset_dir).resolve()
+
+    def relative(value):
+        if isinstance(value, list):
+            return [relative(entry) for entry in value]
+        path = Path(value).resolve()
+        return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+    content = {
+        name: [{k: relative(v) if k in ("image", "label") else v for k, v in item.items()} for item in items]
+        for name, items in subsets.items()
+    }
+    with atomic_path(file) as path:
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_datalist(
+    file: str,
+    dataset_dir: str,
+    modalities: Sequence[str],
+    image_dir: str | None = None,
+    grade_labels: Mapping[str, int] = GRADE_LABELS,
+) -> dict[str, list[Item]]:
+    """Read a JSON written by :func:`write_datalist`; its files must be of ``modalities`` and share one grid."""
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        subsets = {
+            name: [
+                item
+                | {"image": [str(Path(dataset_dir) / file) for file in item["image"]]}
+                | {"label": str(Path(dataset_dir) / item["label"])}
+                | {"subject": str(item["subject"]), "grade": int(item.get("grade", UNKNOWN_GRADE))}
+                for item in content[name]
+            ]
+            for name in ("training", "validation")
+        }
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"datalist_file '{file}' is not a data list of this bundle: {error!r}") from error
+    known = [UNKNOWN_GRADE, *range(len(grade_names(grade_labels)))]
+    for item in subsets["training"] + subsets["validation"]:
+        suffixes = [bool(with_suffix([Path(i)], m)) for i, m in zip(item["image"], modalities, strict=False)]
+        fits = len(item["image"]) == 1 if image_dir else len(item["image"]) == len(modalities) and all(suffixes)
+        if not fits or item["grade"] not in known:
+            raise InputError(
+                f"datalist_file '{file}': subject '{item['subject']}' must have an image for each of "
+                f"{list(modalities)}, in this order, and a grade from {known} (-1: unknown)"
+            )
+        check_headers(item, modalities)
+    return subsets
+
+
+def describe(subsets: Mapping[str, Sequence[Item]], alpha: Sequence[float], grade_labels: Mapping[str, int]) -> str:
+    """Start-up summary: subjects, slices and number of each grade (``n_LGG``) per subset, and alpha per grade."""
+    names = grade_names(grade_labels)
+    lines = []
+    for name, items in subsets.items():
+        counts = Counter(item["grade"] for item in items)
+        slices = sum(_num_slices(item["image"][0]) for item in items)
+        graded = " ".join(f"n_{grade}={counts[index]}" for index, grade in enumerate(names))
+        lines.append(f"{name:<11} subjects={len(items)} slices={slices} {graded} ungraded={counts[UNKNOWN_GRADE]}")
+    weights = " ".join(f"alpha_{grade}={value:.4f}" for grade, value in zip(names, alpha, strict=True))
+    return "\n".join([*lines, weights])
+
+
+def _num_slices(file: str) -> int:
+    grid = read_grid(file)
+    return grid.shape[list(nib.io_orientation(grid.affine)[:, 0]).index(2)]

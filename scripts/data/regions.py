@@ -1,0 +1,147 @@
+"""Label maps to region channels and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from scripts.config import InputError
+
+FAR_SHARE = 0.02  # largest share of a JPEG mask's pixels that may lie far from every label value
+
+
+class RegionCoding:
+    """Which label values make up each region, and which value each region is painted with.
+
+    MONAI's ``ConvertToMultiChannelBasedOnBratsClassesd`` knows only BraTS and accepts any value.
+
+    Args:
+        regions: names of the wanted regions, in channel order, e.g. ``["TC", "WT", "ET"]``.
+        region_labels: label values of every known region, e.g. ``{"WT": [1, 2, 4]}``.
+        background_label: label value outside all regions.
+
+    Raises:
+        InputError: for an unknown or repeated region, or label values that are not whole numbers from 0 to 255.
+    """
+
+    def __init__(
+        self, regions: Sequence[str], region_labels: Mapping[str, Sequence[int]], background_label: int = 0
+    ) -> None:
+        _check(regions, region_labels, background_label)
+        self.background_label = background_label
+        self.values = [list(region_labels[region]) for region in regions]
+        self.known = sorted({background_label}.union(*map(set, region_labels.values())))
+        self.paint: list[tuple[int, int]] = []  # channel and value, large regions first
+        order = sorted(range(len(regions)), key=lambda channel: -len(self.values[channel]))
+        for rank, channel in enumerate(order):
+            smaller = {value for other in order[rank + 1 :] for value in self.values[other]}
+            own = [value for value in self.values[channel] if value not in smaller]
+            self.paint.append((channel, (own or self.values[channel])[0]))
+
+    def to_regions(self, label: torch.Tensor, where: str = "", smeared: bool = False) -> torch.Tensor:
+        """Label map ``[1, H, W, S]`` to region channels ``[R, H, W, S]``, float of 0 and 1.
+
+        Args:
+            label: label map.
+            where: subject, for the message.
+            smeared: the values come from a JPEG file. Values between known ones become the nearest, with a warning.
+
+        Raises:
+            InputError: for a label value that belongs to no known region.
+        """
+        if smeared and self._unknown(label):
+            label = self._nearest(label)
+        if unknown := self._unknown(label):
+            raise InputError(
+                f"{where}the segmentation has label values {unknown[:5]} outside {self.known}; set 'region_labels' and "
+                "'background_label' (BraTS 2023 uses 3 for ET: add configs/data_brats2023.yaml)"
+            )
+        return torch.cat([torch.isin(label, label.new_tensor(values)) for values in self.values]).float()
+
+    def to_label(self, regions: torch.Tensor) -> torch.Tensor:
+        """Region channels ``[R, H, W, S]`` to a label map ``[1, H, W, S]`` uint8.
+
+        Large regions are painted first, so that the result is always nested (ET inside TC inside WT). Each region is
+        painted with its first value that no smaller region has.
+        """
+        label = torch.full_like(regions[:1], self.background_label, dtype=torch.uint8)
+        for channel, value in self.paint:
+            label[0].masked_fill_(regions[channel] > 0, value)
+        return label
+
+    def _unknown(self, label: torch.Tensor) -> list[float]:
+        return torch.unique(label[~torch.isin(label, label.new_tensor(self.known))]).tolist()
+
+    def _nearest(self, label: torch.Tensor) -> torch.Tensor:
+        """The nearest known value of each pixel; the label itself if too many pixels lie far from every known value."""
+        known = label.new_tensor(self.known)
+        nearest = known[torch.bucketize(label.contiguous(), (known[1:] + known[:-1]) / 2)]
+        far = (label - nearest).abs() > known.diff().min() / 4
+        if far.float().mean() > FAR_SHARE:
+            return label
+        warnings.warn(
+            f"JPEG compression has changed the masks' values: each is replaced by the nearest of {self.known}",
+            stacklevel=2,
+        )
+        return nearest
+
+
+class LabelToRegionsd(MapTransform):
+    """Transform by :meth:`RegionCoding.to_regions`.
+
+    Args:
+        keys: keys of the label maps.
+        coding: regions and their label values.
+    """
+
+    def __init__(self, keys: KeysCollection, coding: RegionCoding) -> None:
+        super().__init__(keys)
+        self.coding = coding
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            label = d[key]
+            meta = label.meta if isinstance(label, MetaTensor) else {}
+            smeared = str(meta.get("filename_or_obj", "")).lower().endswith((".jpg", ".jpeg"))
+            where = f"subject '{d.get('subject', '?')}': "
+            regions = self.coding.to_regions(torch.as_tensor(label), where, smeared)
+            d[key] = MetaTensor(regions, meta=meta) if isinstance(label, MetaTensor) else regions
+        return d
+
+
+class RegionsToLabeld(MapTransform):
+    """Transform by :meth:`RegionCoding.to_label`, the inverse of :class:`LabelToRegionsd`.
+
+    Args:
+        keys: keys of the region channels.
+        coding: regions and their label values.
+    """
+
+    def __init__(self, keys: KeysCollection, coding: RegionCoding) -> None:
+        super().__init__(keys)
+        self.coding = coding
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.coding.to_label(d[key])
+        return d
+
+
+def _check(regions: Sequence[str], region_labels: Mapping[str, Sequence[int]], background_label: int) -> None:
+    unknown = [region for region in regions if region not in region_labels]
+    if isinstance(regions, str) or not regions or unknown or len(set(regions)) != len(regions):
+        raise InputError(f"regions={regions!r} must be a list of distinct names from {list(region_labels)}")
+    for region, values in region_labels.items():
+        if not values or not set(values) <= set(range(256)) - {background_label}:
+            raise InputError(
+                f"region_labels: {region}={list(values)} must list whole numbers from 0 to 255 without "
+                f"background_label={background_label}"
+            )

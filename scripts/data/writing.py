@@ -1,0 +1,71 @@
+"""Write predictions in the format of their input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.data import NibabelWriter
+from monai.transforms import SaveImaged
+
+from scripts.config import atomic_path
+from scripts.data.pictures import is_picture, write_picture
+
+
+class LikeInputWriter(NibabelWriter):
+    """Writer of NIfTI for volumes and of pictures for pictures; each file is written in one step.
+
+    Integers become a picture of the input's format (PNG instead of JPEG, whose compression changes values). Other
+    numbers become a TIFF of float32 with one page per channel.
+    """
+
+    def set_data_array(self, data_array, channel_dim=0, squeeze_end_dims: bool = True, **kwargs) -> None:
+        super().set_data_array(data_array, channel_dim, squeeze_end_dims=False, **kwargs)
+
+    def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options) -> None:
+        super().set_metadata(meta_dict, resample, **options)  # MONAI mistakes three axes without a channel for two
+        if self.data_obj.shape[-1] == 1:  # only the channel: a volume of one slice keeps its axes
+            self.data_obj = self.data_obj[..., 0]
+        self.source = Path((meta_dict or {}).get("filename_or_obj", ""))
+
+    def write(self, filename, verbose: bool = False, **obj_kwargs) -> None:
+        if is_picture(self.source):
+            kind = ".tif"
+            if np.issubdtype(self.output_dtype, np.integer):
+                kind = self.source.suffix.lower().replace(".jpeg", ".png").replace(".jpg", ".png")
+            write_picture(np.asarray(self.data_obj, self.output_dtype), str(filename).removesuffix(".nii.gz") + kind)
+            return
+        with atomic_path(filename) as path:
+            super().write(path, verbose=verbose, **obj_kwargs)
+
+
+def subject_name(metadict: Mapping, saver: object) -> dict:
+    """``output_name_formatter`` of ``SaveImaged``. MONAI removes what looks like an extension, so one is added."""
+    return {"subject": f"{metadict['subject']}.nii", "idx": None}
+
+
+class SaveMapd(SaveImaged):
+    """Save a mask or map of a subject as ``<output_dir>/<subject>_<postfix>`` in the format of its input.
+
+    Args:
+        keys: key of the map; an item without it is skipped.
+        postfix: end of the file's name.
+        output_dir: folder of the files.
+        dtype: type of the numbers.
+    """
+
+    def __init__(self, keys: KeysCollection, postfix: str, output_dir: str, dtype: str = "float32") -> None:
+        super().__init__(
+            keys,
+            output_dir=output_dir,
+            output_postfix=postfix,
+            output_dtype=np.dtype(dtype).type,
+            output_name_formatter=subject_name,
+            writer=LikeInputWriter,
+            separate_folder=False,
+            resample=False,
+            print_log=False,
+            allow_missing_keys=True,
+        )

@@ -1,0 +1,1 @@
+"""Parts of the networks: U-Nets, conditioning modules, grading head, baselines."""

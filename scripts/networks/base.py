@@ -1,0 +1,85 @@
+"""What training and sampling expect of every network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from scripts.config import InputError
+from scripts.diffusion.schedule import GaussianDiffusion
+
+Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # seg_logits, cls_logits, calib_map
+
+
+class SegmentationNetwork(nn.Module):
+    """Base class: attributes, fitted temperatures, and the two calls of training and sampling.
+
+    The temperatures are 1 until they are fitted. As buffers they are saved and loaded with the weights:
+    ``foreground_temperature [R]`` and ``lesion_temperature [R]`` of the masks, ``grade_temperature`` (a scalar).
+
+    Args:
+        diffusion: noise schedule and prediction type.
+        out_channels: R, number of target regions.
+        divisor: the sides of a slice must be multiples of it.
+
+    Attributes:
+        noised_mask: what training noises by default, see :class:`scripts.training.steps.DenoisingInferer`.
+        self_conditioning: whether ``forward`` uses ``estimate``.
+        has_calib_map: whether there is an image-only branch.
+    """
+
+    foreground_temperature: torch.Tensor
+    lesion_temperature: torch.Tensor
+    grade_temperature: torch.Tensor
+    noised_mask: str = "truth"
+    self_conditioning: bool = False
+    has_calib_map: bool = False
+    cls_head: nn.Module | None
+
+    def __init__(self, diffusion: GaussianDiffusion, out_channels: int, divisor: int) -> None:
+        super().__init__()
+        self.diffusion = diffusion
+        self.out_channels = out_channels
+        self.divisor = divisor
+        self.register_buffer("foreground_temperature", torch.ones(out_channels))
+        self.register_buffer("lesion_temperature", torch.ones(out_channels))
+        self.register_buffer("grade_temperature", torch.tensor(1.0))
+
+    def check_image_size(self, size: Sequence[int]) -> None:
+        """Raise InputError unless both sides of a slice ``(H, W)`` are multiples of :attr:`divisor`."""
+        if any(side % self.divisor for side in size):
+            raise InputError(f"image_size {tuple(size)} must be divisible by {self.divisor}: 2 per down-sampling")
+
+    def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Everything that depends on the image ``[B, M, H, W]`` alone, by name; computed once per slice.
+
+        Every tensor has B first. ``calib_map`` holds the logits of the calibration map ``[B, R, H, W]``.
+        """
+        self.check_image_size(image.shape[2:])
+        return {}
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        x_t: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        condition: dict[str, torch.Tensor] | None = None,
+        estimate: torch.Tensor | None = None,
+    ) -> Outputs | torch.Tensor:
+        """Predict clean mask and grade from image and noisy mask.
+
+        Args:
+            image: slices ``[B, M, H, W]``, z-scored.
+            x_t: noisy masks ``[B, R, H, W]``.
+            timesteps: ``[B]``, 0 to T - 1.
+            condition: result of :meth:`condition` for ``image``; sampling computes it once.
+            estimate: x_0 ``[B, R, H, W]`` of the step before, for self-conditioning; None means 0.
+
+        Returns:
+            ``(seg_logits [B, R, H, W], cls_logits [B, K] or None, calib_map [B, R, H, W] or None)`` for K grades.
+            With the image alone, as MONAI's export and verification call it, only the ``seg_logits`` of one
+            evaluation from x_t = 0 at T - 1.
+        """
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Metrics, intervals, calibration, tables and plots."""

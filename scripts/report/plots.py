@@ -1,0 +1,151 @@
+"""Plots: learning curves, overlays, reliability and risk-coverage diagrams, ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from scripts.config import atomic_path
+from scripts.report.uncertainty import COVERAGE, expected_calibration_error
+
+
+def plot_learning_curves(
+    table: pd.DataFrame, panels: Mapping[str, Sequence[str]], shared: Sequence[str], file: str | Path
+) -> None:
+    """Draw the epoch table: training as solid lines, validation as dashed lines with dots.
+
+    Args:
+        table: rows with ``epoch``, ``split`` and the columns of ``panels``.
+        panels: title of each plot and the columns that it shows.
+        shared: columns that are the same in both rows of an epoch, drawn once.
+        file: PNG to write.
+    """
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(14, 3.5 * rows), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(rows, 3, squeeze=False).flat, panels.items(), strict=False):
+        for colour, name in enumerate(names):
+            for split, style in (("train", "-"), ("validation", ".--")):
+                chosen = table[(table["split"] == split) & table[name].notna()]
+                if len(chosen) and not (split == "validation" and name in shared):
+                    label = f"{name} {split}" if len(names) > 1 else split
+                    axes.plot(chosen["epoch"], chosen[name], style, color=f"C{colour}", label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes.lines:
+            axes.legend(fontsize="small")
+    _save(figure, file)
+
+
+def plot_overlay(
+    image: np.ndarray, pred: np.ndarray, uncertainty: np.ndarray, label: np.ndarray | None, title: str, file: str | Path
+) -> None:
+    """Draw the axial slice with the largest mask: image with outlines (red: prediction, green: truth), and uncertainty.
+
+    Args:
+        image: one modality ``[H, W, S]``, axes towards right, anterior and superior.
+        pred: binary masks ``[R, H, W, S]``.
+        uncertainty: entropy in bits ``[H, W, S]``.
+        label: true masks ``[R, H, W, S]``, or None.
+        title: text above the image.
+        file: PNG to write.
+    """
+    mask = pred if label is None or not label.any() else label
+    index = int(mask.any(axis=0).sum(axis=(0, 1)).argmax()) if mask.any() else mask.shape[-1] // 2
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    turn = partial(np.rot90, k=1)  # anterior up, the patient's left on the right: the radiological convention
+    flip = slice(None, None, -1)
+    for axes in (left, right):
+        axes.imshow(turn(image[flip, :, index]), cmap="gray")
+        axes.set_axis_off()
+    shown = right.imshow(turn(uncertainty[flip, :, index]), cmap="magma", vmin=0, vmax=1, alpha=0.6)
+    figure.colorbar(shown, ax=right, label="entropy (bits)")
+    for volumes, colour in ((pred, "red"), (label, "lime")):
+        for volume in () if volumes is None else volumes:
+            if volume[..., index].any():
+                left.contour(turn(volume[flip, :, index]), levels=[0.5], colors=colour, linewidths=1)
+    left.set_title(f"{title}, slice {index + 1}\nred: prediction" + ("" if label is None else ", green: truth"))
+    right.set_title("uncertainty")
+    _save(figure, file)
+
+
+def plot_reliability(bins: Mapping[str, np.ndarray], file: str | Path) -> None:
+    """Draw observed frequency against predicted probability, and below it the share of voxels per bin.
+
+    Args:
+        bins: by region and voxels, such as ``WT lesion``: :func:`~scripts.report.uncertainty.calibration_bins` of n
+            subjects, ``[n, 3, 20]``.
+        file: PNG to write.
+    """
+    figure = Figure(figsize=(5, 6.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    upper.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    for region, counts in bins.items():
+        prob, truth, count = counts.sum(axis=0)
+        seen = count > 0
+        label = f"{region}, ECE {expected_calibration_error(counts):.3f}"
+        upper.plot(prob[seen] / count[seen], truth[seen] / count[seen], ".-", label=label)
+        lower.stairs(count / count.sum(), np.linspace(0, 1, len(count) + 1))
+    upper.set(
+        ylabel="observed frequency",
+        title="calibration of the voxels\n(lesion: truth or prediction, dilated by 3 voxels)",
+        aspect="equal",
+    )
+    upper.legend()
+    lower.set(xlabel="predicted probability", ylabel="share of voxels", yscale="log", xlim=(0, 1))
+    _save(figure, file)
+
+
+def plot_risk_coverage(risks: Mapping[str, np.ndarray], file: str | Path) -> None:
+    """Draw the share of wrong voxels among the most certain ones, as the mean over subjects.
+
+    Args:
+        risks: by region, :func:`~scripts.report.uncertainty.risk_coverage` of the subjects, ``[n, 100]``.
+        file: PNG to write.
+    """
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (region, risk) in enumerate(risks.items()):
+        axes.plot(COVERAGE, risk.mean(axis=0), color=f"C{colour}", label=region)
+        axes.axhline(risk[:, -1].mean(), color=f"C{colour}", linestyle=":", label=f"{region}, all voxels")
+    axes.set(
+        xlabel="coverage: share of the foreground's voxels, most certain first",
+        ylabel="share of wrong voxels",
+        ylim=(0, None),
+    )
+    axes.legend()
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: str | Path) -> None:
+    FigureCanvasAgg(figure)  # needs no display and no global state of pyplot
+    with atomic_path(file) as path:
+        figure.savefig(path, dpi=90)
+
+
+def plot_ablation(runs: pd.DataFrame, file: str | Path) -> None:
+    """Draw Dice and AUC of every arm: a dot per seed, a bar for mean and standard deviation.
+
+    Args:
+        runs: ``arm``, ``seed``, ``dice``, ``auc``; NaN where an arm has none.
+        file: PNG to write.
+    """
+    arms = list(dict.fromkeys(runs["arm"]))
+    figure = Figure(figsize=(12, 1.2 + 0.35 * len(arms)), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("dice", "auc"), strict=True):
+        for row, arm in enumerate(arms):
+            values = runs.loc[runs["arm"] == arm, name].dropna()
+            axes.plot(values, [row] * len(values), ".", color="C0", alpha=0.6)
+            if len(values) > 1:
+                axes.errorbar(values.mean(), row, xerr=values.std(), fmt="|", color="C1", capsize=4)
+        axes.set(xlabel={"dice": "Dice", "auc": "AUC"}[name], yticks=range(len(arms)), yticklabels=arms)
+        axes.grid(axis="x", alpha=0.3)
+    figure.axes[0].invert_yaxis()
+    _save(figure, file)

@@ -1,0 +1,116 @@
+"""Rows of the tables of subjects, and ``grades.csv`` of inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import pandas as pd
+import torch
+from ignite.engine import Events
+from monai.engines.workflow import Workflow
+
+from scripts.config import atomic_path
+from scripts.data.grades import grade_names
+from scripts.distributed import gather_from_all
+from scripts.report.overlays import read_background, write_overlay
+from scripts.report.uncertainty import volume_estimate
+from scripts.sampling.probability import temperature_scaled
+
+
+class GradeTable:
+    """Inference handler: ``grades.csv`` and one overlay per subject.
+
+    A row holds the probability of each grade, the likeliest grade, and volumes and quality of each region.
+
+    Args:
+        output_dir: folder of the files.
+        grade_labels: class index of each grade.
+        regions: names of the region channels.
+        to_regions: turns the label map ``pred`` of an item back into region channels.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        grade_labels: Mapping[str, int],
+        regions: Sequence[str],
+        to_regions: Callable[[Mapping[str, Any]], dict[str, Any]],
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.regions = list(regions)
+        self.to_regions = to_regions
+        self.grades = grade_names(grade_labels)
+
+    def attach(self, engine: Workflow) -> None:
+        """Attach to the evaluator."""
+        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def started(self, engine: Workflow) -> None:
+        self.rows: list[dict] = []
+
+    def completed(self, engine: Workflow) -> None:
+        self._write(gather_from_all(self.rows))
+
+    def iteration_completed(self, engine: Workflow) -> None:
+        for item in engine.state.output:
+            row = grade_row(item, self.regions, self.grades)
+            self.rows.append(row)
+            grade = row["grade"]
+            title = item["subject"] + (f"  {grade}: {row[f'prob_{grade}']:.2f}" if grade else "")
+            write_overlay(self.to_regions(item), read_background(item), title, self.output_dir)
+        self._write(self.rows)  # the rows so far, in case the run is interrupted
+
+    @idist.one_rank_only()
+    def _write(self, rows: list[dict]) -> None:
+        write_csv(pd.DataFrame(rows), self.output_dir / "grades.csv")
+
+
+def grade_row(item: Mapping[str, Any], regions: Sequence[str], grades: Sequence[str]) -> dict[str, Any]:
+    """Row of ``grades.csv`` of an item whose maps lie on the input's grid.
+
+    Args:
+        item: an inferred item.
+        regions: names of the region channels.
+        grades: names of the grades.
+    """
+    prob = grade_columns(item, grades)
+    grade = "" if any(map(np.isnan, prob.values())) else grades[int(np.argmax(list(prob.values())))]
+    voxel_volume = float(item["prob"].pixdim.prod()) / 1000
+    return {"subject": item["subject"], **prob, "grade": grade, **estimates(item, regions, voxel_volume)}
+
+
+def grade_columns(item: Mapping[str, Any], grades: Sequence[str]) -> dict[str, float]:
+    """Probability of each grade as ``prob_<grade>``, NaN without grading."""
+    prob = torch.as_tensor(item.get("grade_prob", [float("nan")] * len(grades))).tolist()
+    return {f"prob_{name}": value for name, value in zip(grades, prob, strict=True)}
+
+
+def estimates(item: Mapping[str, Any], regions: Sequence[str], voxel_volume: float) -> dict[str, float]:
+    """What is known of each region without the truth: volumes, expected Dice, agreement of the samples.
+
+    Args:
+        item: an evaluated item.
+        regions: names of its channels.
+        voxel_volume: volume of one voxel (ml).
+    """
+    row: dict[str, float] = {}
+    for channel, region in enumerate(regions):
+        # volumes need the calibration of the foreground; that of the lesion raises the whole background
+        temperature = torch.as_tensor(item["volume_temperature"][channel])
+        prob = temperature_scaled(torch.as_tensor(item["prob"][channel]), temperature)
+        values = volume_estimate(prob.cpu().numpy(), voxel_volume)
+        values["sample_dice"] = float(item["sample_dice"][channel])
+        row |= {f"{name}_{region}": value for name, value in values.items()}
+    return row
+
+
+def write_csv(table: pd.DataFrame, file: Path) -> None:
+    """Write a table in one step, with six significant digits."""
+    with atomic_path(file) as path:
+        table.to_csv(path, index=False, float_format="%.6g")

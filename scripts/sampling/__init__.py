@@ -1,0 +1,1 @@
+"""Sample masks of whole volumes."""

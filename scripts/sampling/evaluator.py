@@ -1,0 +1,45 @@
+"""MONAI's evaluation engine for whole volumes."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from monai.engines import SupervisedEvaluator
+from monai.engines.utils import IterationEvents
+
+from scripts.distributed import broadcast_buffers
+from scripts.sampling.inferer import VolumeInferer
+
+
+class VolumeEvaluator(SupervisedEvaluator):
+    """MONAI's evaluator for an inferer that predicts more than one thing.
+
+    The output of an iteration holds ``image [B, M, H, W, S]``, all that :meth:`VolumeInferer.predict` returns, and
+    from the batch ``subject``, ``grade`` and (where there is one) ``label [B, R, H', W', S']`` on the input's grid.
+    """
+
+    inferer: VolumeInferer
+
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        """Evaluate; all processes use the buffers of the first one, whose network is saved."""
+        broadcast_buffers(self.network)
+        super().run(global_epoch)
+
+    def _iteration(self, engine: VolumeEvaluator, batchdata: dict) -> dict:  # type: ignore[override]
+        device = engine.state.device
+        image = batchdata["image"].to(device, non_blocking=engine.non_blocking)
+        engine.state.output = {"image": image}
+        # MONAI always autocasts for "cuda"; on a CPU bfloat16 can be as useful
+        autocast = (
+            torch.autocast(torch.device(device).type, **engine.amp_kwargs) if engine.amp else contextlib.nullcontext()
+        )
+        with engine.mode(engine.network), autocast:
+            engine.state.output |= engine.inferer.predict(image, engine.network)  # type: ignore[arg-type]
+        engine.state.output["subject"] = batchdata["subject"]
+        for key in ("grade", "label"):
+            if isinstance(batchdata.get(key), torch.Tensor):  # in inference the label is not loaded
+                engine.state.output[key] = batchdata[key].to(device)
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output

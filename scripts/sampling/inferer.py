@@ -1,0 +1,190 @@
+"""Sample masks of whole volumes, slice by slice, in batches of slices and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+
+from scripts.config import InputError
+from scripts.diffusion.samplers import make_sampler
+from scripts.diffusion.schedule import timestep_pairs
+from scripts.networks.base import SegmentationNetwork
+from scripts.sampling.ensemble import FUSIONS, fuse, pairwise_dice
+from scripts.sampling.probability import (
+    CALIBRATED_FOR,
+    area_weighted_mean,
+    entropy_bits,
+    grade_temperature_scaled,
+    temperature_scaled,
+)
+
+
+class VolumeInferer(Inferer):
+    """Sample every slice of a volume that has a non-zero voxel.
+
+    The image-only branch runs once per slice. The noise of a slice depends only on the seed and the slice's number, so
+    that the batch size does not change the masks.
+
+    Args:
+        num_inference_steps: network evaluations per sample; 0 returns the calibration map itself, without a grade.
+        num_samples: samples per slice.
+        sampling_batch_size: slices times samples in one batch; bounds the memory.
+        seed: seed of the noise.
+        sampler: ``ddpm``, ``ddim``, ``dpm_solver`` or ``unipc``.
+        eta: noise that DDIM adds, 0 to 1.
+        start_timestep: start at this timestep from the noised calibration map (truncated diffusion, Guo et al.,
+            PD-DDPM, ISBI 2023) instead of from pure noise at T - 1.
+        fusion: how samples become one mask: ``mean``, ``majority`` or ``staple``.
+        calibrated_for: the voxels whose temperature is applied, ``foreground`` (not 0 in the image) or ``lesion``.
+
+    Raises:
+        InputError: for a number below 1, more samples than fit in a batch, or an unknown name.
+    """
+
+    def __init__(
+        self,
+        num_inference_steps: int = 1,
+        num_samples: int = 1,
+        sampling_batch_size: int = 32,
+        seed: int = 0,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        start_timestep: int | None = None,
+        fusion: str = "mean",
+        calibrated_for: str = "foreground",
+    ) -> None:
+        super().__init__()
+        for name, value, minimum in (
+            ("num_inference_steps", num_inference_steps, 0),
+            ("num_samples", num_samples, 1),
+            ("sampling_batch_size", sampling_batch_size, 1),
+        ):
+            if not isinstance(value, int) or value < minimum:
+                raise InputError(f"{name}={value!r} must be a whole number, {minimum} or more")
+        if num_samples > sampling_batch_size:
+            raise InputError(f"num_samples={num_samples} must not exceed sampling_batch_size={sampling_batch_size}")
+        if fusion not in FUSIONS:
+            raise InputError(f"fusion '{fusion}' is not one of {list(FUSIONS)}")
+        if calibrated_for not in CALIBRATED_FOR:
+            raise InputError(f"calibrated_for '{calibrated_for}' is not one of {list(CALIBRATED_FOR)}")
+        self.num_inference_steps = num_inference_steps
+        self.num_samples = num_samples
+        self.sampling_batch_size = sampling_batch_size
+        self.seed = seed
+        self.sampler = make_sampler(sampler, eta)
+        self.start_timestep = start_timestep
+        self.fusion = fusion
+        self.calibrated_for = calibrated_for
+
+    def __call__(self, inputs: torch.Tensor, network, *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
+        """Mask probability ``[B, R, H, W, S]`` of volumes ``[B, M, H, W, S]``; MONAI Label calls this."""
+        return self.predict(inputs, network)["pred"]
+
+    @torch.no_grad()
+    def predict(self, inputs: torch.Tensor, network: SegmentationNetwork) -> dict[str, torch.Tensor]:
+        """Sample volumes ``[B, M, H, W, S]``.
+
+        Returns:
+            Maps ``[B, R, H, W, S]``, which are 0 in empty slices: ``prob``, the mean probability after temperature
+            scaling; ``pred``, the fused samples, to be thresholded at 0.5; ``uncertainty``, the entropy of ``prob`` in
+            bits; ``variance`` over the samples, if there are several. Values: ``sample_dice [B, R]``, the mean Dice of
+            pairs of samples, NaN for one sample; ``volume_temperature [B, R]``, which scales ``prob`` to the
+            calibration of the foreground; ``grade_prob [B, K]`` after temperature scaling, absent without grading.
+        """
+        results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
+        output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
+        if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms
+            for name in output.keys() & {"pred", "prob", "uncertainty", "variance"}:
+                output[name] = MetaTensor(output[name], meta=inputs.meta)
+        return output
+
+    def _predict_volume(self, volume: torch.Tensor, network: SegmentationNetwork) -> dict[str, torch.Tensor]:
+        """Results of :meth:`predict` for one volume ``[M, H, W, S]``."""
+        slices = volume.movedim(-1, 0)
+        filled = torch.nonzero((slices != 0).flatten(1).any(dim=1)).flatten()
+        if not len(filled):
+            raise InputError("a volume is empty: every voxel is 0")
+        samples = volume.new_zeros(self.num_samples, network.out_channels, *volume.shape[1:], dtype=torch.float32)
+        grades = []
+        for indices in filled.split(self.sampling_batch_size // self.num_samples):
+            prob, grade = self.sample(slices[indices], network, indices.tolist())
+            samples[..., indices] = prob.movedim(0, -1)
+            grades += [] if grade is None else [grade]
+        mean = samples.mean(dim=0)
+        prob = torch.zeros_like(mean)
+        temperature = network.get_buffer(f"{self.calibrated_for}_temperature")
+        prob[..., filled] = temperature_scaled(mean[..., filled], temperature[:, None, None, None])
+        result = {
+            "pred": prob if self.fusion == "mean" else fuse(samples, self.fusion),
+            "prob": prob,
+            "uncertainty": entropy_bits(prob),
+            "sample_dice": pairwise_dice(samples),
+            "volume_temperature": network.foreground_temperature / temperature,
+        }
+        if grades:
+            area = (mean[..., filled] > 0.5).sum(dim=(0, 1, 2))
+            grade_prob = area_weighted_mean(torch.cat(grades), area)
+            result["grade_prob"] = grade_temperature_scaled(grade_prob, network.grade_temperature)
+        return result | ({"variance": samples.var(dim=0)} if self.num_samples > 1 else {})
+
+    def sample(
+        self, image: torch.Tensor, network: SegmentationNetwork, indices: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sample slices.
+
+        Args:
+            image: slices ``[b, M, H, W]``.
+            network: network to sample from.
+            indices: number of each slice in its volume, which seeds its noise.
+
+        Returns:
+            Mask probability ``[b, N, R, H, W]`` of N samples, and the probability of each grade ``[b, K]`` as the mean
+            over samples and steps, or None if nothing was graded.
+        """
+        diffusion = network.diffusion
+        if not self.num_inference_steps:
+            prob = network.condition(image)["calib_map"].float().sigmoid()[:, None]
+            return prob.repeat_interleave(self.num_samples, dim=1), None
+        pairs = timestep_pairs(diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
+        # the factor is a prime larger than any slice number, so that no two seeds coincide
+        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + index) for index in indices]
+        shape = (self.num_samples, network.out_channels, *image.shape[2:])
+
+        def draw() -> torch.Tensor:
+            return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(image.device)
+
+        condition = {
+            name: part.repeat_interleave(self.num_samples, dim=0) for name, part in network.condition(image).items()
+        }
+        image = image.repeat_interleave(self.num_samples, dim=0)
+        x_t, estimate, grades = draw(), None, []
+        if self.start_timestep is not None:
+            timesteps = torch.full((len(image),), self.start_timestep, device=image.device)
+            x_t = diffusion.add_noise(torch.tanh(condition["calib_map"].float() / 2), x_t, timesteps)
+
+        def denoise(x_t: torch.Tensor, t: int) -> torch.Tensor:
+            nonlocal estimate
+            timesteps = torch.full((len(image),), t, device=image.device)
+            logits, cls_logits, _ = network(image, x_t.to(image.dtype), timesteps, condition, estimate)
+            estimate = diffusion.to_x0(logits.float())
+            if cls_logits is not None:
+                grades.append(cls_logits.float().softmax(dim=1))
+            return estimate
+
+        x_0 = self.sampler(denoise, x_t, pairs, diffusion.alphas_cumprod, draw)
+        groups = (len(indices), self.num_samples)
+        grade = torch.stack(grades).mean(dim=0).unflatten(0, groups).mean(dim=1) if grades else None
+        return ((x_0 + 1) / 2).unflatten(0, groups), grade
+
+    def check(self, network: SegmentationNetwork, image_size: int) -> None:
+        """Raise InputError, before any volume is read, for a size or number of steps that the network cannot sample."""
+        network.check_image_size((image_size, image_size))
+        if self.num_inference_steps:
+            timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
+        if not network.has_calib_map and (self.start_timestep is not None or not self.num_inference_steps):
+            raise InputError(
+                "start_timestep and num_inference_steps=0 need a calibration map: add 'highway' to conditioning"
+            )

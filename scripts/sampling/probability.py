@@ -1,0 +1,33 @@
+"""Functions of probabilities: temperature, entropy, weighted mean."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+CALIBRATED_FOR = ("foreground", "lesion")  # the voxels on which a temperature of the masks is fitted
+MIN_PROBABILITY = 1e-8  # with a larger bound, a high temperature would turn the background into foreground volume
+
+
+def temperature_scaled(prob: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """sigmoid(logit(prob) / temperature) (Guo et al., ICML 2017), any shape; what is above 0.5 stays above it."""
+    return torch.where(
+        temperature == 1, prob, torch.sigmoid(torch.logit(prob.double(), eps=MIN_PROBABILITY) / temperature).to(prob)
+    )
+
+
+def grade_temperature_scaled(prob: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """softmax(log(prob) / temperature) over the last axis: ``[..., K]`` to ``[..., K]``; the order stays."""
+    return torch.softmax(prob.double().clamp(min=MIN_PROBABILITY).log() / temperature, dim=-1).to(prob)
+
+
+def entropy_bits(prob: torch.Tensor) -> torch.Tensor:
+    """Entropy of a Bernoulli probability in bits, any shape: 0 at 0 and 1, 1 at 0.5."""
+    return torch.special.entr(prob).add(torch.special.entr(1 - prob)).div(math.log(2))
+
+
+def area_weighted_mean(values: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+    """Mean of ``values [n, ...]`` weighted by predicted ``area [n]``; the plain mean where every area is 0."""
+    weight = area.to(values) if area.sum() > 0 else torch.ones(len(values)).to(values)
+    return torch.tensordot(weight, values, dims=1) / weight.sum()

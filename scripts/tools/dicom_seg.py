@@ -1,0 +1,133 @@
+"""Masks as DICOM segmentation objects, by highdicom (the extra ``dicom``)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from monai.engines.workflow import Workflow
+
+from scripts.config import BUNDLE_ROOT, InputError, atomic_path
+from scripts.data.dicom import is_dicom, ordered_series
+
+SERIES_NUMBER = 900  # beyond those of scanners
+# attributes that every image has, if empty, and that anonymisers remove
+TYPE_2 = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex",
+    "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
+)  # fmt: skip
+
+
+class DicomSegWriter:
+    """Inference: ``<subject>_seg.dcm`` with one binary segment per region, on the slices of its first modality.
+
+    Args:
+        output_dir: folder of the files.
+        regions: names of the region channels.
+        to_regions: turns the label map ``pred`` of an item into the channels of its regions, which may overlap.
+        data: all items that will come.
+        property_type: what the segments are, by its name among pydicom's SNOMED codes.
+
+    Raises:
+        InputError: when highdicom is not installed or does not know ``property_type``, or naming the subject that is
+            not DICOM or whose headers cannot be referred to.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        regions: Sequence[str],
+        to_regions: Callable[[Mapping[str, Any]], dict[str, Any]],
+        data: Sequence[Mapping[str, Any]],
+        property_type: str = "Neoplasm",
+    ) -> None:
+        try:
+            self.highdicom, self.pydicom = (importlib.import_module(name) for name in ("highdicom", "pydicom"))
+        except ImportError as error:
+            raise InputError("DICOM segmentations need highdicom: pip install -e '.[dicom]'") from error
+        self.output_dir = Path(output_dir)
+        self.to_regions = to_regions
+        self.segments = self._describe(regions, property_type)
+        for item in data:
+            file = item["image"][0]
+            if not is_dicom(file):
+                raise InputError(
+                    f"subject '{item['subject']}' is not DICOM ({file}), so no DICOM segmentation can refer to it: "
+                    "infer it without configs/dicom_seg.yaml"
+                )
+            header = self._read(file)
+            self._segmentation(item["subject"], [header], np.zeros((1, header.Rows, header.Columns, len(regions))))
+
+    def attach(self, engine: Workflow) -> None:
+        """Attach to the evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+
+    def iteration_completed(self, engine: Workflow) -> None:
+        for item in engine.state.output:
+            series = ordered_series(item["pred"].meta["filename_or_obj"])
+            regions = torch.as_tensor(self.to_regions(item)["pred"]).cpu().numpy()
+            headers = [self._read(image.file) for image in series]
+            segmentation = self._segmentation(item["subject"], headers, regions.transpose(3, 2, 1, 0))
+            with atomic_path(self.output_dir / f"{item['subject']}_seg.dcm") as path:
+                segmentation.save_as(path)
+
+    def _describe(self, regions: Sequence[str], property_type: str) -> list:
+        codes = importlib.import_module("pydicom.sr.codedict").codes
+        metadata = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text(encoding="utf-8"))
+        self.name, self.version = metadata["name"], metadata["version"]
+        try:
+            kind = getattr(codes.SCT, property_type)
+        except AttributeError as error:
+            raise InputError(f"property_type='{property_type}' is not a name among pydicom's codes.SCT") from error
+        algorithm = self.highdicom.AlgorithmIdentificationSequence(
+            name=self.name, version=self.version, family=codes.DCM.ArtificialIntelligence
+        )
+        return [
+            self.highdicom.seg.SegmentDescription(
+                segment_number=number,
+                segment_label=region,
+                segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+                segmented_property_type=kind,
+                algorithm_type="AUTOMATIC",
+                algorithm_identification=algorithm,
+            )
+            for number, region in enumerate(regions, start=1)
+        ]
+
+    def _read(self, file: str) -> Any:
+        """Header of an image, with the attributes that every image should have."""
+        header = self.pydicom.dcmread(file, stop_before_pixels=True)
+        for name in TYPE_2:
+            if name not in header:
+                setattr(header, name, None)
+        return header
+
+    def _segmentation(self, subject: str, headers: Sequence[Any], masks: np.ndarray) -> Any:
+        """Segmentation of 0 and 1 ``[S, rows, columns, R]`` on the slices with these headers."""
+        try:
+            return self.highdicom.seg.Segmentation(
+                source_images=headers,
+                pixel_array=masks.astype(np.uint8),
+                segmentation_type="BINARY",
+                segment_descriptions=self.segments,
+                series_instance_uid=self.highdicom.UID(),
+                series_number=SERIES_NUMBER,
+                series_description=self.name,
+                sop_instance_uid=self.highdicom.UID(),
+                instance_number=1,
+                manufacturer=self.name,
+                manufacturer_model_name=self.name,
+                software_versions=self.version,
+                device_serial_number="none",
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"subject '{subject}': no DICOM segmentation can refer to its headers ({error}): repair them, or infer "
+                "it without configs/dicom_seg.yaml"
+            ) from error

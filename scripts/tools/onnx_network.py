@@ -1,0 +1,223 @@
+"""The network as ONNX files: written and checked against PyTorch, and read again as a network that can be sampled.
+
+Two graphs, since what the image alone decides is computed once per slice and the denoiser at every step:
+
+    condition.onnx  image to the parts of ``network.condition(image)``, by name; absent where there are none
+    denoiser.onnx   image, x_t, timesteps, those parts, and estimate with self-conditioning, to the network's logits
+
+Settings and temperatures travel in the files' metadata. Batch, height and width are free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scripts.config import InputError, atomic_path
+from scripts.diffusion.schedule import GaussianDiffusion
+from scripts.networks.base import Outputs, SegmentationNetwork
+from scripts.networks.conditioning import ConditioningModule
+
+CONDITION, DENOISER = "condition.onnx", "denoiser.onnx"
+METADATA = "medsegdiff"
+TEMPERATURES = ("foreground_temperature", "lesion_temperature", "grade_temperature")
+TOLERANCE = 1e-4  # absolute, and relative for outputs beyond 1
+
+
+class ConditionGraph(nn.Module):
+    """``network.condition`` as the exporter wants it, from named tensors to named tensors."""
+
+    def __init__(self, network: SegmentationNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.network.condition(inputs["image"])
+
+
+class DenoiserGraph(ConditionGraph):
+    """``network.forward``, likewise."""
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seg_logits, cls_logits, _ = self.network(
+            inputs["image"], inputs["x_t"], inputs["timesteps"], inputs, inputs.get("estimate")
+        )
+        return {"seg_logits": seg_logits} | ({} if cls_logits is None else {"cls_logits": cls_logits})
+
+
+@torch.no_grad()
+def export_onnx(network: SegmentationNetwork, onnx_dir: str, settings: Mapping[str, Any]) -> None:
+    """Write both graphs of a network on the CPU, each checked against it at another batch and size than traced.
+
+    Args:
+        network: with its weights loaded.
+        onnx_dir: folder of both files; those of an earlier export are replaced once both new ones are checked.
+        settings: of the network, see :func:`scripts.training.checkpoints.trained_settings`; saved in the files.
+
+    Raises:
+        InputError: when a package is missing, or a module does not export.
+        RuntimeError: when a graph does not give what the network gives.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _import(package)
+    refused = [
+        type(module).__name__
+        for module in network.modules()
+        if isinstance(module, ConditioningModule) and not module.exports_to_onnx
+    ]
+    if refused:
+        raise InputError(f"conditioning modules {sorted(set(refused))} cannot be exported to ONNX; leave them out")
+    network.eval()
+    channels, side = len(settings["modalities"]), 4 * network.divisor
+    traced, other = _inputs(network, (2, channels, side, side)), _inputs(network, (3, channels, side // 2, 2 * side))
+    metadata = {
+        "export": uuid.uuid4().hex,  # the same in both files
+        "settings": dict(settings),
+        "out_channels": network.out_channels,
+        "divisor": network.divisor,
+        "self_conditioning": network.self_conditioning,
+        "has_calib_map": network.has_calib_map,
+        "temperatures": {name: network.get_buffer(name).tolist() for name in TEMPERATURES},
+    }
+    graphs = {CONDITION: ConditionGraph(network)} if network.has_calib_map else {}
+    graphs[DENOISER] = DenoiserGraph(network)
+    folder = Path(onnx_dir)
+    with contextlib.ExitStack() as files:
+        for name, graph in graphs.items():
+            file = files.enter_context(atomic_path(folder / name))
+            _write(graph, traced[name], metadata, file)
+            _check(graph, other[name], file)
+    if CONDITION not in graphs:
+        (folder / CONDITION).unlink(missing_ok=True)
+
+
+def _inputs(network: SegmentationNetwork, shape: tuple[int, ...]) -> dict[str, dict[str, torch.Tensor]]:
+    """Made-up inputs of each graph, by file, for images of a shape ``[B, M, H, W]``."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(shape, generator=generator)
+    x_t, estimate = torch.randn(2, shape[0], network.out_channels, *shape[2:], generator=generator)
+    timesteps = torch.randint(network.diffusion.num_train_timesteps, shape[:1], generator=generator)
+    inputs = {"image": image, "x_t": x_t, "timesteps": timesteps, **network.condition(image)}
+    if network.self_conditioning:
+        inputs["estimate"] = estimate.tanh()
+    return {CONDITION: {"image": image}, DENOISER: inputs}
+
+
+def _write(graph: nn.Module, inputs: dict[str, torch.Tensor], metadata: Mapping[str, Any], file: Path) -> None:
+    free = {
+        name: {0: "batch"} | ({2: f"{name}_height", 3: f"{name}_width"} if tensor.ndim == 4 else {})
+        for name, tensor in inputs.items()
+    }
+    program = torch.onnx.export(
+        graph,
+        (inputs, {}),  # a dictionary in the last place would be taken for keywords
+        input_names=list(inputs),
+        output_names=list(graph(inputs)),
+        dynamic_shapes=(free,),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props[METADATA] = json.dumps(metadata)
+    program.save(file, external_data=False)
+
+
+def _check(graph: nn.Module, inputs: dict[str, torch.Tensor], file: Path) -> None:
+    found = _run(_session(file, torch.device("cpu")), inputs)
+    for name, expected in graph(inputs).items():
+        if not torch.allclose(found[name], expected, rtol=TOLERANCE, atol=TOLERANCE):
+            error = float((found[name] - expected).abs().max())
+            raise RuntimeError(f"{name} of onnxruntime is off PyTorch's by {error:.1e}: nothing was exported")
+
+
+class OnnxNetwork(SegmentationNetwork):
+    """The files of :func:`export_onnx` as a network that can be sampled.
+
+    Args:
+        onnx_dir: folder of the files.
+        device: where the tensors are. onnxruntime computes there too, where it can.
+
+    Raises:
+        InputError: when onnxruntime or a file is missing, or a file is damaged, foreign or of another export.
+    """
+
+    def __init__(self, onnx_dir: str, device: str | torch.device = "cpu") -> None:
+        denoiser, metadata = _open(Path(onnx_dir, DENOISER), torch.device(device))
+        settings = metadata["settings"]
+        diffusion = {name: settings[name] for name in inspect.signature(GaussianDiffusion).parameters}
+        super().__init__(GaussianDiffusion(**diffusion), metadata["out_channels"], metadata["divisor"])
+        self.settings: dict[str, Any] = settings
+        self.self_conditioning = metadata["self_conditioning"]
+        self.has_calib_map = metadata["has_calib_map"]
+        self.denoiser, self.conditioner = denoiser, None
+        if self.has_calib_map:
+            self.conditioner, other = _open(Path(onnx_dir, CONDITION), torch.device(device))
+            if other["export"] != metadata["export"]:
+                raise InputError(f"onnx_dir '{onnx_dir}': its files are of two exports; export again")
+        for name in TEMPERATURES:
+            self.register_buffer(name, torch.tensor(metadata["temperatures"][name]))
+
+    def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See :meth:`SegmentationNetwork.condition`."""
+        self.check_image_size(image.shape[2:])
+        return {} if self.conditioner is None else _run(self.conditioner, {"image": image})
+
+    def forward(  # type: ignore[override]
+        self,
+        image: torch.Tensor,
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: dict[str, torch.Tensor],
+        estimate: torch.Tensor | None = None,
+    ) -> Outputs:
+        """See :meth:`SegmentationNetwork.forward`."""
+        inputs = {"image": image, "x_t": x_t, "timesteps": timesteps, **condition}
+        if self.self_conditioning:
+            inputs["estimate"] = torch.zeros_like(x_t) if estimate is None else estimate
+        outputs = _run(self.denoiser, inputs)
+        return outputs["seg_logits"], outputs.get("cls_logits"), condition.get("calib_map")
+
+
+def _open(file: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """Session of a graph and what stands in its metadata."""
+    _import("onnxruntime")
+    if not file.is_file():
+        raise InputError(f"'{file}' does not exist: export first (configs/export_onnx.yaml), or set onnx_dir")
+    try:
+        session = _session(file, device)
+        return session, json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
+    except Exception as error:  # onnxruntime's errors have no common class
+        raise InputError(f"'{file}' cannot be read as an export of this bundle: {error}") from error
+
+
+def _session(file: Path, device: torch.device) -> Any:
+    onnxruntime = _import("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # its own default knows no OMP_NUM_THREADS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads keep torch's from working
+    wanted = [f"{kind}ExecutionProvider" for kind in (["CUDA"] if device.type == "cuda" else []) + ["CPU"]]
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    return onnxruntime.InferenceSession(str(file), options, providers=providers)
+
+
+def _run(session: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Outputs of a graph by name, on the device of its ``image``."""
+    names = [output.name for output in session.get_outputs()]
+    arrays = session.run(names, {name: tensor.numpy(force=True) for name, tensor in inputs.items()})
+    return {name: torch.from_numpy(array).to(inputs["image"].device) for name, array in zip(names, arrays, strict=True)}
+
+
+def _import(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(f"exports need {package}: pip install -e '.[onnx]'") from error

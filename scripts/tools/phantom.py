@@ -1,0 +1,142 @@
+"""Made-up brains with graded tumours, written as BraTS folders: to try and to test everything without patient data.
+
+After SynthSeg (Billot et al. 2023): anatomy is a label map, warped, and every modality is drawn from a table of mean
+intensities per tissue with jitter, blur, bias field and Rician noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+from scripts.config import atomic_path
+
+# mean intensity of: background, CSF, grey matter, white matter, ventricle, oedema, core, enhancing rim
+MEANS = {
+    "t1": (0, 150, 420, 600, 130, 430, 330, 400),
+    "t1ce": (0, 160, 440, 620, 140, 450, 340, 850),
+    "t2": (0, 850, 520, 380, 900, 680, 780, 560),
+    "flair": (0, 140, 520, 420, 130, 740, 560, 640),
+}
+OEDEMA, CORE, RIM = 5, 6, 7
+SEGMENTATION = {OEDEMA: 2, CORE: 1, RIM: 4}  # BraTS: 1 necrotic core, 2 oedema, 4 enhancing tumour
+
+
+def make_dataset(
+    output_dir: str | Path,
+    num_subjects: int = 80,
+    shape: tuple[int, int, int] = (48, 48, 20),
+    lgg_fraction: float = 0.4,
+    seed: int = 0,
+) -> None:
+    """Write ``num_subjects`` BraTS-2020-like folders and ``name_mapping.csv``; the same seed gives the same files.
+
+    Args:
+        output_dir: folder of the data set.
+        num_subjects: how many.
+        shape: voxels ``(H, W, S)``; the head always fills a field of view of 240 x 240 x 155 mm.
+        lgg_fraction: share of low-grade subjects.
+        seed: seed of everything.
+    """
+    output_dir = Path(output_dir)
+    rng = np.random.default_rng(seed)
+    grades = np.array(["HGG"] * num_subjects)
+    grades[: round(lgg_fraction * num_subjects)] = "LGG"
+    rng.shuffle(grades)
+    names = [f"BraTS20_Training_{i + 1:03d}" for i in range(num_subjects)]
+    spacing = np.array([240, 240, 155]) / shape
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # BraTS stores its volumes as L, P, S
+    for name, grade, subject_seed in zip(names, grades, rng.integers(2**31, size=num_subjects), strict=True):
+        images, segmentation = make_subject(str(grade), shape, int(subject_seed))
+        for suffix, volume in [*images.items(), ("seg", segmentation)]:
+            with atomic_path(output_dir / name / f"{name}_{suffix}.nii.gz") as path:
+                nib.save(nib.Nifti1Image(volume, affine), path)
+    with atomic_path(output_dir / "name_mapping.csv") as path, path.open("w", newline="") as file:
+        csv.writer(file).writerows([("Grade", "BraTS_2020_subject_ID"), *zip(grades, names, strict=True)])
+
+
+def make_subject(grade: str, shape: tuple[int, int, int], seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """One subject: ``{modality: int16 [H, W, S]}`` and the segmentation ``uint8 [H, W, S]``."""
+    rng = np.random.default_rng(seed)
+    tissue = _warp(_anatomy(grade, shape, rng), rng)
+    images = {modality: _image(tissue, np.array(means, float), rng) for modality, means in MEANS.items()}
+    segmentation = np.zeros(shape, np.uint8)
+    for value, label in SEGMENTATION.items():
+        segmentation[tissue == value] = label
+    return images, segmentation
+
+
+def _anatomy(grade: str, shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+    """Label map of nested ellipsoids with a lesion in the white matter."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij"), axis=-1)
+
+    def distance(centre, radii) -> np.ndarray:
+        return np.linalg.norm((grid - centre) / radii, axis=-1)
+
+    head = distance(0.0, np.array([0.68, 0.85, 0.85]) * rng.uniform(0.92, 1.05, 3))
+    tissue = np.select([head < 0.78, head < 0.92, head < 1.0], [3, 2, 1], default=0)
+    for side in (-1, 1):
+        ventricle = distance([0.13 * side, 0.05, 0.1], np.array([0.07, 0.3, 0.2]) * rng.uniform(0.7, 1.3))
+        tissue[(ventricle < 1) & (tissue == 3)] = 4
+    direction = rng.normal(size=3)
+    centre = direction / np.linalg.norm(direction) * rng.uniform(0.2, 0.45) * np.array([0.68, 0.85, 0.7])
+    radius = rng.uniform(0.22, 0.38)
+    lesion = distance(centre, radius * rng.uniform(0.8, 1.25, 3)) + _smooth_noise(shape, 0.08, 0.15, rng)
+    core, rim = _lesion_shape(grade, rng)
+    inside = tissue > 1
+    tissue[inside & (lesion < 1)] = OEDEMA
+    tissue[inside & (lesion < core)] = CORE
+    tissue[inside & (lesion < core) & (lesion > core - rim)] = RIM
+    return tissue
+
+
+def _lesion_shape(grade: str, rng: np.random.Generator) -> tuple[float, float]:
+    """Radius of the core and thickness of its enhancing rim, as shares of the lesion; the grades overlap."""
+    if grade == "HGG":
+        return rng.normal(0.66, 0.08), max(rng.normal(0.24, 0.09), 0.0)
+    return rng.normal(0.52, 0.1), max(rng.normal(0.04, 0.08), 0.0)
+
+
+def _warp(tissue: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Smooth elastic deformation, nearest neighbour."""
+    shifts = [_smooth_noise(tissue.shape, 0.12, 0.02 * size, rng) for size in tissue.shape]
+    grid = np.meshgrid(*(np.arange(size) for size in tissue.shape), indexing="ij")
+    return map_coordinates(tissue, [axis + shift for axis, shift in zip(grid, shifts, strict=True)], order=0)
+
+
+def _image(tissue: np.ndarray, means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One modality: tissue means with jitter, texture, blur, bias field and Rician noise; 0 outside the head."""
+    volume = (means * rng.normal(1, 0.06, len(means)))[tissue]
+    volume = gaussian_filter(volume + rng.normal(0, 40, tissue.shape), 0.6)
+    volume *= np.exp(_smooth_noise(tissue.shape, 0.25, 0.12, rng)) * rng.uniform(0.7, 1.4)
+    noise = rng.normal(0, 25, (2, *tissue.shape))
+    volume = np.hypot(volume + noise[0], noise[1])
+    return np.where(tissue > 0, np.maximum(volume, 1), 0).round().astype(np.int16)
+
+
+def _smooth_noise(shape: tuple[int, ...], smoothness: float, scale: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian random field: correlation length as a share of the volume, standard deviation ``scale``."""
+    field = gaussian_filter(rng.normal(size=shape), [smoothness * size for size in shape], mode="wrap")
+    return scale * field / field.std()
+
+
+def main() -> None:
+    """Command line: ``python -m scripts.tools.phantom --output_dir demo/data``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--num_subjects", type=int, default=80)
+    parser.add_argument("--shape", type=int, nargs=3, default=(48, 48, 20))
+    parser.add_argument("--lgg_fraction", type=float, default=0.4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = vars(parser.parse_args())
+    make_dataset(**args | {"shape": tuple(args["shape"])})
+    print(f"{args['num_subjects']} subjects written to {args['output_dir']}")
+
+
+if __name__ == "__main__":
+    main()

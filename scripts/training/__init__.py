@@ -1,0 +1,1 @@
+"""Losses, training steps, handlers and checkpoints."""

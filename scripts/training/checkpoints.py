@@ -1,0 +1,247 @@
+"""Checkpoints that are never half-written, and loading that says what does not fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from monai.engines.workflow import Workflow
+from torch import nn
+
+from scripts.config import InputError, TrainingError, atomic_path
+from scripts.data.split import PATIENT_PATTERN, patient
+
+logger = logging.getLogger(__name__)
+
+# settings that name and paint the outputs; weights may be used under others
+NAMING = ("grade_labels", "background_label")
+
+
+class SaveCheckpoints:
+    """Handler that writes ``last.pt`` (full state) every epoch and ``model.pt`` (weights) at the best validation.
+
+    The savers of ignite and MONAI delete the old file before they write a new one of the same name; here each file is
+    replaced in one step. ``model.pt`` is written first, so that a run killed between the two finds it again when it is
+    resumed from ``last.pt``. If training ends without a validation, ``model.pt`` holds the last weights.
+
+    Args:
+        ckpt_dir: folder of both files.
+        full: objects with a ``state_dict`` (or None) that are saved in ``last.pt``.
+        best: names in ``full`` that are saved in ``model.pt``.
+        evaluator: engine whose best epoch decides.
+        settings: plain data that give the weights their meaning; saved in both files.
+        training_subjects: names of the training subjects, saved in both files, so that evaluation can refuse them.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str,
+        full: Mapping[str, Any],
+        best: Sequence[str],
+        evaluator: Workflow,
+        settings: Mapping[str, Any],
+        training_subjects: Sequence[str],
+    ) -> None:
+        self.ckpt_dir = Path(ckpt_dir)
+        self.full = {name: item for name, item in full.items() if item is not None}
+        self.best = list(best)
+        self.evaluator = evaluator
+        self.notes = {"settings": dict(settings), "training_subjects": list(training_subjects)}
+        self.config: dict[str, Any] = {}  # what must not change on resume; the workflow fills it
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """Attach to the trainer, after all handlers whose state is saved."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def epoch_completed(self, engine: SupervisedTrainer) -> None:
+        state = self.evaluator.state
+        if state.best_metric_epoch == engine.state.epoch:
+            self._save_best(engine)
+        full = {name: item.state_dict() for name, item in self.full.items()}
+        if engine.scaler is not None:
+            full["scaler"] = engine.scaler.state_dict()
+        best = {"best_metric": float(state.best_metric), "best_metric_epoch": state.best_metric_epoch}
+        self._save(full | best | {"epoch": engine.state.epoch, "config": self.config}, "last.pt")
+
+    def completed(self, engine: SupervisedTrainer) -> None:
+        if self.evaluator.state.best_metric_epoch == -1:
+            self._save_best(engine)
+
+    def _save_best(self, engine: SupervisedTrainer) -> None:
+        best = {name: self.full[name].state_dict() for name in self.best}
+        self._save(best | {"epoch": engine.state.epoch}, "model.pt")
+
+    @idist.one_rank_only()
+    def _save(self, content: dict, name: str) -> None:
+        try:
+            with atomic_path(self.ckpt_dir / name) as path:
+                torch.save(content | self.notes, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise TrainingError(
+                f"cannot write {self.ckpt_dir / name}: {error}. The file of the epoch before is intact. Free some "
+                "space and continue with configs/resume.yaml"
+            ) from error
+
+    def resume(self, engine: SupervisedTrainer) -> None:
+        """Restore the trainer and everything that was saved to the end of the epoch of ``last.pt``.
+
+        Without ``last.pt`` training starts from the beginning, so that one command serves for both.
+        :func:`check_resumable` says, before any volume is read, whether the file fits.
+        """
+        file = self.ckpt_dir / "last.pt"
+        if idist.get_rank() == 0:
+            for partial in self.ckpt_dir.glob(".partial_*"):
+                partial.unlink(missing_ok=True)
+        if not file.is_file():
+            logger.info(f"no {file}: training starts from the beginning")
+            return
+        checkpoint = read_checkpoint(str(file))
+        for name, item in self.full.items():
+            item.load_state_dict(checkpoint[name])
+        if engine.scaler is not None and checkpoint.get("scaler"):
+            engine.scaler.load_state_dict(checkpoint["scaler"])
+        self.evaluator.state.best_metric = checkpoint["best_metric"]
+        self.evaluator.state.best_metric_epoch = checkpoint["best_metric_epoch"]
+        engine.state.epoch = checkpoint["epoch"]
+        engine.state.iteration = checkpoint["epoch"] * engine.state.epoch_length
+        logger.info(f"resumed after epoch {checkpoint['epoch']} of {engine.state.max_epochs}")
+
+
+def check_resumable(
+    ckpt_dir: str,
+    network: nn.Module,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    training_subjects: Sequence[str],
+) -> None:
+    """Check that ``last.pt``, if it exists, belongs to this network, configuration and data.
+
+    Args:
+        ckpt_dir: folder of ``last.pt``.
+        network: network to be trained.
+        settings: its settings.
+        config: what must not change, see :func:`scripts.config.resumable_config`.
+        training_subjects: names of the training subjects.
+
+    Raises:
+        InputError: if the file is damaged, or of a training with another configuration or other subjects.
+    """
+    file = Path(ckpt_dir) / "last.pt"
+    if not file.is_file():
+        return
+    checkpoint = read_checkpoint(str(file))
+    check_settings(checkpoint.get("settings", {}), settings, str(file))
+    before = checkpoint.get("config", {})
+    for key in sorted(before.keys() | config.keys()):
+        old, new = (values.get(key, "absent") for values in (before, config))
+        if old != new:
+            raise InputError(
+                f"{file} was trained with {key}={old}, now it is {new}: resume with the same configuration, or start a "
+                "new training from its weights with init_ckpt and another ckpt_dir"
+            )
+    seen = checkpoint["training_subjects"]
+    if seen != list(training_subjects):
+        raise InputError(
+            f"{file} was trained on {len(seen)} subjects, and these are not the {len(training_subjects)} training "
+            "subjects of now: resume with the same dataset_dir, fold and seed"
+        )
+    load_weights(network, str(file), settings)
+
+
+def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
+    """Read a checkpoint of :class:`SaveCheckpoints` onto the CPU.
+
+    Raises:
+        InputError: if the file is missing or damaged, or not a checkpoint of this bundle.
+    """
+    if not Path(ckpt_path).is_file():
+        raise InputError(
+            f"ckpt_path '{ckpt_path}' does not exist: train first, or set ckpt_path (see models/README.md)"
+        )
+    try:
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        checkpoint["model"].keys()
+    except Exception as error:
+        raise InputError(f"ckpt_path '{ckpt_path}' cannot be read as a checkpoint of this bundle: {error!r}") from error
+    return checkpoint
+
+
+def trained_settings(ckpt_path: str) -> dict[str, Any]:
+    """The settings that a checkpoint was trained with; inference takes them from here.
+
+    Raises:
+        InputError: if the file is missing, damaged, or older than version 0.6.
+    """
+    checkpoint = read_checkpoint(ckpt_path)
+    if not isinstance(checkpoint.get("settings"), dict):
+        raise InputError(f"ckpt_path '{ckpt_path}' holds no settings: it is older than version 0.6; train it again")
+    return checkpoint["settings"]
+
+
+def store_in_model(ckpt_path: str, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Replace named tensors of a checkpoint's network, in one step."""
+    checkpoint = read_checkpoint(ckpt_path)
+    checkpoint["model"] |= buffers
+    with atomic_path(ckpt_path) as path:
+        torch.save(checkpoint, path)
+
+
+def check_unseen(
+    ckpt_path: str, items: Sequence[Mapping[str, Any]], subset: str, patient_pattern: str = PATIENT_PATTERN
+) -> None:
+    """Check that a checkpoint is not evaluated on patients that it was trained on.
+
+    Raises:
+        InputError: if it would be. With ``subset: all`` this is a warning: two data sets may use the same names.
+    """
+    names = read_checkpoint(ckpt_path).get("training_subjects", [])
+    trained = {patient(name, patient_pattern) for name in names}
+    seen = {item["subject"] for item in items if patient(item["subject"], patient_pattern) in trained}
+    if seen:
+        message = f"{len(seen)} of {len(items)} subjects, such as {sorted(seen)[:3]}, were trained on"
+        if subset != "all":
+            raise InputError(
+                f"{message} by '{ckpt_path}'; set seed, fold and num_folds as in training, or datalist_file to its "
+                "datalist.json"
+            )
+        logger.warning(f"{message}, or have the same name: the scores are not of unseen subjects")
+
+
+def check_settings(trained: Mapping[str, Any], settings: Mapping[str, Any], source: str) -> None:
+    """Raise InputError if ``settings`` differ from those that the weights of ``source`` were ``trained`` with."""
+    for key, value in trained.items():
+        if key not in NAMING and key in settings and settings[key] != value:
+            raise InputError(f"{source} was trained with {key}={value}, now it is {settings[key]}")
+
+
+def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) -> None:
+    """Load ``model`` of a checkpoint into the network.
+
+    Args:
+        network: takes the weights.
+        ckpt_path: the checkpoint.
+        settings: of the network; must be those of the checkpoint, but for :data:`NAMING`.
+
+    Raises:
+        InputError: if the file is missing or damaged, or its network has another shape or other settings.
+    """
+    checkpoint = read_checkpoint(ckpt_path)
+    weights = checkpoint["model"]
+    check_settings(checkpoint.get("settings", {}), settings, f"ckpt_path '{ckpt_path}'")
+    expected = network.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        ours, theirs = (tuple(state[name].shape) if name in state else "absent" for state in (expected, weights))
+        if ours != theirs:
+            raise InputError(
+                f"ckpt_path '{ckpt_path}' does not fit the configured network: '{name}' is {theirs} in the file and "
+                f"{ours} in the network; set variant, channels, calib_channels, modalities, regions, grade_labels and "
+                "use_cls_head as in training (its config.yaml has them)"
+            )
+    network.load_state_dict(weights)

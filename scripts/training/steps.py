@@ -1,0 +1,122 @@
+"""Training step: draw timesteps and noise, noise a mask, denoise it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.engines import PrepareBatch
+from monai.inferers import Inferer
+from torch.nn.parallel import DistributedDataParallel
+
+from scripts.config import InputError
+from scripts.networks.base import Outputs, SegmentationNetwork
+from scripts.networks.baselines import Baseline
+
+NOISED_MASKS = ("truth", "prediction", "calibration")
+AMP_DTYPES = ("bfloat16", "float16")
+
+
+class DrawNoise(PrepareBatch):
+    """Draw uniform timesteps and normal noise for a batch.
+
+    Args:
+        num_train_timesteps: T; timesteps are 0 to T - 1.
+    """
+
+    def __init__(self, num_train_timesteps: int) -> None:
+        self.num_train_timesteps = num_train_timesteps
+
+    def __call__(  # type: ignore[override]
+        self,
+        batchdata: dict[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, torch.Tensor]]:
+        """Return ``image [B, M, H, W]``, the targets of the loss, and the arguments of :class:`DenoisingInferer`."""
+        image, label, grade = (
+            torch.as_tensor(batchdata[key]).to(device=device, non_blocking=non_blocking, **kwargs)
+            for key in ("image", "label", "grade")
+        )
+        timesteps = torch.randint(self.num_train_timesteps, (len(image),)).to(image.device)
+        targets = {"label": label, "grade": grade, "timesteps": timesteps, "subject": batchdata["subject"]}
+        return image, targets, (), {"label": label, "noise": torch.randn_like(label), "timesteps": timesteps}
+
+
+class DenoisingInferer(Inferer):
+    """Forward pass of training: noise a mask and denoise it.
+
+    Three masks can be noised. ``truth`` is the textbook choice, but the network then learns to trust a mask that
+    sampling never shows it. ``prediction`` is the network's own prediction from pure noise (recycling, Fu et al., MELBA
+    2023), which costs one more evaluation per step. ``calibration`` is the calibration map, which is computed anyway.
+    The last two are noised without gradients.
+
+    A network with self-conditioning (Chen et al. 2023, Analog Bits) sees its own estimate of x_0 from the same x_t in
+    half of the slices, and 0 in the others.
+
+    Args:
+        noised_mask: one of :data:`NOISED_MASKS`; None takes the default of the network.
+        amp: use torch's autocast with ``amp_dtype``. MONAI's trainer can do so only on a GPU.
+        amp_dtype: one of :data:`AMP_DTYPES`.
+
+    Raises:
+        InputError: for an unknown ``noised_mask`` or ``amp_dtype``.
+    """
+
+    def __init__(self, noised_mask: str | None = None, amp: bool = False, amp_dtype: str = "bfloat16") -> None:
+        super().__init__()
+        if noised_mask not in (None, *NOISED_MASKS):
+            raise InputError(f"noised_mask '{noised_mask}' is not one of {list(NOISED_MASKS)}")
+        if amp_dtype not in AMP_DTYPES:
+            raise InputError(f"amp_dtype '{amp_dtype}' is not one of {list(AMP_DTYPES)}")
+        self.noised_mask = noised_mask
+        self.amp = amp
+        self.amp_dtype = getattr(torch, amp_dtype)
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: torch.Tensor,
+        network: SegmentationNetwork | DistributedDataParallel,
+        label: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> Outputs:
+        """Outputs of the network for ``inputs [B, M, H, W]``, ``label, noise [B, R, H, W]`` and ``timesteps [B]``."""
+        with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp):
+            return self._denoise(inputs, network, label, noise, timesteps)
+
+    def _denoise(
+        self,
+        inputs: torch.Tensor,
+        network: torch.nn.Module,
+        label: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> Outputs:
+        model: Any = network.module if isinstance(network, DistributedDataParallel) else network
+        diffusion = model.diffusion
+        condition = model.condition(inputs)
+        noised_mask = self.noised_mask or model.noised_mask
+
+        @torch.no_grad()
+        def predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return diffusion.to_x0(model(inputs, x_t, t, condition)[0].float())
+
+        if noised_mask == "truth" or isinstance(model, Baseline):
+            x_0 = 2 * label - 1
+        elif noised_mask == "prediction":
+            x_0 = predict(torch.randn_like(noise), torch.full_like(timesteps, diffusion.num_train_timesteps - 1))
+        else:
+            x_0 = torch.tanh(condition["calib_map"].detach().float() / 2)
+        x_t = diffusion.add_noise(x_0, noise, timesteps)
+        estimate = None
+        if model.self_conditioning:
+            half = torch.rand(len(inputs), 1, 1, 1, device=inputs.device) < 0.5
+            estimate = predict(x_t, timesteps) * half
+        return network(inputs, x_t, timesteps, condition, estimate)
+
+    def check(self, network: SegmentationNetwork) -> None:
+        """Raise InputError, before any volume is read, if the mask to be noised does not exist."""
+        if self.noised_mask == "calibration" and not network.has_calib_map:
+            raise InputError("noised_mask='calibration' needs 'highway' in conditioning; leave it null")

@@ -1,0 +1,147 @@
+"""What a run does, in order: one function per verb. Every ``run`` list of ``configs/`` calls one of them.
+
+The functions read the running configuration. Everything that can be wrong is checked before the first volume is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+from ignite.engine import Events
+from ignite.handlers import EarlyStopping
+from monai.bundle import ConfigParser
+from monai.engines import Evaluator, Trainer
+from monai.utils import set_determinism
+
+from scripts.config import InputError, resumable_config, running_parser, save_config, start_run
+from scripts.data.datalist import describe, write_datalist
+from scripts.data.grades import check_alpha
+from scripts.data.subjects import check_output_dir
+from scripts.distributed import join_processes
+from scripts.net import SETTINGS
+from scripts.networks.base import SegmentationNetwork
+from scripts.tools.monai_label import apply_label_request
+from scripts.tools.onnx_network import export_onnx
+from scripts.training.checkpoints import check_resumable, check_settings, check_unseen, load_weights
+
+
+def settings() -> dict[str, Any]:
+    """The settings that give the weights their meaning, read from the public keys of the running configuration."""
+    parser = running_parser()
+    return {name: parser.get_parsed_content(name) for name in SETTINGS}
+
+
+def train() -> None:
+    """Train from the start, from the weights of ``init_ckpt``, or from where an earlier run stopped (``resume``)."""
+    parser, value = _start("train.yaml")
+    apply_label_request(parser)
+    network, datalist = _check_training(value)
+    if start := value("init_ckpt"):
+        check_unseen(start, datalist["validation"], "validation", value("patient_pattern"))
+        load_weights(network, start, value("settings"))
+    checkpoints = value("checkpoints")
+    checkpoints.config = resumable_config()
+    if value("resume"):
+        subjects = [item["subject"] for item in datalist["training"]]
+        check_resumable(value("ckpt_dir"), network, value("settings"), checkpoints.config, subjects)
+    value("optimizer")  # freezes parameters, which must be done before the network is wrapped for several processes
+    if value("train::compile"):
+        for child in network.children():
+            child.compile()
+    output_dir = Path(value("output_dir"))
+    files = [output_dir / name for name in ("metrics.csv", "learning_curves.png", "config.yaml")]
+    files += [Path(value("ckpt_dir"), name) for name in ("model.pt", "last.pt")]
+    value("epoch_table").track(value("train::handlers") + value("validate::handlers"), files)
+    trainer = value("train::trainer")
+    stopping = _early_stopping(value("train::early_stopping"), trainer, value("validate::evaluator"))
+    if stopping:
+        checkpoints.full["early_stopping"] = stopping
+    if value("resume"):
+        checkpoints.resume(trainer)
+    write_datalist(datalist, str(output_dir / "datalist.json"), value("dataset_dir"))
+    save_config(str(output_dir / "config.yaml"))
+    if trainer.state.epoch < value("max_epochs") and not (stopping and stopping.counter >= stopping.patience):
+        trainer.run()
+    else:
+        print("training is complete")
+
+
+def evaluate() -> None:
+    """Score the weights of ``ckpt_path`` on subjects that they were not trained on."""
+    _, value = _start("train.yaml")
+    network = value("network_def")
+    value("validate::inferer").check(network, value("image_size"))
+    load_weights(value("network"), value("ckpt_path"), value("settings"))
+    check_unseen(value("ckpt_path"), value("datalist")["validation"], value("subset"), value("patient_pattern"))
+    evaluator = value("validate::evaluator")
+    save_config(value("output_dir") + "/evaluate.yaml")
+    evaluator.run()
+
+
+def infer(load: bool = True) -> None:
+    """Segment and grade every subject of ``dataset_dir``.
+
+    Args:
+        load: load the weights of ``ckpt_path``; false if ``network_def`` already has its weights, as an ONNX export.
+    """
+    parser, value = _start("inference.yaml", "train.yaml")
+    network, trained = value("network_def"), value("settings")
+    given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
+    check_settings(trained, given, "the model")
+    if load:
+        load_weights(value("network"), value("ckpt_path"), trained)
+    value("inferer").check(network, trained["image_size"])
+    masks = value("mask_dir") and Path(value("dataset_dir"), value("mask_dir"))
+    check_output_dir(value("output_dir"), value("data"), masks)
+    value("evaluator").run()
+
+
+def export() -> None:
+    """Export the weights of ``ckpt_path`` to ``onnx_dir``."""
+    _, value = _start("inference.yaml", "train.yaml")
+    network = value("network_def")
+    load_weights(network, value("ckpt_path"), value("settings"))
+    export_onnx(network, value("onnx_dir"), value("settings"))
+
+
+def ablate() -> None:
+    """Train and evaluate a grid of settings, and compare them in one table."""
+    start_run("ablation.yaml").get_parsed_content("ablation").run()
+
+
+def _start(*bases: str) -> tuple[ConfigParser, Callable[[str], Any]]:
+    """Check the keys, join the other processes, seed everything; the parser and the function that reads a key."""
+    parser = start_run(*bases)
+    value = parser.get_parsed_content
+    join_processes(value("distributed"))
+    set_determinism(value("seed"))
+    return parser, value
+
+
+def _check_training(value: Callable[[str], Any]) -> tuple[SegmentationNetwork, dict[str, list]]:
+    """Network and data list of a training, after they have been checked and described on the console."""
+    network, datalist, alpha = value("network_def"), value("datalist"), value("alpha")
+    check_alpha(alpha, value("grade_labels"))
+    value("validate::inferer").check(network, value("image_size"))
+    value("train::inferer").check(network)
+    value("loss").check(network, [item["grade"] for item in datalist["training"]])
+    if idist.get_rank() == 0:
+        print(describe(datalist, alpha, value("grade_labels")), flush=True)
+    return network, datalist
+
+
+def _early_stopping(patience: int | None, trainer: Trainer, evaluator: Evaluator) -> EarlyStopping | None:
+    """ignite's early stopping, attached to the validation; None if ``patience`` is None.
+
+    It cannot be declared: it needs the trainer, whose handlers need the evaluator.
+    """
+    if patience is None:
+        return None
+    if not isinstance(patience, int) or patience < 1:
+        raise InputError(f"train::early_stopping={patience!r} must be null or a whole number of validations, 1 or more")
+    handler = EarlyStopping(patience, lambda engine: engine.state.metrics[engine.state.key_metric_name], trainer)
+    evaluator.add_event_handler(Events.COMPLETED, handler)
+    return handler

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ignite.engine import Engine
+
+from scripts.config import InputError, TrainingError
+from scripts.diffusion.schedule import GaussianDiffusion
+from scripts.net import MedSegDiff
+from scripts.training.checkpoints import SaveCheckpoints, check_resumable, check_unseen, load_weights, trained_settings
+from scripts.training.losses import MultiTaskLoss
+
+SETTINGS = {"modalities": ["t1", "t2"], "image_size": 32, "grade_labels": {"G2": 0, "G3": 1}}
+
+
+def network(width=8, **kwargs):
+    return MedSegDiff(GaussianDiffusion(), channels=[width] * 3, calib_channels=[8] * 3, **kwargs)
+
+
+def train(tmp_path, best_epochs, max_epochs=3):
+    """Run an engine whose validation is best at ``best_epochs``; epoch e sets every weight to e."""
+    net = network()
+    evaluator = SimpleNamespace(state=SimpleNamespace(best_metric=0.5, best_metric_epoch=-1))
+
+    def step(engine, batch):
+        if engine.state.epoch in best_epochs:
+            evaluator.state.best_metric_epoch = engine.state.epoch
+        for parameter in net.parameters():
+            parameter.data.fill_(engine.state.epoch)
+
+    engine = Engine(step)
+    parts = {"model": net, "loss": MultiTaskLoss(net.diffusion), "optimizer": torch.optim.AdamW(net.parameters())}
+    engine.scaler = None
+    SaveCheckpoints(str(tmp_path), parts, ["model", "loss"], evaluator, SETTINGS, ["s1", "BraTS-GLI-00005-100"]).attach(
+        engine
+    )
+    engine.run([0], max_epochs=max_epochs)
+    return net
+
+
+def weight(path):
+    return torch.load(path, weights_only=True)["model"]["denoiser.conv_in.conv.weight"].unique().item()
+
+
+def test_last_and_best(tmp_path):
+    train(tmp_path, best_epochs=[1, 2])
+    assert weight(tmp_path / "model.pt") == 2
+    assert weight(tmp_path / "last.pt") == 3
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert {"model", "loss", "optimizer", "epoch", "best_metric", "training_subjects"} <= last.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.pt"]
+
+
+def test_without_validation_the_last_weights_are_kept(tmp_path):
+    train(tmp_path, best_epochs=[])
+    assert weight(tmp_path / "model.pt") == 3
+
+
+def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
+    train(tmp_path, best_epochs=[1], max_epochs=1)
+
+    def half(content, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(TrainingError, match="disk full"):
+        train(tmp_path, best_epochs=[1], max_epochs=1)
+    assert weight(tmp_path / "model.pt") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.pt"]
+
+
+def test_weights_round_trip(tmp_path):
+    trained = train(tmp_path, best_epochs=[3])
+    loaded = network()
+    load_weights(loaded, str(tmp_path / "model.pt"), SETTINGS)
+    for ours, theirs in zip(loaded.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_log_sigmas_are_checkpointed(tmp_path):
+    train(tmp_path, best_epochs=[3])
+    assert "weighting.log_sigma" in torch.load(tmp_path / "model.pt", weights_only=True)["loss"]
+
+
+@pytest.mark.parametrize("other", [{"width": 16}, {"out_channels": 3}, {"use_cls_head": False}])
+def test_checkpoint_of_another_network_is_refused(tmp_path, other):
+    train(tmp_path, best_epochs=[3])
+    with pytest.raises(InputError, match=r"model.pt' does not fit .* set variant, channels"):
+        load_weights(network(**other), str(tmp_path / "model.pt"), SETTINGS)
+
+
+@pytest.mark.parametrize("other", [{"modalities": ["t2", "t1"]}, {"image_size": 64}])
+def test_checkpoint_trained_for_other_settings_is_refused(tmp_path, other):
+    train(tmp_path, best_epochs=[3])
+    with pytest.raises(InputError, match=f"was trained with {next(iter(other))}="):
+        load_weights(network(), str(tmp_path / "model.pt"), SETTINGS | other)
+
+
+def test_absent_and_damaged_checkpoints_are_named(tmp_path):
+    with pytest.raises(InputError, match="x.pt' does not exist"):
+        load_weights(network(), str(tmp_path / "x.pt"), SETTINGS)
+    (tmp_path / "x.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="x.pt' cannot be read"):
+        load_weights(network(), str(tmp_path / "x.pt"), SETTINGS)
+
+
+def test_judging_trained_subjects_is_refused(tmp_path, caplog):
+    train(tmp_path, best_epochs=[3])
+    file = str(tmp_path / "model.pt")
+    check_unseen(file, [{"subject": "s3"}], "validation")
+    for seen in ("s1", "BraTS-GLI-00005-101"):  # the latter is a later scan of a patient trained on
+        with pytest.raises(InputError, match=rf"1 of 2 subjects, such as \['{seen}'\], were trained on"):
+            check_unseen(file, [{"subject": seen}, {"subject": "s3"}], "validation")
+    with pytest.raises(InputError, match="were trained on"):
+        check_unseen(file, [{"subject": "s1_2"}], "validation", r"(s\d+)_\d+")
+    with caplog.at_level(logging.WARNING):
+        check_unseen(file, [{"subject": "s1"}], "all")
+    assert "not of unseen subjects" in caplog.text
+
+
+def test_inference_finds_its_settings_in_the_checkpoint(tmp_path):
+    train(tmp_path, best_epochs=[1])
+    file = tmp_path / "model.pt"
+    assert trained_settings(str(file)) == SETTINGS
+    with pytest.raises(InputError, match="does not exist"):
+        trained_settings(str(tmp_path / "typo.pt"))
+    torch.save({"model": {}}, file)
+    with pytest.raises(InputError, match="older than version 0.6"):
+        trained_settings(str(file))
+
+
+def test_other_names_of_the_grades_are_no_other_network(tmp_path):
+    train(tmp_path, best_epochs=[1])
+    load_weights(network(), str(tmp_path / "model.pt"), SETTINGS | {"grade_labels": {"LGG": 0, "HGG": 1}})
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"loss::lambda_focal": 1.0}, "was trained with loss::lambda_focal=0.5, now it is 1.0"),
+        ({"augmentations::0::prob": 0.1}, "was trained with augmentations::0::prob=absent, now it is 0.1"),
+    ],
+)
+def test_resuming_compares_the_whole_configuration(tmp_path, other, message):
+    train(tmp_path, best_epochs=[1])
+    config = {"loss::lambda_focal": 0.5, "amp": False}
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(content | {"config": config}, tmp_path / "last.pt")
+    subjects = content["training_subjects"]
+    check_resumable(str(tmp_path), network(), SETTINGS, config, subjects)
+    with pytest.raises(InputError, match=message):
+        check_resumable(str(tmp_path), network(), SETTINGS, config | other, subjects)
+    with pytest.raises(InputError, match="was trained on 2 subjects"):
+        check_resumable(str(tmp_path), network(), SETTINGS, config, subjects[:1])

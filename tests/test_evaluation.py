@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scripts.report.evaluation import SubjectReport, summarise
+from scripts.report.results import ResultsFile
+from scripts.report.uncertainty import calibration_bins, region_of_interest
+
+GRADES = {"LGG": 0, "HGG": 1}
+
+
+def results(folder, dataset="d", model="m", gt_dir="g"):
+    return ResultsFile(str(folder / "evaluation_results.json"), dataset, model, gt_dir)
+
+
+def test_evaluation_files(tmp_path, item):
+    report = SubjectReport(str(tmp_path / "out"), ["WT"], GRADES, {"subset": "all"}, results(tmp_path))
+    state = SimpleNamespace(state=SimpleNamespace(output=[item]))
+    report.started(state)
+    report.iteration_completed(state)
+    report.iteration_completed(SimpleNamespace(state=SimpleNamespace(output=[item | {"subject": "s2", "grade": -1}])))
+    report.completed(state)
+    table = pd.read_csv(tmp_path / "out" / "subjects.csv")
+    assert table["subject"].tolist() == ["s1", "s2"]
+    assert table["dice_WT"].tolist() == [1, 1]
+    assert table["true_volume_ml_WT"].tolist() == pytest.approx([4 * 4 * 2 * 8 / 1000] * 2)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["graded_subjects"] == 1
+    assert summary["grading"]["auc"]["value"] is None
+    assert summary["segmentation"]["WT"]["dice"]["mean"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    for name in ("overlays/s1_overlay.png", "reliability.png", "risk_coverage.png"):
+        assert (tmp_path / "out" / name).is_file()
+
+
+def test_evaluation_judges_uncertainty(tmp_path, item):
+    wrong = item["pred"].clone()
+    wrong[:, 2, 3, 1:3] = 0  # 2 voxels are missed, with full uncertainty
+    unsure = item["uncertainty"].clone()
+    unsure[:, 2, 3, 1:3] = 1
+    report = SubjectReport(str(tmp_path / "out"), ["WT"], GRADES, {}, results(tmp_path))
+    engine = SimpleNamespace(state=SimpleNamespace(output=[item | {"pred": wrong, "uncertainty": unsure}]))
+    report.started(engine)
+    report.iteration_completed(engine)
+    row = report.rows[0]
+    assert row["error_auroc_WT"] == 1
+    share = share_of_lesion(item)  # it has probability 0.92, all else 0.02
+    assert row["ece_lesion_WT"] == pytest.approx(0.08 * share + 0.02 * (1 - share), abs=1e-3)
+    assert row["volume_low_ml_WT"] == 0  # no voxel is as sure as 0.95
+    assert row["volume_high_ml_WT"] == pytest.approx(row["true_volume_ml_WT"])
+    assert row["sample_dice_WT"] == 0.75
+    report.completed(engine)
+    scores = json.loads((tmp_path / "out" / "summary.json").read_text())["uncertainty"]["WT"]
+    assert scores["volume_coverage"]["value"] == 1
+    assert scores["ece_lesion"]["value"] == pytest.approx(row["ece_lesion_WT"])
+    assert scores["quality_rank"]["value"] is None  # one subject has no rank
+
+
+def share_of_lesion(item):
+    label = np.asarray(item["label"][0]) > 0
+    return label.sum() / region_of_interest(label, label).sum()
+
+
+def test_summary_of_several_regions():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"grade": [0, 1] * 10, "prob_LGG": [0.8, 0.1] * 10, "prob_HGG": [0.2, 0.9] * 10})
+    columns = ["dice", "iou", "hd95", "true_volume_ml", "volume_low_ml", "volume_high_ml", "expected_dice"]
+    for name in [*columns, "brier", "error_auroc", "aurc"]:
+        for region in ("TC", "WT"):
+            table[f"{name}_{region}"] = rng.uniform(size=20)
+    table["expected_dice_TC"] = table["dice_TC"] ** 2
+    prob = rng.uniform(size=(20, 1000))
+    keys = [f"{region} {voxels}" for region in ("TC", "WT") for voxels in ("foreground", "lesion")]
+    bins = {key: np.stack([calibration_bins(p, p > 0.5) for p in prob]) for key in keys}
+    summary = summarise(table, ["TC", "WT"], ["LGG", "HGG"], bins)
+    assert summary["uncertainty"]["TC"]["quality_rank"]["value"] == pytest.approx(1)
+    assert summary["uncertainty"]["TC"]["ece_foreground"]["value"] == pytest.approx(0.25, abs=0.01)
+    inside = table.eval("volume_low_ml_WT <= true_volume_ml_WT <= volume_high_ml_WT").mean()
+    assert summary["uncertainty"]["WT"]["volume_coverage"]["value"] == pytest.approx(inside)
+    assert set(summary["segmentation"]) == {"TC", "WT"}
+    assert summary["grading"]["auc"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    cell = summary["segmentation"]["WT"]["dice"]["mean"]
+    assert cell["low"] < cell["value"] < cell["high"]

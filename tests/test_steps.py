@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.networks.schedulers import DDPMScheduler
+
+from scripts.config import InputError
+from scripts.diffusion.schedule import GaussianDiffusion
+from scripts.net import MedSegDiff
+from scripts.networks.baselines import PlainUNet
+from scripts.training.losses import MultiTaskLoss
+from scripts.training.steps import DenoisingInferer, DrawNoise
+from test_net import TINY, randomise
+
+
+def batch(size):
+    return {
+        "image": torch.randn(size, 4, 16, 16),
+        "label": (torch.rand(size, 1, 16, 16) > 0.5).float(),
+        "grade": torch.randint(-1, 2, (size,)),
+        "subject": [f"s{i}" for i in range(size)],
+    }
+
+
+def seen_by_denoiser(network, noised_mask, data):
+    """What training hands the network: ``(x_t, timesteps, condition, estimate)`` and the noise."""
+    image, _, _, kwargs = DrawNoise(1000)(data)
+    calls = []
+    forward = network.forward
+    network.forward = lambda image, *args: calls.append(args) or forward(image, *args)
+    outputs = DenoisingInferer(noised_mask)(image, network, **kwargs)
+    return calls, outputs, kwargs
+
+
+def test_prepares_what_the_loss_and_the_network_need():
+    data = batch(4)
+    image, targets, args, kwargs = DrawNoise(7)(data)
+    assert args == ()
+    assert torch.equal(image, data["image"])
+    assert targets["subject"] == data["subject"]
+    assert torch.equal(targets["timesteps"], kwargs["timesteps"])
+    assert kwargs["noise"].shape == targets["label"].shape
+
+
+def test_timesteps_are_uniform():
+    torch.manual_seed(0)
+    timesteps = DrawNoise(4)(batch(4000))[3]["timesteps"]
+    assert timesteps.bincount().tolist() == pytest.approx([1000] * 4, rel=0.1)
+
+
+def test_noises_the_truth():
+    torch.manual_seed(0)
+    data = batch(16)
+    calls, outputs, kwargs = seen_by_denoiser(randomise(MedSegDiff(GaussianDiffusion(), **TINY)), "truth", data)
+    ((x_t, t, _, estimate),) = calls
+    abar = DDPMScheduler(1000, schedule="linear_beta").alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    expected = abar.sqrt() * (2 * data["label"] - 1) + (1 - abar).sqrt() * kwargs["noise"]
+    assert torch.allclose(x_t, expected, atol=1e-5)
+    assert estimate is None
+    assert outputs[0].shape == data["label"].shape
+
+
+@pytest.mark.parametrize("noised_mask", ["prediction", "calibration"])
+def test_noises_what_the_network_says_and_nothing_of_the_truth(noised_mask):
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+    data = batch(4)
+    noised = []
+    for label in (data["label"], 1 - data["label"]):
+        torch.manual_seed(1)
+        calls, outputs, _ = seen_by_denoiser(network, noised_mask, data | {"label": label})
+        noised.append(calls[-1][0])
+        assert len(calls) == (2 if noised_mask == "prediction" else 1)
+        if noised_mask == "prediction":
+            assert (calls[0][1] == 999).all()  # from pure noise
+        outputs[0].sum().backward()
+        assert network.denoiser.conv_in.conv.weight.grad.abs().sum() > 0
+        assert network.calibrator.input_block.conv1.conv.weight.grad.abs().sum() > 0
+        network.zero_grad()
+    assert torch.equal(*noised)
+    assert not noised[0].requires_grad
+
+
+def test_the_calibration_map_is_what_is_noised():
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+    calls, _, kwargs = seen_by_denoiser(network, "calibration", batch(4))
+    ((x_t, t, condition, _),) = calls
+    expected = network.diffusion.add_noise(torch.tanh(condition["calib_map"] / 2), kwargs["noise"], t)
+    assert torch.allclose(x_t, expected, atol=1e-6)
+
+
+def test_self_conditioning_sees_its_own_estimate_in_half_of_the_slices():
+    torch.manual_seed(0)
+    network = randomise(MedSegDiff(GaussianDiffusion(), self_conditioning=True, **TINY))
+    calls, outputs, _ = seen_by_denoiser(network, "truth", batch(64))
+    first, second = calls
+    assert len(first) == 3  # no estimate of an estimate
+    assert torch.equal(first[0], second[0])
+    used = second[3].flatten(1).any(dim=1)
+    assert 16 < used.sum() < 48
+    assert second[3].abs().max() <= 1
+    assert not second[3].requires_grad
+    outputs[0].sum().backward()  # the extra channel is trained
+    assert network.denoiser.conv_in.conv.weight.grad[:, -1].abs().sum() > 0
+
+
+def test_the_plain_unet_has_nothing_to_recycle():
+    network = randomise(PlainUNet(GaussianDiffusion(), calib_channels=[8, 8, 16]))
+    for noised_mask in ("truth", "prediction"):
+        calls, _, _ = seen_by_denoiser(network, noised_mask, batch(2))
+        assert len(calls) == 1
+        del network.forward
+
+
+def test_the_calibration_map_cannot_be_noised_without_one():
+    network = MedSegDiff(GaussianDiffusion(), channels=[8, 8, 8], conditioning=[])
+    DenoisingInferer().check(network)
+    with pytest.raises(InputError, match="'highway' in conditioning"):
+        DenoisingInferer("calibration").check(network)
+
+
+def test_without_a_calibration_map_the_prediction_is_noised():
+    network = randomise(MedSegDiff(GaussianDiffusion(), channels=[8, 8, 8], conditioning=[]))
+    calls, _, _ = seen_by_denoiser(network, None, batch(2))
+    assert len(calls) == 2
+
+
+def test_unknown_noised_mask():
+    with pytest.raises(InputError, match="noised_mask 'mask'"):
+        DenoisingInferer("mask")
+
+
+def step_losses(network, data, **options):
+    """Loss and gradients of a training step under the options of precision and speed."""
+    torch.manual_seed(0)
+    prepare = DrawNoise(1000)
+    image, targets, _, kwargs = prepare(data)
+    loss = MultiTaskLoss(network.diffusion)(
+        DenoisingInferer("calibration", **options)(image, network, **kwargs), targets
+    )
+    network.zero_grad()
+    loss.backward()
+    return loss.item(), network.denoiser.conv_in.conv.weight.grad.clone()
+
+
+def learner(seed=0):
+    torch.manual_seed(seed)
+    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
+    (dropout,) = (module for module in network.cls_head if isinstance(module, torch.nn.Dropout))
+    dropout.p = 0.0  # it draws other numbers under another precision
+    return network
+
+
+def test_compiled_steps_are_the_plain_step():
+    data = batch(4)
+    loss, gradient = step_losses(learner(), data)
+    compiled = learner()
+    for part in compiled.children():
+        part.compile(backend="aot_eager")  # as the key does, but for the C++ compiler
+    names = compiled.state_dict().keys()
+    compiled_loss, compiled_gradient = step_losses(compiled, data)
+    assert compiled_loss == pytest.approx(loss, rel=1e-4)
+    assert torch.allclose(compiled_gradient, gradient, atol=1e-4 * gradient.abs().max())
+    assert compiled.state_dict().keys() == names == learner().state_dict().keys()
+
+
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_half_precision_gives_the_same_losses(amp_dtype):
+    data = batch(4)
+    (loss, _), (half, gradient) = (step_losses(learner(), data, amp=amp, amp_dtype=amp_dtype) for amp in (False, True))
+    assert half != loss
+    assert half == pytest.approx(loss, rel=0.02)
+    assert gradient.dtype == torch.float32
+    assert gradient.isfinite().all()
+
+
+def test_unknown_amp_dtype():
+    with pytest.raises(InputError, match="amp_dtype 'half'"):
+        DenoisingInferer(amp=True, amp_dtype="half")

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from scripts.data.grades import grade_names
+from scripts.data.regions import LabelToRegionsd, RegionCoding
+from scripts.report.tables import GradeTable, grade_row
+
+TO_WT = LabelToRegionsd("pred", RegionCoding(["WT"], {"WT": [1]}))
+
+
+def test_grades_csv(tmp_path, item):
+    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], TO_WT)
+    table.started(None)
+    del item["label"]
+    for name, prob in (("s1", [0.3, 0.7]), ("s2", [0.8, 0.2]), ("s3", None)):
+        found = {key: value for key, value in item.items() if key != "grade_prob"}
+        found |= {"subject": name} | ({} if prob is None else {"grade_prob": torch.tensor(prob)})
+        table.iteration_completed(SimpleNamespace(state=SimpleNamespace(output=[found])))
+    written = pd.read_csv(tmp_path / "grades.csv", keep_default_na=False)
+    assert written[["subject", "prob_LGG", "prob_HGG", "grade"]].to_numpy().tolist() == [
+        ["s1", "0.3", "0.7", "HGG"], ["s2", "0.8", "0.2", "LGG"], ["s3", "", "", ""]
+    ]  # fmt: skip
+    assert list(written.columns[4:]) == [
+        "volume_expected_ml_WT", "volume_low_ml_WT", "volume_high_ml_WT", "expected_dice_WT", "sample_dice_WT"
+    ]  # fmt: skip
+    assert written["volume_high_ml_WT"].tolist() == pytest.approx([4 * 4 * 2 * 8 / 1000] * 3)
+
+
+def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeypatch):
+    """Whatever values they have: here 255 is background."""
+    drawn = []
+    monkeypatch.setattr("scripts.report.overlays.plot_overlay", lambda image, pred, *rest: drawn.append(pred))
+    label = item.pop("label")
+    item["pred"] = MetaTensor(torch.where(label.as_tensor() > 0, 0, 255), meta=label.meta)
+    to_regions = LabelToRegionsd(
+        "pred", RegionCoding(["disc", "cup"], {"disc": [128, 0], "cup": [0]}, background_label=255)
+    )
+    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], to_regions)
+    table.started(None)
+    table.iteration_completed(SimpleNamespace(state=SimpleNamespace(output=[item])))
+    assert drawn[0].shape == (2, 16, 16, 4)
+    assert drawn[0].sum(axis=(1, 2, 3)).tolist() == [32, 32]
+
+
+@pytest.mark.parametrize(("prob", "grade"), [([0.8, 0.2], "G2"), ([0.3, 0.7], "G3/G4")])
+def test_grades_that_share_a_class_are_named_together(item, prob, grade):
+    row = grade_row(item | {"grade_prob": torch.tensor(prob)}, ["WT"], grade_names({"G2": 0, "G3": 1, "G4": 1}))
+    assert row["grade"] == grade
+    assert row["prob_G3/G4"] == pytest.approx(prob[1])
+
+
+def test_three_grades(item):
+    row = grade_row(item | {"grade_prob": torch.tensor([0.2, 0.3, 0.5])}, ["WT"], ["G2", "G3", "G4"])
+    assert row["grade"] == "G4"
+    assert [row[f"prob_{name}"] for name in ("G2", "G3", "G4")] == pytest.approx([0.2, 0.3, 0.5])
