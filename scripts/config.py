@@ -93,7 +93,7 @@ def check_values(config: dict, *bases: str) -> None:
     """Refuse values whose type differs from that of their default, and a device that does not exist.
 
     The defaults are those of ``bases``; the last file wins. An integer must be at least 1 if its default is, and must
-    not be negative otherwise. Defaults that are null or an expression are not checked.
+    not be negative otherwise. Defaults that are null, an expression or a component are not checked.
 
     Raises:
         InputError: naming the key, its value and what it should be.
@@ -101,7 +101,10 @@ def check_values(config: dict, *bases: str) -> None:
     defaults = ConfigParser.load_config_files([str(BUNDLE_ROOT / "configs" / base) for base in bases])
     for key, default in defaults.items():
         value = config.get(key)
-        if key not in config or isinstance(default, str) or default is None or str(value).startswith(("$", "@")):
+        component = isinstance(default, dict) and "_target_" in default
+        if key not in config or isinstance(default, str) or default is None or component:
+            continue
+        if str(value).startswith(("$", "@")):
             continue
         if isinstance(default, (bool, list, dict)):
             valid, expected = isinstance(value, type(default)), type(default).__name__

@@ -50,7 +50,8 @@ def train() -> None:
     value("optimizer")  # freezes parameters, which must be done before the network is wrapped for several processes
     if value("train::compile"):
         for child in network.children():
-            child.compile()
+            if next(child.parameters(), None) is not None:
+                child.compile()
     output_dir = Path(value("output_dir"))
     files = [output_dir / name for name in ("metrics.csv", "learning_curves.png", "config.yaml")]
     files += [Path(value("ckpt_dir"), name) for name in ("model.pt", "last.pt")]

@@ -82,7 +82,7 @@ def test_validation_scores_of_the_epoch_table_are_gathered(trained, phantoms, ru
     row = pd.read_csv(trained / "metrics.csv").iloc[-1]
     assert row["dice"] == pytest.approx(subjects["dice_WT"].mean(), abs=1e-5)
     assert row["iou"] == pytest.approx(subjects["iou_WT"].mean(), abs=1e-5)
-    assert row["accuracy"] == np.mean((subjects["hgg_prob"] >= 0.5) == subjects["grade"])
+    assert row["accuracy"] == np.mean((subjects["prob_HGG"] > 0.5) == subjects["grade"])
 
 
 def test_when_one_process_dies_the_other_stops_with_a_message(phantoms, tmp_path):

@@ -22,4 +22,4 @@ def test_half_precision_on_the_device_that_is_there(amp):
     assert dtypes == [torch.bfloat16 if amp else torch.float32]
     (output,) = evaluator.state.output
     assert output["pred"].dtype == torch.float32
-    assert output.keys() >= {"image", "pred", "uncertainty", "sample_dice", "hgg_prob", "subject", "grade", "label"}
+    assert output.keys() >= {"image", "pred", "uncertainty", "sample_dice", "grade_prob", "subject", "grade", "label"}

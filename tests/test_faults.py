@@ -107,7 +107,7 @@ def test_a_complete_training_is_left_as_it_is(phantoms, run_bundle, tmp_path, ca
         ({"image_size": 16}, "was trained with image_size=32"),
         ({"max_epochs": 9}, "was trained with max_epochs=2, now it is 9"),
         ({"learning_rate": 1e-2}, "was trained with learning_rate=0.0005"),
-        ({"fold": 1}, "was trained on 8 subjects, and these are not the 8 training subjects of now"),
+        ({"fold": 1}, "was trained with fold=0, now it is 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -22,15 +22,15 @@ def network():
 @pytest.fixture
 def volume():
     image = torch.randn(1, 4, 16, 16, 6, generator=torch.Generator().manual_seed(1))
-    image[..., 0] = 0  # a slice without brain
+    image[..., 0] = 0  # an empty slice
     return image
 
 
 def test_outputs(network, volume):
     result = VolumeInferer(num_inference_steps=3, num_samples=2).predict(volume, network)
     assert result["pred"].shape == result["uncertainty"].shape == (1, 1, 16, 16, 6)
-    assert result["hgg_prob"].shape == (1,)
-    assert 0 < result["hgg_prob"] < 1
+    assert result["grade_prob"].shape == (1, 2)
+    assert ((result["grade_prob"] > 0) & (result["grade_prob"] < 1)).all()
     for name in ("pred", "uncertainty"):
         assert ((result[name] >= 0) & (result[name] <= 1)).all()
         assert not result[name][..., 0].any()
@@ -49,7 +49,7 @@ def test_same_seed_same_masks_whatever_the_batch(volume, prediction_type, settin
     assert results[0]["pred"].isfinite().all()
     for other in results[1:]:
         assert torch.allclose(other["pred"], results[0]["pred"], atol=1e-5)
-        assert torch.allclose(other["hgg_prob"], results[0]["hgg_prob"], atol=1e-5)
+        assert torch.allclose(other["grade_prob"], results[0]["grade_prob"], atol=1e-5)
 
 
 def test_the_seed_matters(network, volume):
@@ -73,7 +73,7 @@ def test_samples_differ_by_their_noise_alone(network, volume):
 def test_the_mean_of_samples_and_their_spread(network, volume):
     samples = torch.rand(3, 5, 1, 16, 16)
     inferer = VolumeInferer(num_samples=5, sampling_batch_size=15)
-    inferer.sample = lambda image, network, indices: (samples[: len(indices)], torch.full((len(indices),), 0.5))
+    inferer.sample = lambda image, network, indices: (samples[: len(indices)], None)
     result = inferer.predict(volume[..., :4], network)
     mean, variance = samples.mean(dim=1).movedim(0, -1), samples.var(dim=1).movedim(0, -1)
     assert torch.allclose(result["pred"][0, ..., 1:], mean, atol=1e-6)
@@ -119,22 +119,23 @@ def test_temperatures_are_applied(network, volume):
     network.lesion_temperature.fill_(4.0)
     network.grade_temperature.fill_(3.0)
     after = VolumeInferer().predict(volume, network)
-    brain = (..., slice(1, None))
-    assert torch.allclose(after["pred"][brain].logit(), before["pred"][brain].logit() / 2, atol=1e-3)
-    assert torch.allclose(after["hgg_prob"].logit(), before["hgg_prob"].logit() / 3, atol=1e-3)
-    assert not after["pred"][..., 0].any()  # no brain, no probability
+    filled = (..., slice(1, None))
+    assert torch.allclose(after["pred"][filled].logit(), before["pred"][filled].logit() / 2, atol=1e-3)
+    logits = [result["grade_prob"][:, 1].logit() for result in (after, before)]
+    assert torch.allclose(logits[0], logits[1] / 3, atol=1e-3)
+    assert not after["pred"][..., 0].any()  # an empty slice has no probability
     assert after["volume_temperature"].tolist() == [[1.0]]
     lesion = VolumeInferer(calibrated_for="lesion").predict(volume, network)
-    assert torch.allclose(lesion["pred"][brain].logit(), before["pred"][brain].logit() / 4, atol=1e-3)
+    assert torch.allclose(lesion["pred"][filled].logit(), before["pred"][filled].logit() / 4, atol=1e-3)
     assert lesion["volume_temperature"].tolist() == [[0.5]]
-    assert (after["uncertainty"][brain] > before["uncertainty"][brain]).float().mean() > 0.9
+    assert (after["uncertainty"][filled] > before["uncertainty"][filled]).float().mean() > 0.9
 
 
 def test_image_branch_runs_once_per_slice(network, volume):
     seen = []
     network.calibrator.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
     VolumeInferer(num_inference_steps=5, num_samples=3).predict(volume, network)
-    assert sum(seen) == 5  # the slices with brain
+    assert sum(seen) == 5  # the slices that are not empty
 
 
 def test_batches_stay_within_the_bound(network, volume):
@@ -153,21 +154,28 @@ def test_meta_survives_for_inversion(network, volume):
     assert torch.equal(VolumeInferer()(image, network), result["pred"])
 
 
-def test_no_grading_head_gives_nan(volume):
+def test_without_a_grading_head_there_is_no_grade(volume):
     network = randomise(MedSegDiff(GaussianDiffusion(), use_cls_head=False, **TINY))
-    assert VolumeInferer().predict(volume, network)["hgg_prob"].isnan().all()
+    assert "grade_prob" not in VolumeInferer().predict(volume, network)
 
 
 def test_plain_unet_is_sampled_alike(volume):
-    network = randomise(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]))
+    network = randomise(PlainUNet(GaussianDiffusion(), calib_channels=[8, 8, 16]))
     image = volume[0].movedim(-1, 0)[1:]
     prob = VolumeInferer().predict(volume, network)["pred"][0].movedim(-1, 0)[1:]
     assert torch.allclose(prob, network(image).sigmoid(), atol=1e-5)
 
 
-def test_volume_without_brain(network, volume):
-    with pytest.raises(InputError, match="no brain"):
+def test_empty_volume(network, volume):
+    with pytest.raises(InputError, match="a volume is empty"):
         VolumeInferer().predict(torch.zeros_like(volume), network)
+
+
+def test_three_grades(volume):
+    network = randomise(MedSegDiff(GaussianDiffusion(), num_grades=3, **TINY))
+    prob = VolumeInferer(2, num_samples=2).predict(volume, network)["grade_prob"]
+    assert prob.shape == (1, 3)
+    assert prob.sum().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +204,7 @@ def test_check_before_any_volume_is_read(network):
     with pytest.raises(InputError, match="start_timestep=1000"):
         VolumeInferer(start_timestep=1000).check(network, 16)
     with pytest.raises(InputError, match="need a calibration map"):
-        VolumeInferer(start_timestep=9).check(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]), 16)
-
-
-def test_grade_is_weighted_by_predicted_area():
-    values = torch.tensor([0.2, 0.8])
-    assert area_weighted_mean(values, torch.tensor([3, 1])).item() == pytest.approx(0.35)
-    assert area_weighted_mean(values, torch.tensor([0, 0])).item() == pytest.approx(0.5)
+        VolumeInferer(start_timestep=9).check(PlainUNet(GaussianDiffusion(), calib_channels=[8, 8, 16]), 16)
 
 
 def test_no_evaluation_gives_the_calibration_map(network, volume):
@@ -211,8 +213,8 @@ def test_no_evaluation_gives_the_calibration_map(network, volume):
     network.denoiser.forward = None  # must not be called
     result = inferer.predict(volume, network)
     expected = network.condition(volume[0].movedim(-1, 0))["calib_map"].sigmoid().movedim(0, -1)
-    brain = (volume[0] != 0).flatten(0, 2).any(dim=0)
-    assert torch.allclose(result["prob"][0][..., brain], expected[..., brain], atol=1e-5)
-    assert result["hgg_prob"].isnan().all()
+    filled = (volume[0] != 0).flatten(0, 2).any(dim=0)
+    assert torch.allclose(result["prob"][0][..., filled], expected[..., filled], atol=1e-5)
+    assert "grade_prob" not in result
     with pytest.raises(InputError, match="add 'highway'"):
-        inferer.check(PlainUNet(GaussianDiffusion(), channels=[8, 8, 16]), 16)
+        inferer.check(PlainUNet(GaussianDiffusion(), calib_channels=[8, 8, 16]), 16)

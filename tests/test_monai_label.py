@@ -63,7 +63,7 @@ def test_a_subject_does_not_train_and_validate(request_of, capsys):
     _, out = request_of([1, 2], [2, 3])
     split = json.loads((out / "datalist.json").read_text())
     assert [item["subject"][-3:] for item in split["validation"]] == ["003"]
-    assert "1 subjects train and do not validate" in capsys.readouterr().out
+    assert "1 subjects are left out of validation" in capsys.readouterr().out
 
 
 def test_nothing_labelled_is_told(request_of):

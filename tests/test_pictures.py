@@ -16,7 +16,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import SaveImage
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, settings_of
 from scripts.config import InputError
 from scripts.data.datalist import describe, read_datalist
 from scripts.data.pictures import read_grid, read_picture
@@ -90,8 +90,9 @@ def make_own(root: Path) -> None:
 def train_evaluate_infer(run_bundle, overlays, root: Path, out: Path, **keys) -> pd.DataFrame:
     """One epoch on ``Train``; all of ``Test`` evaluated and inferred. The table of the evaluation."""
     keys = {"ckpt_dir": str(out / "model"), **keys}
-    train = {"dataset_dir": str(root / "Train"), "max_epochs": 1, "num_folds": 2, "augmentation": 1.0}
-    run_bundle(["train.yaml", *overlays], output_dir=str(out / "train"), **train, **keys)
+    train = {"dataset_dir": str(root / "Train"), "max_epochs": 1, "num_folds": 2}
+    augmented = [*overlays, "augment.yaml", "augment_pictures.yaml"]
+    run_bundle(["train.yaml", *augmented], output_dir=str(out / "train"), **train, **keys)
     test = {"dataset_dir": str(root / "Test"), **keys}
     run_bundle(["train.yaml", *overlays, "evaluate.yaml"], output_dir=str(out / "eval"), subset="all", **test)
     run_bundle(["inference.yaml", *overlays], output_dir=str(out / "pred"), **test)
@@ -184,7 +185,8 @@ def test_inference_saves_a_mask_where_the_picture_shows_it(tmp_path):
     file = save(np.where(mask, 200, 50).astype(np.uint8), tmp_path / "images" / "a.bmp")
     parser = ConfigParser()
     parser.read_config([str(ROOT / "configs" / name) for name in ("inference.yaml", "data_images.yaml")])
-    parser.update({"image_size": 32, "modalities": ["grey"], "output_dir": str(tmp_path / "out")})
+    settings = settings_of("train.yaml", "data_images.yaml", image_size=32, modalities=["grey"])
+    parser.update({"settings": settings, "output_dir": str(tmp_path / "out")})
     item = parser.get_parsed_content("preprocessing")({"image": [str(file)], "subject": "a"})
     bright = (item["image"] > 0).float()
     predicted = {key: bright.clone() for key in ("pred", "prob", "uncertainty")}
@@ -360,7 +362,7 @@ def test_masks_are_found_by_stem(ddti, caplog):
     assert [Path(item["label"]).name for item in items] == ["1_mask.png", "2_segmentation.PNG", "3.PNG"]
     assert "without an image are left out: ['9']" in caplog.text
     assert "label" not in find(ddti, require_label=False)[0]
-    assert "subjects=3 slices=3" in describe({"all": [item | {"grade": -1} for item in items]}, [1, 1])
+    assert "subjects=3 slices=3" in describe({"all": [item | {"grade": -1} for item in items]}, [1, 1], {"LGG": 0, "HGG": 1})
 
 
 def test_output_goes_neither_among_images_nor_masks(ddti):

@@ -158,7 +158,7 @@ def summarise(
     graded = table.reindex(columns=["grade", *columns])[table["grade"] >= 0].dropna()
     truth, prob = graded["grade"].to_numpy(), graded[columns].to_numpy()
     grading = with_intervals(
-        lambda rows: grading_scores(truth[rows], prob[rows], grades), range(len(graded)), seed=seed
+        lambda rows: grading_scores(truth[rows], prob[rows], grades), np.arange(len(graded)), seed=seed
     )
     uncertainty = {
         region: with_intervals(_uncertainty_scores(table, region, bins), range(len(table)), seed=seed)
