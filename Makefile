@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 LABEL_VENV ?= .venv-label
+# waiting OpenMP threads sleep: spinning ones make torch many times slower beside another busy process (docs/performance.md)
+export OMP_WAIT_POLICY = PASSIVE
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(VENV)/bin/python
 DEMO = "['configs/train.yaml','configs/demo.yaml']"
 
@@ -17,7 +19,7 @@ $(VENV)/.installed-extras: requirements-extras.txt $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-extras.txt
 	@touch $@
 
-# MONAI Label imports torchvision and does not call it: where there is none, an empty one will do
+# MONAI Label imports torchvision but does not call it: an empty module replaces it if it is missing
 $(LABEL_VENV)/.installed: label_app/requirements.txt requirements.txt
 	$(PYTHON) -m venv $(LABEL_VENV)
 	$(LABEL_VENV)/bin/python -m pip install --quiet --requirement label_app/requirements.txt --constraint requirements.txt
@@ -48,14 +50,14 @@ demo: $(VENV)/.installed
 staged: $(VENV)/.installed
 	test -d demo/data || $(RUN) -m scripts.tools.phantom --output_dir demo/data --num_subjects 160
 	set -e; for stage in stage1_segmentation stage2_grading stage3_joint; do \
-	    $(RUN) -W ignore -m monai.bundle run --stages_dir demo/staged --max_epochs 6 \
+	    $(RUN) -W ignore -m monai.bundle run --output_dir demo/staged/$$stage --ckpt_dir demo/staged/$$stage --max_epochs 6 \
 	        --config_file "['configs/train.yaml','configs/demo.yaml','configs/$$stage.yaml']"; \
 	done
 	$(RUN) -W ignore -m monai.bundle run --ckpt_dir demo/staged/stage3_joint --output_dir demo/staged/evaluate \
 	    --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml']"
 
 test: $(VENV)/.installed-extras
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
 conformance: $(VENV)/.installed-extras
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest acceptance/test_conformance.py

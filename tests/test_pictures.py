@@ -124,7 +124,7 @@ def test_refuge2_end_to_end(run_bundle, tmp_path):
         assert row["dice_disc"] == pytest.approx(dice(seg < 255, truth < 255), abs=1e-5)
     content = json.loads((tmp_path / "out" / "eval" / "evaluation_results.json").read_text())
     (result,) = content["results"].values()
-    assert (content["dataset"], content["evaluation_models"]) == ("refuge2", ["MedSegDiff-S"])
+    assert (content["dataset"], content["evaluation_models"]) == ("Test", ["MedSegDiff-S"])
     assert content["gt_dir"] == str(tmp_path / "Test" / "Disc_Cup_Masks")
     assert result["dice"] == pytest.approx(table[["dice_disc", "dice_cup"]].to_numpy().mean(), abs=1e-5)
     assert result["num_samples"] == 2
