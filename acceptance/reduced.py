@@ -30,6 +30,8 @@ BENCHMARKS = {
     "flops.py": {},
     "inference.py": {},
     "network.py": {"--repeats": ["1"], "--image_size": ["32"]},
+    "structure.py": {},
+    "threads.py": {"--seconds": ["0.2"], "--loads": ["0", "1"]},
     "sampling.py": EPOCHS | {"--prediction_types": ["sample"], "--samplers": ["ddim"], "--steps": ["1", "2"]},
     "training.py": {"--steps": ["1"], "--repeats": ["1"]},
 }

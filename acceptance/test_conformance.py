@@ -195,15 +195,15 @@ def test_a_push_to_the_hub_uploads_the_release_alone(released, tmp_path, monkeyp
     monkeypatch.setattr(monai.bundle.scripts.huggingface_hub, "HfApi", DryRun)
     bundle = tmp_path / NAME
     subprocess.run(["cp", "-r", str(released), str(bundle)], check=True)
-    monai.bundle.push_to_hf_hub("someone/medsegdiff", NAME, str(tmp_path), version="0.5.0")
-    assert sent["tag"] == "0.5.0"
+    monai.bundle.push_to_hf_hub("someone/medsegdiff", NAME, str(tmp_path), version="0.6.0")
+    assert sent["tag"] == "0.6.0"
     assert sent["files"] == {str(p.relative_to(released)) for p in released.rglob("*") if p.is_file()} | {"README.md"}
     assert "# Model card" in sent["card"]
 
 
 def test_weights_load_without_pickled_code():
     checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
-    assert {"model", "trained_for", "training_subjects"} <= checkpoint.keys()
+    assert {"model", "settings", "training_subjects"} <= checkpoint.keys()
     assert (ROOT / "models" / "model.pt").stat().st_size < 10e6
 
 

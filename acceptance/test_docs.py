@@ -64,7 +64,7 @@ EXEMPT = {
     "torchrun --nnodes 2": "needs two machines",
 }
 IDENTITY = ["-c", "user.name=docs", "-c", "user.email=docs@example.org"]
-COMMAND = re.compile(r"(python|make|pip|torchrun|git|pytest|tensorboard|mlflow|OMP_NUM_THREADS=\S+) \S")
+COMMAND = re.compile(r"(python|make|pip|torchrun|git|pytest|tensorboard|mlflow|OMP_\w+=\S+) \S")
 CODE = re.compile(r"^```(?P<language>\w*)\n(?P<fenced>.*?)^```$|`(?P<inline>[^`]+)`", re.MULTILINE | re.DOTALL)
 
 

@@ -49,11 +49,11 @@ def measure(files: list[str], num_samples: int, num_inference_steps: int, slices
     config = ConfigParser()
     config.read_config([str(ROOT / "configs" / name) for name in files])
     network = config.get_parsed_content("network_def").eval()
-    size, trained_for = (config.get_parsed_content(key) for key in ("image_size", "trained_for"))
-    volume = torch.randn(1, len(trained_for["modalities"]), size, size, slices)
+    size, settings = (config.get_parsed_content(key) for key in ("image_size", "settings"))
+    volume = torch.randn(1, len(settings["modalities"]), size, size, slices)
     inferer = VolumeInferer(num_inference_steps, num_samples)
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(network, folder, trained_for)
+        export_onnx(network, folder, settings)
         exported = OnnxNetwork(folder)
 
     def bfloat16() -> None:

@@ -34,7 +34,7 @@ PARTS = {  # methods timed, outer ones less their inner ones
     "sample": ["scripts.sampling.inferer.VolumeInferer.sample"],
     "fuse": ["scripts.sampling.inferer.VolumeInferer.predict"],
     "back to the grid": ["monai.transforms.Invertd.__call__"],
-    "write": ["monai.transforms.SaveImaged.__call__", "scripts.report.evaluation.GradeTable.iteration_completed"],
+    "write": ["monai.transforms.SaveImaged.__call__", "scripts.report.tables.GradeTable.iteration_completed"],
 }
 
 
@@ -55,9 +55,9 @@ def main() -> None:
     config = ConfigParser()
     config.read_config(training)
     config.update(settings)
-    network, trained_for = (config.get_parsed_content(key) for key in ("network_def", "trained_for"))
+    network, trained = (config.get_parsed_content(key) for key in ("network_def", "settings"))
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({"model": network.state_dict(), "trained_for": trained_for}, f"{folder}/model.pt")
+        torch.save({"model": network.state_dict(), "settings": trained}, f"{folder}/model.pt")
         options = ["--ckpt_path", f"{folder}/model.pt", "--output_dir", folder, "--inside", f"{folder}/parts.json"]
         start = time.perf_counter()
         command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], *options]

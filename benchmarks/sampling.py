@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.bundle import run_bundle  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.net import MedSegDiff  # noqa: E402
-from scripts.report.tables import write_csv
+from scripts.report.tables import write_csv  # noqa: E402
 from scripts.report.uncertainty import calibration_bins, expected_calibration_error, region_of_interest  # noqa: E402
 from scripts.sampling.inferer import VolumeInferer  # noqa: E402
 from scripts.training.checkpoints import load_weights  # noqa: E402
@@ -54,7 +54,7 @@ def main() -> None:
             run_bundle(args.configs, [*settings, "--output_dir", folder, "--ckpt_dir", folder])
         config = configured(args, settings)
         network, items = config.get_parsed_content("network"), list(config.get_parsed_content("validate::dataset"))
-        load_weights(network, str(folder / "last.pt"), config.get_parsed_content("trained_for"))
+        load_weights(network, str(folder / "last.pt"), config.get_parsed_content("settings"))
         for sampler in args.samplers:
             for steps in args.steps:
                 inferer = VolumeInferer(steps, args.num_samples, sampler=sampler)
@@ -78,7 +78,7 @@ def configured(args: argparse.Namespace, settings: list[str]) -> ConfigParser:
 
 
 def judge(inferer: VolumeInferer, network: MedSegDiff, items: list[dict], back_to_grid: Compose) -> dict[str, float]:
-    """Mean Dice and ECE of the first region on the label's own grid, and seconds per slice with brain."""
+    """Mean Dice and ECE of the first region on the label's own grid, and seconds per slice that is not empty."""
     dice, bins, seconds, slices = [], [], 0.0, 0
     for item in items:
         image = item["image"][None]

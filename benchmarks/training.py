@@ -35,11 +35,9 @@ from scripts.tools.phantom import make_dataset  # noqa: E402
 
 VARIANTS: dict[str, dict] = {
     "default": {},
-    "no grading head": {"use_cls_head": False, "tasks": ["segmentation"]},
-    "EMA": {"ema_decay": 0.999},
-    "gradient cosine": {"gradient_cosine": True},
+    "no grading head": {"use_cls_head": False, "loss::tasks": ["segmentation"]},
+    "EMA": {"ema": yaml.safe_load((ROOT / "configs" / "ema.yaml").read_text())["ema"]},
     "bfloat16": {"amp": True},
-    "channels-last": {"channels_last": True},
 }
 
 

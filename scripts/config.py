@@ -10,15 +10,16 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from pydoc import locate
 from types import TracebackType
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 import yaml
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigComponent, ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def start_run(*bases: str) -> ConfigParser:
     sys.excepthook = _report_own_error
     parser = running_parser()
     check_keys(parser.get(), *bases)
+    check_addresses(parser)
     check_values(parser.get(), *bases)
     return parser
 
@@ -82,11 +84,52 @@ def check_keys(config: dict, *bases: str) -> None:
     known = {key for base in bases for key in ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / base))}
     unknown = [key for key in config if key not in known | ADDED_BY_MONAI]
     if unknown:
-        hints = []
-        for key in unknown:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hints.append(f"'{key}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
-        raise InputError(f"unknown configuration key {', '.join(hints)}; the known keys stand in configs/{bases[0]}")
+        hints = ", ".join(_with_hint(key, known) for key in unknown)
+        raise InputError(f"unknown configuration key {hints}; configs/{bases[0]} has the known keys")
+
+
+def check_addresses(parser: ConfigParser) -> None:
+    """Refuse keys that nothing reads, below the top level: ``--train::compil true``, ``--loss::lambda_focl 1``.
+
+    Raises:
+        InputError: naming the address, the component that has no such argument, and the nearest known name.
+    """
+    known: dict[str, set[str]] = {"train": set(), "validate": set()}
+    for file in sorted((BUNDLE_ROOT / "configs").glob("*.yaml")):
+        for key, value in ConfigParser.load_config_file(str(file)).items():
+            group, _, rest = key.partition("::")
+            if group in known:
+                known[group] |= {rest.split("::")[0]} if rest else set(value)
+    for group, names in known.items():
+        for key in parser.get().get(group, {}):
+            if key not in names:
+                raise InputError(f"unknown configuration key {_with_hint(f'{group}::{key}', names)}")
+    for address, component in _components(parser.get()):
+        target = locate(ConfigComponent(component, locator=parser.locator).resolve_module_name())
+        try:
+            parameters = inspect.signature(target).parameters  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # some built-in functions have no signature
+            continue
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            continue
+        for key in component:
+            if not key.startswith("_") and key not in parameters:
+                name = component["_target_"].rsplit(".", 1)[-1]
+                raise InputError(f"{address}: {name} has no argument {_with_hint(key, set(parameters))}")
+
+
+def _components(node: Any, address: str = "") -> Iterator[tuple[str, dict]]:
+    """Components of a configuration, with their addresses."""
+    if isinstance(node, dict) and isinstance(node.get("_target_"), str):
+        yield address, node
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from _components(value, f"{address}::{key}" if address else str(key))
+
+
+def _with_hint(key: str, known: Iterable[str]) -> str:
+    """The key and, if there is one, the most similar known name."""
+    near = difflib.get_close_matches(key.split("::")[-1], known, n=1, cutoff=0.5)
+    return f"'{key}'" + (f" (did you mean '{near[0]}'?)" if near else "")
 
 
 def check_values(config: dict, *bases: str) -> None:

@@ -45,8 +45,8 @@ def test_training_writes_what_the_docs_name(trained):
     }  # fmt: skip
     table = pd.read_csv(trained / "metrics.csv")
     assert list(table.columns) == [
-        "epoch", "split", "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_cls", "L_total",
-        "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm", "learning_rate", "seconds",
+        "epoch", "split", "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_cls",
+        "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm", "learning_rate", "seconds",
     ]  # fmt: skip
     assert table["split"].tolist() == ["train", "validation"] * 2
     always = ["dice", "iou", "auc", "f1", "accuracy", "L_seg", "L_cls", "L_total", "sigma_seg", "sigma_cls"]
@@ -330,6 +330,9 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
         ({"optimizer::params::trainable": "^head"}, "matches no parameter"),
         ({"loss::tasks": ["grading"], "use_cls_head": False}, "needs use_cls_head"),
         ({"loss::tasks": ["masks"]}, "tasks="),
+        ({"train::compil": True}, r"unknown configuration key 'train::compil' \(did you mean 'compile'"),
+        ({"loss::lambda_focl": 1.0}, r"loss: MultiTaskLoss has no argument 'lambda_focl' \(did you mean 'lambda_focal'"),
+        ({"train::handlers::4::max_nrm": 1.0}, "train::handlers::4: GradientClipping has no argument 'max_nrm'"),
         ({"lr_schedule": "step"}, "unknown configuration key 'lr_schedule'.*'lr_scheduler'"),
         ({"train::amp_dtype": "half"}, "amp_dtype 'half'"),
         ({"init_ckpt": "missing.pt"}, "'missing.pt' does not exist"),

@@ -222,7 +222,7 @@ def run_bundle(configs: Sequence[str], keys: Mapping[str, Any], log: Path, threa
         command += [f"--{key}", str(value)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as stream:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, cwd=BUNDLE_ROOT, stdout=stream, stderr=stream, check=True, env=environment)
 
 
