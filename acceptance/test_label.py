@@ -216,7 +216,7 @@ def test_a_folder_of_dicom_series_is_segmented_and_a_gap_is_told(server, phantom
     np.testing.assert_allclose(mask.affine, expected.affine, atol=1e-4)
     assert np.array_equal(np.asarray(mask.dataobj), np.asarray(expected.dataobj))
     (tmp_path / "dicom" / "flair" / "014.dcm").unlink()
-    answer, message = server.infer(str(tmp_path / "dicom")), "a file is missing, or too many are there"
+    answer, message = server.infer(str(tmp_path / "dicom")), "add the missing slice, or remove the extra one"
     if is_stock(server):
         wait_for(lambda: message in server.log.read_text(), 10)
     else:

@@ -135,33 +135,41 @@ def _with_hint(key: str, known: Iterable[str]) -> str:
 def check_values(config: dict, *bases: str) -> None:
     """Refuse values whose type differs from that of their default, and a device that does not exist.
 
-    The defaults are those of ``bases``; the last file wins. An integer must be at least 1 if its default is, and must
-    not be negative otherwise. Defaults that are null, an expression or a component are not checked.
+    The defaults are those of ``bases``; the last file wins. An integer at the top level must be at least 1 if its
+    default is, and must not be negative otherwise. Defaults that are null, an expression or a component are not
+    checked.
 
     Raises:
         InputError: naming the key, its value and what it should be.
     """
     defaults = ConfigParser.load_config_files([str(BUNDLE_ROOT / "configs" / base) for base in bases])
     for key, default in defaults.items():
-        value = config.get(key)
-        component = isinstance(default, dict) and "_target_" in default
-        if key not in config or isinstance(default, str) or default is None or component:
-            continue
-        if str(value).startswith(("$", "@")):
-            continue
-        if isinstance(default, (bool, list, dict)):
-            valid, expected = isinstance(value, type(default)), type(default).__name__
-        elif isinstance(default, int):
-            minimum = 0 if key == "num_inference_steps" else min(default, 1)  # 0 gives the calibration map
-            expected = f"whole number, {minimum} or more"
-            valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-        else:
-            expected, valid = "number, 0 or more", isinstance(value, (int, float)) and value >= 0
-        if not valid:
-            raise InputError(f"{key}={value!r} must be a {expected}, such as {default!r}")
+        if key in config and not isinstance(default, str) and default is not None:
+            _check_value(key, config[key], default)
+    given = dict(_flatten(config))
+    for address, default in _flatten(defaults):
+        if "::" in address and isinstance(default, (bool, int, float)) and address in given:
+            _check_value(address, given[address], default)
     device = str(config.get("device", ""))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device='{device}': no GPU is available here; leave the key out, or set device=cpu")
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    nested = "::" in key
+    if str(value).startswith(("$", "@")) or (isinstance(default, dict) and "_target_" in default):
+        return
+    if isinstance(default, (bool, list, dict)):
+        valid, expected = isinstance(value, type(default)), type(default).__name__
+    elif nested or isinstance(default, float):
+        expected = "number, 0 or more" if not nested else "number"
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool) and (nested or value >= 0)
+    else:
+        minimum = 0 if key == "num_inference_steps" else min(default, 1)  # 0 gives the calibration map
+        expected = f"whole number, {minimum} or more"
+        valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    if not valid:
+        raise InputError(f"{key}={value!r} must be a {expected}, such as {default!r}")
 
 
 @idist.one_rank_only()
@@ -187,11 +195,12 @@ def resumable_config() -> dict[str, Any]:
     config["train"]["handlers"] = [
         handler for handler in config["train"]["handlers"] if "MLFlowHandler" not in str(handler)
     ]
-    return {
+    kept = {
         key: value
         for key, value in _flatten(config)
         if not any(key == free or key.startswith(f"{free}::") for free in FREE_ON_RESUME)
     }
+    return kept | {"number of processes": idist.get_world_size()}  # it multiplies the batch size
 
 
 def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

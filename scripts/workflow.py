@@ -5,6 +5,7 @@ The functions read the running configuration. Everything that can be wrong is ch
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
 from scripts.tools.monai_label import apply_label_request
 from scripts.tools.onnx_network import export_onnx
-from scripts.training.checkpoints import check_resumable, check_settings, check_unseen, load_weights
+from scripts.training.checkpoints import NAMING, check_resumable, check_settings, check_unseen, load_weights
+
+logger = logging.getLogger(__name__)
 
 
 def settings() -> dict[str, Any]:
@@ -92,6 +95,9 @@ def infer(load: bool = True) -> None:
     network, trained = value("network_def"), value("settings")
     given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
     check_settings(trained, given, "the model")
+    for key in NAMING:
+        if key in given and given[key] != trained[key]:
+            logger.warning(f"{key}={given[key]} is ignored: the checkpoint has {trained[key]}")
     if load:
         load_weights(value("network"), value("ckpt_path"), trained)
     value("inferer").check(network, trained["image_size"])

@@ -330,6 +330,8 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
         ({"optimizer::params::trainable": "^head"}, "matches no parameter"),
         ({"loss::tasks": ["grading"], "use_cls_head": False}, "needs use_cls_head"),
         ({"loss::tasks": ["masks"]}, "tasks="),
+        ({"train::compile": "false"}, "train::compile='false' must be a bool"),
+        ({"loss::lambda_focal": "much"}, "loss::lambda_focal='much' must be a number"),
         ({"train::compil": True}, r"unknown configuration key 'train::compil' \(did you mean 'compile'"),
         ({"loss::lambda_focl": 1.0}, r"loss: MultiTaskLoss has no argument 'lambda_focl' \(did you mean 'lambda_focal'"),
         ({"train::handlers::4::max_nrm": 1.0}, "train::handlers::4: GradientClipping has no argument 'max_nrm'"),

@@ -35,7 +35,7 @@ def test_datalist_can_be_edited_and_passed_back(tmp_path, make_subject_folder, v
     assert len(datalist.make_datalist(None, datalist_file=str(file), **options)["validation"]) == 3
     content["validation"].append(content["training"][0])
     file.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="both sides"):
+    with pytest.raises(InputError, match="both in training and in validation"):
         datalist.make_datalist(None, datalist_file=str(file), **options)
     with pytest.raises(InputError, match="image for each of"):
         datalist.make_datalist(None, datalist_file=str(file), **options | {"modalities": MODALITIES[::-1]})

@@ -128,7 +128,7 @@ def test_what_is_no_image_is_left_out_and_named(tmp_path, caplog):
         (tmp_path / "case1" / name).write_bytes(content)
     with caplog.at_level("WARNING"):
         find(tmp_path, ["t1"])
-    (message,) = [record.message for record in caplog.records if "no DICOM images" in record.message]
+    (message,) = [record.message for record in caplog.records if "not DICOM images" in record.message]
     assert all(name in message for name in ("4 files", "notes.txt", "DICOMDIR", "t1/.hidden", "t1/report.dcm"))
 
 
@@ -164,7 +164,7 @@ def other_size(files: list[Path]) -> None:
         (lambda files: files[2].unlink(), r"19.00 mm apart, but after 31.12 mm the next is at 69.12 mm"),
         (lambda files: shutil.copy(files[2], files[2].parent / "copy"), r"several images at 50.12 mm"),
         (lambda files: position(files[5], [0, 0, 3]), r"after 88.12 mm the next is at 110.12 mm"),
-        (lambda files: [position(f, [0, 9.0 * i, 0]) for i, f in enumerate(files)], r"45.00 mm aside"),
+        (lambda files: [position(f, [0, 9.0 * i, 0]) for i, f in enumerate(files)], r"sideways by up to 45.00 mm"),
         (lambda files: edit(files[2], ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "different orientations"),
         (other_size, "different sizes"),
         (enhanced, "holds 2 frames"),
@@ -200,7 +200,7 @@ def test_series_on_two_grids_are_refused(tmp_path):
 def test_a_folder_of_anything_else_says_what_is_there(tmp_path):
     (tmp_path / "case1").mkdir()
     (tmp_path / "case1" / "notes.txt").write_text("x")
-    with pytest.raises(InputError, match=r"no subject found in .*, but \['case1/notes.txt'\]: .* or DICOM series"):
+    with pytest.raises(InputError, match=r"no subject found in .*holds \['case1/notes.txt'\]: .* or DICOM series"):
         find(tmp_path)
 
 

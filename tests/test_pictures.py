@@ -249,8 +249,8 @@ def turned() -> Image.Exif:
         (Image.fromarray(COLOUR), "a.png", {}, 1, "a.png has colours where one grey channel"),
         (Image.fromarray(GREY), "a.png", {}, 3, "a.png is grey, but 3 channels .* set modalities to \\[grey\\]"),
         (Image.fromarray(np.dstack([COLOUR, GREY])), "a.png", {}, 3, "a.png is transparent in places"),
-        (Image.fromarray(COLOUR).convert("CMYK"), "a.jpg", {}, 3, "a.jpg is of colour mode CMYK"),
-        (Image.fromarray(COLOUR), "a.jpg", {"exif": turned()}, 3, "a.jpg is to be turned by its EXIF orientation"),
+        (Image.fromarray(COLOUR).convert("CMYK"), "a.jpg", {}, 3, "a.jpg has colour mode CMYK"),
+        (Image.fromarray(COLOUR), "a.jpg", {"exif": turned()}, 3, "a.jpg has an EXIF orientation"),
         (Image.fromarray(GREY), "a.tif", {"save_all": True, "append_images": [Image.fromarray(GREY)]}, 1, "2 pages"),
     ],
 )  # fmt: skip
@@ -325,7 +325,7 @@ def stack_image(root):
         (crop_mask, r"'2': the mask .*2.PNG has shape \(31, 40, 1\), but .* has \(32, 40, 1\)"),
         (double_image, "images has both 2.PNG and 2.jpg"),
         (double_mask, r"image '2' has several masks: \['2.PNG', '2_seg.png'\]"),
-        (empty_images, "image_dir: '.*images' is empty"),
+        (empty_images, "image_dir: '.*images' has no file with extension"),
         (lambda root: shutil.rmtree(root / "masks"), "mask_dir: '.*masks' is not a folder"),
         (break_image, "'2': cannot read .*2.PNG"),
         (stack_image, "2.nii holds 2 volumes, expected 1"),
@@ -362,7 +362,9 @@ def test_masks_are_found_by_stem(ddti, caplog):
     assert [Path(item["label"]).name for item in items] == ["1_mask.png", "2_segmentation.PNG", "3.PNG"]
     assert "without an image are left out: ['9']" in caplog.text
     assert "label" not in find(ddti, require_label=False)[0]
-    assert "subjects=3 slices=3" in describe({"all": [item | {"grade": -1} for item in items]}, [1, 1], {"LGG": 0, "HGG": 1})
+    assert "subjects=3 slices=3" in describe(
+        {"all": [item | {"grade": -1} for item in items]}, [1, 1], {"LGG": 0, "HGG": 1}
+    )
 
 
 def test_output_goes_neither_among_images_nor_masks(ddti):

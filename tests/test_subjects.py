@@ -195,7 +195,7 @@ def test_4d_files_in_one_folder_are_subjects(tmp_path, volumes):
         (
             "s_flair.nii.gz",
             ["t1", "t1ce", "adc", "flair"],
-            r"no file for \['adc'\] beside it, named alike; add s_adc.nii.gz",
+            r"no file for \['adc'\] beside it; add s_adc.nii.gz",
         ),
         ("s_seg.nii.gz", MODALITIES, "s_seg.nii.gz holds 1 of 4 modalities: give one 4D file"),
         ("three.nii.gz", MODALITIES, "three.nii.gz holds 3 of 4 modalities"),

@@ -1,4 +1,4 @@
-"""Volumes read once: MONAI's caching data sets, filled before training so that a bad file is found first."""
+"""Data sets that read and preprocess every volume once, before training, so that a bad file is found first."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ logger = logging.getLogger(__name__)
 def cached_dataset(
     data: Sequence[dict], transform: Compose, *, cache_dir: str | None = None, num_workers: int = 0
 ) -> Dataset:
-    """Data set whose deterministic transforms have run once for every item when this returns.
+    """Data set that has applied the deterministic transforms to every item when this function returns.
 
     Args:
         data: items of :mod:`scripts.data.subjects`.
-        transform: preprocessing, then random transforms; what precedes the first random one is cached.
-        cache_dir: folder of the cache on disk (for sets that do not fit in memory); None caches in memory.
-        num_workers: threads that fill the cache.
+        transform: preprocessing followed by random transforms; the input of the first random transform is cached.
+        cache_dir: folder of a cache on disk, for data sets that do not fit in memory; None caches in memory.
+        num_workers: number of threads that fill the cache.
 
     Raises:
-        InputError: when there is no item, or naming the file that cannot be read or the subject that is unfit.
+        InputError: if ``data`` is empty, a file cannot be read or a subject is invalid. The message names the file or
+            the subject.
     """
     if not data:
-        raise InputError("no subject is left to load: check the split, the data list and 'subset'")
+        raise InputError("no subject is left to load: check fold, num_folds, datalist_file and subset")
     with readable_errors(data):
         if cache_dir is None:
-            # the first random transform is a crop, which copies: deep-copying whole volumes would cost more
+            # no deep copy of whole volumes: the first random transform is a crop, which makes its own copy
             return CacheDataset(data, transform, num_workers=num_workers, copy_cache=False)
         cached = VolumeCache(data, transform, cache_dir)
         with ThreadPool(max(1, num_workers)) as pool:
@@ -54,20 +55,20 @@ def cached_dataset(
 
 
 class VolumeCache(PersistentDataset):
-    """MONAI's PersistentDataset with entries that are keyed by content, mapped into memory, and repaired.
+    """MONAI's PersistentDataset with content-based keys and memory-mapped entries; damaged entries are replaced.
 
-    The key is what an item's files hold, its subject and grade, and the settings of the deterministic transforms: a
-    copied data set finds its entries again, a changed file or setting does not. Volumes ``[C, H, W, S]`` are stored
-    slice by slice and mapped, so that drawing a slice reads that slice alone. Entries are written in one step,
-    so that several processes may fill one folder and any of them may be killed.
+    The key of an entry is a hash of its subject, its grade, the content of its files and the settings of the
+    deterministic transforms. A copied data set therefore reuses the entries; a changed file or setting does not.
+    Volumes ``[C, H, W, S]`` are stored slice by slice and memory-mapped, so that drawing a slice reads only that slice.
+    Each entry is written in one step, so that several processes can fill one folder and may be killed at any time.
     """
 
     def __init__(self, data: Sequence[dict], transform: Compose, cache_dir: str) -> None:
         super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing)
-        self.files: dict[str, Path] = {}  # by subject: the files' content is looked at once
+        self.files: dict[str, Path] = {}  # cache file of each subject, so that its volumes are hashed only once
 
     def _cachecheck(self, item: dict) -> dict:
-        """The cached item, mapped; made when it is absent or damaged."""
+        """Return the cached item, memory-mapped. Create its entry if it is missing or damaged."""
         if item["subject"] not in self.files:
             name = f"{hash_item(item).decode()}{self.transform_hash}.pt"
             self.files[item["subject"]] = Path(str(self.cache_dir)) / name
@@ -76,7 +77,7 @@ class VolumeCache(PersistentDataset):
             try:
                 return torch.load(file, mmap=True, weights_only=False)
             except Exception as error:
-                logger.warning(f"cache entry {file} of '{item['subject']}' is damaged ({error}): it is made anew")
+                logger.warning(f"cache entry {file} of '{item['subject']}' is damaged ({error}) and is replaced")
         content = self._pre_transform(copy.deepcopy(item))
         for key, value in content.items():
             if isinstance(value, torch.Tensor) and value.ndim == 4:
@@ -87,12 +88,12 @@ class VolumeCache(PersistentDataset):
 
 
 def hash_item(item: dict[str, Any]) -> bytes:
-    """Cache key of an item: its subject, its grade, and what its files hold."""
+    """Cache key of an item: a hash of its subject, its grade and the content of its files."""
     return pickle_hashing([item["subject"], item["grade"], [fingerprint(file) for file in item_files(item)]])
 
 
 def fingerprint(file: str) -> tuple[int, bytes]:
-    """Size and checksum of a file; gzip ends with CRC-32 and length of its content, which saves reading it."""
+    """Size and checksum of a file. A gzip file ends with the CRC-32 and length of its content: only these are read."""
     with Path(file).open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - 8) if file.endswith(".gz") else 0)
@@ -100,7 +101,7 @@ def fingerprint(file: str) -> tuple[int, bytes]:
 
 
 class UncachedDataset(Dataset):
-    """MONAI's Dataset, read as it goes, with the errors of :func:`readable_errors`."""
+    """MONAI's Dataset, which reads an item when it is needed, with the errors of :func:`readable_errors`."""
 
     def _transform(self, index: int):
         with readable_errors([self.data[index]]):
@@ -109,9 +110,10 @@ class UncachedDataset(Dataset):
 
 @contextlib.contextmanager
 def readable_errors(data: Sequence[dict]) -> Iterator[None]:
-    """Turn MONAI's 'applying transform' into the InputError behind it, which names the subject or the file.
+    """Replace MONAI's 'applying transform' error by an InputError that names the subject or the file.
 
-    A truncated .nii.gz shows only when it is read to its end, so the files of ``data`` are tried one by one.
+    If no InputError caused it, the files of ``data`` are read one by one to find the damaged one: a truncated .nii.gz
+    fails only when it is read to its end.
     """
     try:
         yield
@@ -131,18 +133,19 @@ def readable_errors(data: Sequence[dict]) -> Iterator[None]:
 
 
 class SliceSampler(Sampler[int]):
-    """Visit every volume ``slices_per_volume`` times an epoch, in random order: one slice is drawn each time.
+    """Draw every volume ``slices_per_volume`` times per epoch, in random order. Each time gives one slice of it.
 
-    Whole permutations of the volumes follow one another, so that a batch mixes subjects. torch's RandomSampler, asked
-    for as many, draws from its generator once more when it is exhausted, within the next epoch.
+    An epoch is a sequence of ``slices_per_volume`` permutations of the volumes, so that each batch mixes subjects.
+    torch's RandomSampler with ``num_samples`` is not used: it draws one more permutation when its iterator ends. That
+    happens in the next epoch, after the generators are seeded.
 
     Args:
         data_source: data set of volumes.
-        slices_per_volume: visits per volume and epoch.
-        seed: seed of the order, for the iterators to come.
+        slices_per_volume: slices drawn from each volume per epoch.
+        seed: seed of the order. A new value takes effect when the next iterator is created.
 
     Raises:
-        InputError: when ``slices_per_volume`` is not positive.
+        InputError: if ``slices_per_volume`` is less than 1.
     """
 
     def __init__(self, data_source: Dataset, slices_per_volume: int, seed: int) -> None:

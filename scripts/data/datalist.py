@@ -1,4 +1,4 @@
-"""Decathlon-style data lists: the training and validation subjects of a run, written and read again."""
+"""Data lists in the style of the Medical Segmentation Decathlon: choose, write and read the subjects of a run."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ def make_datalist(
     patient_pattern: str = PATIENT_PATTERN,
     grade_labels: Mapping[str, int] = GRADE_LABELS,
 ) -> dict[str, list[Item]]:
-    """Training and validation items: from ``datalist_file`` if given, else by :func:`scripts.data.split.split`.
+    """Training and validation items, read from ``datalist_file`` or made by :func:`scripts.data.split.split`.
 
     Args:
-        items: subjects found by :func:`scripts.data.subjects.load_subjects`.
-        datalist_file: Decathlon-style JSON written by an earlier run, perhaps edited.
-        dataset_dir: folder that relative paths of ``datalist_file`` start from.
-        fold: which fold validates.
-        num_folds: number of folds; 5 gives the usual 80/20.
+        items: subjects found by :func:`scripts.data.subjects.load_subjects`; not used with ``datalist_file``.
+        datalist_file: JSON file written by an earlier run; it may have been edited. None splits ``items``.
+        dataset_dir: folder to which relative paths in ``datalist_file`` refer.
+        fold: fold used for validation.
+        num_folds: number of folds; 5 gives the usual 80/20 split.
         seed: seed of the split.
-        subset: ``validation``, or ``all`` to judge every subject found.
-        num_eval_cases: judge only so many subjects of the subset.
-        modalities: file suffixes that the files of ``datalist_file`` must have, or of ``image_dir`` the channels.
+        subset: ``validation``, or ``all`` to put every subject into the validation list.
+        num_eval_cases: largest number of subjects in the validation list; None keeps all.
+        modalities: file suffixes of the channels, in channel order; with ``image_dir``, names of the channels.
         image_dir: as in :func:`scripts.data.subjects.load_subjects`.
         patient_pattern: regular expression for :func:`scripts.data.split.patient`.
-        grade_labels: class index of each grade; ``datalist_file`` must not hold another one.
+        grade_labels: class index of each grade; ``datalist_file`` must not have other indices.
 
     Raises:
-        InputError: for an unusable ``datalist_file``, ``subset`` or ``num_eval_cases``, or a patient on both sides.
+        InputError: for an invalid ``datalist_file``, ``subset`` or ``num_eval_cases``, or a patient that is both in
+            training and in validation.
     """
     if subset not in ("validation", "all"):
         raise InputError(f"subset='{subset}' must be 'validation' or 'all'")
@@ -61,9 +62,14 @@ def make_datalist(
         subsets = {"training": [], "validation": list(items or [])}
     else:
         subsets = split(items or [], fold, num_folds, seed, patient_pattern)
-    training, validation = ({patient(item["subject"], patient_pattern) for item in part} for part in subsets.values())
-    if both := sorted(training & validation):
-        raise InputError(f"{datalist_file}: patients on both sides of the split: {both[:5]}")
+    training, validation = (
+        {patient(item["subject"], patient_pattern) for item in subset_items} for subset_items in subsets.values()
+    )
+    if shared := sorted(training & validation):
+        raise InputError(
+            f"datalist_file '{datalist_file}': patients both in training and in validation: {shared[:5]}; "
+            "list all subjects of a patient in one of them"
+        )
     if subset == "all":
         subsets["validation"] = sorted(subsets["training"] + subsets["validation"], key=lambda item: item["subject"])
     subsets["validation"] = subsets["validation"][:num_eval_cases]
@@ -72,7 +78,7 @@ def make_datalist(
 
 @idist.one_rank_only()
 def write_datalist(subsets: Mapping[str, Sequence[Item]], file: str, dataset_dir: str) -> None:
-    """Write ``{"training": [...], "validation": [...]}`` with paths relative to ``dataset_dir``."""
+    """Write ``{"training": [...], "validation": [...]}`` as JSON, with paths relative to ``dataset_dir``."""
     root = Path(dataset_dir).resolve()
 
     def relative(value):
@@ -96,7 +102,11 @@ def read_datalist(
     image_dir: str | None = None,
     grade_labels: Mapping[str, int] = GRADE_LABELS,
 ) -> dict[str, list[Item]]:
-    """Read a JSON written by :func:`write_datalist`; its files must be of ``modalities`` and share one grid."""
+    """Read a file written by :func:`write_datalist` and check the files, the grid and the grade of each subject.
+
+    Raises:
+        InputError: if the file is not a data list, or naming the subject that is invalid.
+    """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         subsets = {
@@ -110,22 +120,25 @@ def read_datalist(
             for name in ("training", "validation")
         }
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"datalist_file '{file}' is not a data list of this bundle: {error!r}") from error
-    known = [UNKNOWN_GRADE, *range(len(grade_names(grade_labels)))]
+        raise InputError(
+            f"datalist_file '{file}' is not a data list of this bundle ({error!r}); give a datalist.json of a training"
+        ) from error
+    valid_grades = [UNKNOWN_GRADE, *range(len(grade_names(grade_labels)))]
     for item in subsets["training"] + subsets["validation"]:
-        suffixes = [bool(with_suffix([Path(i)], m)) for i, m in zip(item["image"], modalities, strict=False)]
-        fits = len(item["image"]) == 1 if image_dir else len(item["image"]) == len(modalities) and all(suffixes)
-        if not fits or item["grade"] not in known:
+        images = item["image"]
+        suffixes_match = all(with_suffix([Path(i)], m) for i, m in zip(images, modalities, strict=False))
+        images_match = len(images) == 1 if image_dir else len(images) == len(modalities) and suffixes_match
+        if not images_match or item["grade"] not in valid_grades:
             raise InputError(
                 f"datalist_file '{file}': subject '{item['subject']}' must have an image for each of "
-                f"{list(modalities)}, in this order, and a grade from {known} (-1: unknown)"
+                f"{list(modalities)}, in this order, and a grade from {valid_grades} (-1: unknown)"
             )
         check_headers(item, modalities)
     return subsets
 
 
 def describe(subsets: Mapping[str, Sequence[Item]], alpha: Sequence[float], grade_labels: Mapping[str, int]) -> str:
-    """Start-up summary: subjects, slices and number of each grade (``n_LGG``) per subset, and alpha per grade."""
+    """Summary for the log: number of subjects, slices and each grade (``n_LGG``) per subset, and the class weights."""
     names = grade_names(grade_labels)
     lines = []
     for name, items in subsets.items():

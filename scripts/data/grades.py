@@ -19,29 +19,31 @@ UNKNOWN_GRADE = -1
 
 
 def grade_names(grade_labels: Mapping[str, int]) -> list[str]:
-    """Name of each class index; names that share an index are joined by ``/``.
+    """Name of each class. Grades with the same class index are joined by ``/``.
 
     Args:
         grade_labels: class index of each grade, such as ``{"G2": 0, "G3": 1, "G4": 2}``.
 
     Raises:
-        InputError: unless the indices are 0, 1, ... without a gap, and at least two.
+        InputError: unless there are at least two indices, which are 0, 1, ... without a gap.
     """
     indices = sorted(set(grade_labels.values()))
     if indices != list(range(max(len(indices), 2))):
-        raise InputError(f"grade_labels={dict(grade_labels)} must map the grades to 0, 1, ... without a gap")
+        raise InputError(
+            f"grade_labels={dict(grade_labels)} must map the grades to two or more classes 0, 1, ... without a gap"
+        )
     return ["/".join(str(name) for name, index in grade_labels.items() if index == i) for i in indices]
 
 
 def read_grades(csv: Path, subject_column: str, grade_column: str, grade_labels: Mapping[str, int]) -> dict[str, int]:
-    """Read ``{subject: class index}`` from a CSV with columns in any order; blank grades are -1.
+    """Read ``{subject: class index}`` from a CSV file with columns in any order. The index of a blank grade is -1.
 
     Raises:
         InputError: naming the file and the missing column, the duplicate subject or the unknown grade.
     """
     grade_names(grade_labels)
     if not csv.is_file():
-        raise InputError(f"grade_csv '{csv}' does not exist")
+        raise InputError(f"grade_csv '{csv}' does not exist; correct the path, or leave the key null")
     try:
         table = pd.read_csv(csv, dtype=str)
     except ValueError as error:  # empty, not UTF-8, or not a table
@@ -54,20 +56,24 @@ def read_grades(csv: Path, subject_column: str, grade_column: str, grade_labels:
     table = table.dropna(subset=[subject_column])
     duplicates = table[subject_column][table[subject_column].duplicated()].unique().tolist()
     if duplicates:
-        raise InputError(f"{csv} lists subjects more than once: {duplicates[:5]}")
-    known = {str(name): index for name, index in grade_labels.items()}
-    unknown = table[~table[grade_column].isin([*known, "", np.nan])]
+        raise InputError(f"{csv} lists subjects more than once: {duplicates[:5]}; keep one row per subject")
+    indices = {str(name): index for name, index in grade_labels.items()}
+    unknown = table[~table[grade_column].isin([*indices, "", np.nan])]
     if len(unknown):
         subject, grade = unknown.iloc[0]
-        raise InputError(f"{csv}: subject '{subject}' has grade '{grade}', not one of {list(known)}")
-    classes = table[grade_column].map(known).fillna(UNKNOWN_GRADE).astype(int)
+        raise InputError(
+            f"{csv}: subject '{subject}' has grade '{grade}', not one of {list(indices)}; correct the table, or set "
+            "'grade_labels'"
+        )
+    classes = table[grade_column].map(indices).fillna(UNKNOWN_GRADE).astype(int)
     return dict(zip(table[subject_column], classes, strict=True))
 
 
 def class_weights(items: Sequence[Mapping], grade_labels: Mapping[str, int]) -> list[float]:
-    """Class weights alpha of the grading loss over the graded subjects: n / (K n_c) for K grades.
+    """Class weights alpha of the grading loss: n / (K n_c) for K grades, with n subjects, n_c of them of grade c.
 
-    A grade without a subject has weight 1 and does not count in K; a warning names it.
+    Subjects without a grade are not counted. A grade without subjects gets weight 1, is not counted in K and is named
+    in a warning.
 
     Args:
         items: training subjects with their ``grade``.
@@ -78,7 +84,7 @@ def class_weights(items: Sequence[Mapping], grade_labels: Mapping[str, int]) -> 
     present = np.unique(grades).astype(int)
     absent = [name for index, name in enumerate(names) if index not in present]
     if absent:
-        logger.warning(f"no training subject has the grade {', '.join(absent)}: alpha is 1 there, its AUC is undefined")
+        logger.warning(f"no training subject has the grade {', '.join(absent)}: alpha is 1 and its AUC is undefined")
     weights = np.ones(len(names))
     if len(present):
         weights[present] = compute_class_weight("balanced", classes=present, y=grades)

@@ -1,4 +1,4 @@
-"""Pictures as volumes of one slice: found with their masks, checked by their headers, read and written by Pillow."""
+"""Pictures (PNG, JPEG, BMP, TIFF) as volumes of one slice: find them and their masks, check, read and write them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from scripts.config import InputError, atomic_path, warn_some
 from scripts.data.dicom import is_dicom, read_series, series_grid
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-KNOWN = re.compile(r"\.(png|jpe?g|bmp|tiff?|nii(\.gz)?)$", re.IGNORECASE)
+EXTENSION = re.compile(r"\.(png|jpe?g|bmp|tiff?|nii(\.gz)?)$", re.IGNORECASE)
 MASK_ENDINGS = ("", "_mask", "_seg", "_segmentation")
 GREY_MODES = ("1", "L", "LA", "I;16", "I;16L", "I;16B", "I", "F")
-COLOUR_MODES = ("P", "PA", "RGB", "RGBA")  # which may hold nothing but grey
-AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # first axis to the left, second to the back: overlays show a picture upright
+COLOUR_MODES = ("P", "PA", "RGB", "RGBA")  # the pixels may still all be grey
+AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # axes point left and back, so that overlays show a picture upright
 EXIF_ORIENTATION = 0x0112
 
 
 class Grid(NamedTuple):
-    """Shape ``(H, W, S)`` of a file, its affine, and its channels: volumes of NIfTI, what a picture may have."""
+    """Shape ``(H, W, S)``, affine and number of channels of a file. A colour picture can also be read as one channel."""
 
     shape: tuple[int, ...]
     affine: np.ndarray
@@ -36,22 +36,23 @@ class Grid(NamedTuple):
 
 
 def is_picture(file: str | Path) -> bool:
-    """Whether the name is that of a picture rather than a NIfTI volume."""
+    """Whether the file name has the extension of a picture."""
     return Path(file).suffix.lower() in PICTURES
 
 
 def file_stem(file: str | Path) -> str:
-    """Name without folder and known extension, ``.nii.gz`` included."""
-    return KNOWN.sub("", Path(file).name)
+    """File name without folder and extension; ``.nii.gz`` is one extension."""
+    return EXTENSION.sub("", Path(file).name)
 
 
 def find_images(dataset_dir: str, image_dir: str, mask_dir: str | None) -> list[dict[str, Any]]:
-    """Items of a folder of images, each a subject named by its stem, with its mask where ``mask_dir`` is given.
+    """Items of a folder of images. Each image is a subject with the file stem as its name.
 
-    The mask of ``7.jpg`` is called ``7``, ``7_mask``, ``7_seg`` or ``7_segmentation``, with any known extension.
+    If ``mask_dir`` is given, each item has a mask. The mask of ``7.jpg`` is called ``7``, ``7_mask``, ``7_seg`` or
+    ``7_segmentation``, with any supported extension.
 
     Raises:
-        InputError: for a folder that is absent or empty, a stem that is there twice, an image without its mask.
+        InputError: if a folder is missing or empty, two files have the same stem, or an image has no mask.
     """
     images = _by_stem(Path(dataset_dir, image_dir), "image_dir")
     items: list[dict[str, Any]] = [{"subject": name, "image": [str(file)]} for name, file in images.items()]
@@ -60,7 +61,7 @@ def find_images(dataset_dir: str, image_dir: str, mask_dir: str | None) -> list[
     if Path(dataset_dir, image_dir).resolve() == Path(dataset_dir, mask_dir).resolve():
         raise InputError(f"image_dir and mask_dir are both '{mask_dir}': put images and masks into different folders")
     masks = _by_stem(Path(dataset_dir, mask_dir), "mask_dir")
-    without: list[str] = []
+    unmasked: list[str] = []
     for item in items:
         found = [masks.pop(item["subject"] + end) for end in MASK_ENDINGS if item["subject"] + end in masks]
         if len(found) > 1:
@@ -68,36 +69,36 @@ def find_images(dataset_dir: str, image_dir: str, mask_dir: str | None) -> list[
         if found:
             item["label"] = str(found[0])
         else:
-            without.append(item["subject"])
-    if without:
+            unmasked.append(item["subject"])
+    if unmasked:
         raise InputError(
-            f"{len(without)} of {len(items)} images in {image_dir} have no mask in {Path(dataset_dir, mask_dir)}: "
-            f"{without[:5]}; add them, or remove the images"
+            f"{len(unmasked)} of {len(items)} images in {image_dir} have no mask in {Path(dataset_dir, mask_dir)}: "
+            f"{unmasked[:5]}; add the masks, or remove the images"
         )
     warn_some(f"masks in {mask_dir} without an image are left out", sorted(masks))
     return items
 
 
 def _by_stem(folder: Path, key: str) -> dict[str, Path]:
-    """Images or masks of a folder, sorted, by name without extension."""
+    """Images or masks of a folder by file stem, sorted."""
     if not folder.is_dir():
         raise InputError(f"{key}: '{folder}' is not a folder")
     found: dict[str, Path] = {}
     for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        stem, known = KNOWN.subn("", file.name)
-        if known and stem in found:
+        stem, is_image = EXTENSION.subn("", file.name)
+        if is_image and stem in found:
             raise InputError(f"{key}: {folder} has both {found[stem].name} and {file.name}; keep one")
-        if known:
+        if is_image:
             found[stem] = file
     if not found:
-        raise InputError(f"{key}: '{folder}' is empty, or without {', '.join(PICTURES)}, .nii or .nii.gz")
+        raise InputError(f"{key}: '{folder}' has no file with extension {', '.join(PICTURES)}, .nii or .nii.gz")
     return found
 
 
 def check_channels(item: dict[str, Any], modalities: Sequence[str]) -> None:
-    """Raise InputError unless the image of an item, by its header, can have one channel for each of ``modalities``."""
+    """Raise InputError unless the picture of an item can have one channel per modality. Only the header is read."""
     (file,) = item["image"]
-    if not is_picture(file):  # checked with the grid
+    if not is_picture(file):  # check_headers compares the number of volumes
         return
     if len(modalities) not in (1, 3):
         raise InputError(f"modalities={list(modalities)} must be [grey] or [red, green, blue] for pictures")
@@ -106,10 +107,10 @@ def check_channels(item: dict[str, Any], modalities: Sequence[str]) -> None:
 
 
 def read_grid(file: str) -> Grid:
-    """Grid of a picture, DICOM series (by one of its files) or NIfTI volume; only headers are read.
+    """Grid of a picture, a DICOM series (given by one of its files) or a NIfTI volume. Only headers are read.
 
     Raises:
-        InputError: when it cannot be read or holds anything but a slice, a volume or a row of volumes.
+        InputError: if the file cannot be read, or a NIfTI volume does not have 2, 3 or 4 dimensions.
     """
     if is_picture(file):
         with _opened(file) as image:
@@ -121,12 +122,12 @@ def read_grid(file: str) -> Grid:
     except Exception as error:
         raise InputError(f"cannot read {file}: {error}") from error
     if len(header.shape) not in (2, 3, 4):
-        raise InputError(f"{file} has shape {header.shape}, expected one 3D volume, or one 4D for all modalities")
+        raise InputError(f"{file} has shape {header.shape}; give a 3D volume, or a 4D volume that holds all modalities")
     return Grid((*header.shape, 1)[:3], header.affine, (*header.shape, 1, 1)[3])
 
 
 def read_volume(file: str) -> np.ndarray:
-    """First channel of a file, or its DICOM series, as it is stored, ``[H, W, S]``."""
+    """Stored values ``[H, W, S]`` of the first channel of a file, or of its DICOM series."""
     if is_picture(file):
         return read_picture(file)[0]
     if is_dicom(file):
@@ -136,13 +137,17 @@ def read_volume(file: str) -> np.ndarray:
 
 
 def read_picture(file: str, channels: int | None = None) -> np.ndarray:
-    """A picture as ``[C, W, H, 1]`` at its full depth, C = ``channels`` where that is given (1 or 3).
+    """Read a picture as float32 ``[C, W, H, 1]`` at its full bit depth.
 
-    Palettes become their colours, an opaque alpha channel is dropped, and colours that are all grey become one channel
-    where one is asked for.
+    Palette colours become RGB and an opaque alpha channel is dropped. If ``channels`` is 1, an RGB picture whose three
+    channels are equal becomes one channel.
+
+    Args:
+        file: the picture.
+        channels: number of channels C, 1 or 3; None takes what the picture has.
 
     Raises:
-        InputError: when it cannot be read, is transparent anywhere, or has other channels than asked for.
+        InputError: if the picture cannot be read, has a transparent pixel or does not have ``channels`` channels.
     """
     with _opened(file) as image:
         try:
@@ -170,34 +175,34 @@ def read_picture(file: str, channels: int | None = None) -> np.ndarray:
 
 @contextmanager
 def _opened(file: str) -> Iterator[Any]:
-    """A picture whose header is fit, not yet decoded."""
+    """Open a picture and check its header, without decoding the pixels. Raises InputError."""
     try:
         image = Image.open(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read {file}: {error}") from error
     with image:
         if image.mode not in GREY_MODES + COLOUR_MODES:
-            raise InputError(f"{file} is of colour mode {image.mode}; save it as greyscale or RGB")
+            raise InputError(f"{file} has colour mode {image.mode}; save it as greyscale or RGB")
         if (pages := getattr(image, "n_frames", 1)) > 1:
-            raise InputError(f"{file} has {pages} pages; save each as a file, or a volume as NIfTI")
+            raise InputError(f"{file} has {pages} pages; save each page as its own file, or a volume as NIfTI")
         if image.format == "JPEG" and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            raise InputError(f"{file} is to be turned by its EXIF orientation; save it upright, as its mask is")
+            raise InputError(f"{file} has an EXIF orientation; save it with upright pixels, like its mask")
         yield image
 
 
 def write_picture(volume: np.ndarray, file: str | Path) -> None:
-    """Write ``[W, H, 1]`` or ``[W, H, 1, R]`` of uint8 or float32, in one step; regions as pages of a TIFF."""
-    pages = np.asarray(volume).reshape(*volume.shape[:2], -1).transpose(2, 1, 0)
-    first, *others = [Image.fromarray(np.ascontiguousarray(page)) for page in pages]
+    """Write ``[W, H, 1]`` or ``[W, H, 1, R]`` of uint8 or float32 in one step. Several regions are pages of a TIFF."""
+    arrays = np.asarray(volume).reshape(*volume.shape[:2], -1).transpose(2, 1, 0)
+    pages = [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
     with atomic_path(file) as path:
-        first.save(path, save_all=bool(others), append_images=others)
+        pages[0].save(path, save_all=len(pages) > 1, append_images=pages[1:])
 
 
 class PictureReader(ImageReader):
-    """MONAI reader of pictures, as :func:`read_picture` has them; MONAI's own knows no TIFF, affine or slice axis.
+    """MONAI reader around :func:`read_picture`. MONAI's PILReader has no TIFF, affine or slice axis.
 
     Args:
-        channels: how many each file must have, 1 or 3.
+        channels: number of channels that each file must have, 1 or 3.
     """
 
     def __init__(self, channels: int) -> None:

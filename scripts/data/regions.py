@@ -1,4 +1,4 @@
-"""Label maps to region channels and back."""
+"""Conversion of label maps to region channels and back."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from monai.transforms import MapTransform
 
 from scripts.config import InputError
 
-FAR_SHARE = 0.02  # largest share of a JPEG mask's pixels that may lie far from every label value
+FAR_SHARE = 0.02  # largest share of pixels of a JPEG mask whose value may be far from every label value
 
 
 class RegionCoding:
-    """Which label values make up each region, and which value each region is painted with.
+    """Conversion between a label map and region channels, which may overlap.
 
-    MONAI's ``ConvertToMultiChannelBasedOnBratsClassesd`` knows only BraTS and accepts any value.
+    MONAI's ``ConvertToMultiChannelBasedOnBratsClassesd`` supports only BraTS and accepts any label value.
 
     Args:
-        regions: names of the wanted regions, in channel order, e.g. ``["TC", "WT", "ET"]``.
-        region_labels: label values of every known region, e.g. ``{"WT": [1, 2, 4]}``.
+        regions: names of the target regions, in channel order, e.g. ``["TC", "WT", "ET"]``.
+        region_labels: label values of every region that the label maps may have, e.g. ``{"WT": [1, 2, 4]}``.
         background_label: label value outside all regions.
 
     Raises:
@@ -36,39 +36,39 @@ class RegionCoding:
         _check(regions, region_labels, background_label)
         self.background_label = background_label
         self.values = [list(region_labels[region]) for region in regions]
-        self.known = sorted({background_label}.union(*map(set, region_labels.values())))
-        self.paint: list[tuple[int, int]] = []  # channel and value, large regions first
+        self.known_values = sorted({background_label}.union(*map(set, region_labels.values())))
+        self.paint: list[tuple[int, int]] = []  # channel and label value, in painting order
         order = sorted(range(len(regions)), key=lambda channel: -len(self.values[channel]))
         for rank, channel in enumerate(order):
             smaller = {value for other in order[rank + 1 :] for value in self.values[other]}
             own = [value for value in self.values[channel] if value not in smaller]
             self.paint.append((channel, (own or self.values[channel])[0]))
 
-    def to_regions(self, label: torch.Tensor, where: str = "", smeared: bool = False) -> torch.Tensor:
-        """Label map ``[1, H, W, S]`` to region channels ``[R, H, W, S]``, float of 0 and 1.
+    def to_regions(self, label: torch.Tensor, where: str = "", lossy: bool = False) -> torch.Tensor:
+        """Convert a label map ``[1, H, W, S]`` to region channels ``[R, H, W, S]``, floats of 0 and 1.
 
         Args:
             label: label map.
-            where: subject, for the message.
-            smeared: the values come from a JPEG file. Values between known ones become the nearest, with a warning.
+            where: start of the error message, which names the subject.
+            lossy: the label map is a JPEG file. Values between known ones become the nearest one, with a warning.
 
         Raises:
-            InputError: for a label value that belongs to no known region.
+            InputError: for a label value that is neither background nor in ``region_labels``.
         """
-        if smeared and self._unknown(label):
+        if lossy and self._unknown(label):
             label = self._nearest(label)
         if unknown := self._unknown(label):
             raise InputError(
-                f"{where}the segmentation has label values {unknown[:5]} outside {self.known}; set 'region_labels' and "
-                "'background_label' (BraTS 2023 uses 3 for ET: add configs/data_brats2023.yaml)"
+                f"{where}the segmentation has label values {unknown[:5]} outside {self.known_values}; set "
+                "'region_labels' and 'background_label' (BraTS 2023 uses 3 for ET: add configs/data_brats2023.yaml)"
             )
         return torch.cat([torch.isin(label, label.new_tensor(values)) for values in self.values]).float()
 
     def to_label(self, regions: torch.Tensor) -> torch.Tensor:
-        """Region channels ``[R, H, W, S]`` to a label map ``[1, H, W, S]`` uint8.
+        """Convert region channels ``[R, H, W, S]`` to a uint8 label map ``[1, H, W, S]``.
 
-        Large regions are painted first, so that the result is always nested (ET inside TC inside WT). Each region is
-        painted with its first value that no smaller region has.
+        Regions with many label values are painted first, so that the regions of the result are always nested (ET inside
+        TC inside WT). Each region is painted with its first label value that no later region has.
         """
         label = torch.full_like(regions[:1], self.background_label, dtype=torch.uint8)
         for channel, value in self.paint:
@@ -76,24 +76,25 @@ class RegionCoding:
         return label
 
     def _unknown(self, label: torch.Tensor) -> list[float]:
-        return torch.unique(label[~torch.isin(label, label.new_tensor(self.known))]).tolist()
+        return torch.unique(label[~torch.isin(label, label.new_tensor(self.known_values))]).tolist()
 
     def _nearest(self, label: torch.Tensor) -> torch.Tensor:
-        """The nearest known value of each pixel; the label itself if too many pixels lie far from every known value."""
-        known = label.new_tensor(self.known)
+        """The known value nearest to each pixel; ``label`` itself if too many pixels are far from every known value."""
+        known = label.new_tensor(self.known_values)
         nearest = known[torch.bucketize(label.contiguous(), (known[1:] + known[:-1]) / 2)]
         far = (label - nearest).abs() > known.diff().min() / 4
         if far.float().mean() > FAR_SHARE:
             return label
         warnings.warn(
-            f"JPEG compression has changed the masks' values: each is replaced by the nearest of {self.known}",
+            f"JPEG compression has changed label values: each is replaced by the nearest of {self.known_values}; "
+            "save masks as PNG to avoid this",
             stacklevel=2,
         )
         return nearest
 
 
 class LabelToRegionsd(MapTransform):
-    """Transform by :meth:`RegionCoding.to_regions`.
+    """Dictionary transform of :meth:`RegionCoding.to_regions`.
 
     Args:
         keys: keys of the label maps.
@@ -109,15 +110,15 @@ class LabelToRegionsd(MapTransform):
         for key in self.key_iterator(d):
             label = d[key]
             meta = label.meta if isinstance(label, MetaTensor) else {}
-            smeared = str(meta.get("filename_or_obj", "")).lower().endswith((".jpg", ".jpeg"))
+            lossy = str(meta.get("filename_or_obj", "")).lower().endswith((".jpg", ".jpeg"))
             where = f"subject '{d.get('subject', '?')}': "
-            regions = self.coding.to_regions(torch.as_tensor(label), where, smeared)
+            regions = self.coding.to_regions(torch.as_tensor(label), where, lossy)
             d[key] = MetaTensor(regions, meta=meta) if isinstance(label, MetaTensor) else regions
         return d
 
 
 class RegionsToLabeld(MapTransform):
-    """Transform by :meth:`RegionCoding.to_label`, the inverse of :class:`LabelToRegionsd`.
+    """Dictionary transform of :meth:`RegionCoding.to_label`, the inverse of :class:`LabelToRegionsd`.
 
     Args:
         keys: keys of the region channels.

@@ -16,10 +16,10 @@ PATIENT_PATTERN = r"(BraTS-\w+-\d+)-\d+"  # BraTS 2023 names the time point last
 
 
 def patient(subject: str, pattern: str = PATIENT_PATTERN) -> str:
-    """Patient of a subject: group 1 of ``pattern`` where it fits the whole name, otherwise the name itself.
+    """Patient of a subject: group 1 of ``pattern`` if it matches the whole name, otherwise the name itself.
 
     Raises:
-        InputError: when ``pattern`` is not a regular expression with a group.
+        InputError: if ``pattern`` is not a regular expression with a group.
     """
     try:
         match = re.fullmatch(pattern, subject)
@@ -31,20 +31,20 @@ def patient(subject: str, pattern: str = PATIENT_PATTERN) -> str:
 def split(
     items: Sequence[Mapping[str, Any]], fold: int, num_folds: int, seed: int, patient_pattern: str = PATIENT_PATTERN
 ) -> dict[str, list]:
-    """Seeded split by patient, stratified by grade; the fold is validation, the others training.
+    """Seeded split by patient, stratified by grade. Fold ``fold`` is for validation, the other folds for training.
 
     Raises:
-        InputError: when there are fewer patients than folds, or ``fold`` is out of range.
+        InputError: if there are fewer patients than folds, or ``fold`` is out of range.
     """
     groups: list = [patient(item["subject"], patient_pattern) for item in items]
     if not 0 <= fold < num_folds:
         raise InputError(f"fold={fold} is not one of the folds 0 to {num_folds - 1} (num_folds={num_folds})")
     if len(set(groups)) < max(num_folds, 2) or num_folds < 2:
         raise InputError(
-            f"num_folds={num_folds} cannot split {len(set(groups))} patients; folds must be at least 2 and at "
-            "most the number of patients (to judge a data set as a whole, set subset=all)"
+            f"num_folds={num_folds} cannot split {len(set(groups))} patients; set it to at least 2 and at most the "
+            "number of patients (to evaluate all subjects, set subset=all)"
         )
-    # shuffled here: what scikit-learn's own shuffle gives for one seed changed between its releases
+    # shuffled here: for the same seed, scikit-learn's own shuffle differs between its releases
     order = np.random.default_rng(seed).permutation(len(set(groups)))
     shuffled = dict(zip(sorted(set(groups)), order, strict=True))
     groups = [shuffled[group] for group in groups]
@@ -52,8 +52,8 @@ def split(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
         try:
-            parts = list(folds.split(items, [item["grade"] for item in items], groups))
+            indices = list(folds.split(items, [item["grade"] for item in items], groups))
         except ValueError:  # every grade has fewer subjects than folds: nothing to stratify
-            parts = list(folds.split(items, [0] * len(items), groups))
-    train, validation = parts[fold]
+            indices = list(folds.split(items, [0] * len(items), groups))
+    train, validation = indices[fold]
     return {"training": [items[i] for i in train], "validation": [items[i] for i in validation]}

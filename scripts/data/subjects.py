@@ -1,4 +1,4 @@
-"""Find subjects in folders and check their files by the headers; a data set's items."""
+"""Find the subjects of a data set in its folders and check the headers of their files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scripts.data.pictures import Grid, check_channels, file_stem, find_images, 
 
 logger = logging.getLogger(__name__)
 
-Item = dict  # {"subject": str, "image": [file per modality], "label": file (when there is one), "grade": int}
+Item = dict  # {"subject": str, "image": [file per modality], "label": file (if there is one), "grade": int}
 
 
 def load_subjects(
@@ -32,15 +32,15 @@ def load_subjects(
     grade_column: str = "Grade",
     grade_labels: Mapping[str, int] = GRADE_LABELS,
 ) -> list[Item]:
-    """Find every subject below ``dataset_dir``, check its headers and attach its grade.
+    """Find every subject below ``dataset_dir``, check the headers of its files and attach its grade.
 
     Args:
-        dataset_dir: folder with one folder per subject (BraTS 2020, 2021, 2023 and the like).
-        modalities: file suffixes, e.g. ``["t1", "t1ce", "t2", "flair"]``; their order is the channel order. Of
-            ``image_dir``, the names of its channels.
+        dataset_dir: folder with one folder per subject (as in BraTS 2020, 2021 and 2023).
+        modalities: file suffixes, e.g. ``["t1", "t1ce", "t2", "flair"]``; their order is the channel order. With
+            ``image_dir``: names of the channels of each image.
         label_suffix: suffix of the segmentation file.
-        image_dir: folder of images below ``dataset_dir``, each of which is a subject; None: one folder per subject.
-        mask_dir: folder of their masks.
+        image_dir: folder in ``dataset_dir`` whose files are the subjects; None means one folder per subject.
+        mask_dir: folder in ``dataset_dir`` with the masks of these files.
         grade_csv: table of grades; None takes ``<dataset_dir>/name_mapping.csv`` if it exists, else no grades.
         subject_column: column of the subject's folder name.
         grade_column: column of the grade.
@@ -50,7 +50,7 @@ def load_subjects(
         One item per subject, sorted by name; ``grade`` is -1 where it is unknown.
 
     Raises:
-        InputError: naming the folder, file, subject or column that is wrong.
+        InputError: naming the invalid folder, file, subject or column.
     """
     items = find_subjects(dataset_dir, modalities, label_suffix=label_suffix, image_dir=image_dir, mask_dir=mask_dir)
     return attach_grades(items, dataset_dir, grade_csv, subject_column, grade_column, grade_labels)
@@ -64,7 +64,7 @@ def attach_grades(
     grade_column: str,
     grade_labels: Mapping[str, int],
 ) -> list[Item]:
-    """Items with the ``grade`` that the table gives them; see :func:`load_subjects`."""
+    """Items with their ``grade`` from the table; see :func:`load_subjects`."""
     csv = Path(grade_csv) if grade_csv else Path(dataset_dir) / "name_mapping.csv"
     if grade_csv is None and not csv.is_file():
         logger.warning(f"no {csv.name} in {dataset_dir}: no subject has a grade")
@@ -85,12 +85,11 @@ def find_subjects(
     mask_dir: str | None = None,
     require_label: bool = True,
 ) -> list[Item]:
-    """List the subject folders of ``dataset_dir``, or itself if it is one, or its images, with their headers checked.
+    """Find every subject below ``dataset_dir`` and check the headers of its files; see :func:`load_subjects`.
 
-    The DICOM series of a folder without NIfTI volumes are its modalities, where no label is asked for.
-
-    Subjects without a segmentation are refused where ``require_label``, which training and evaluation need. See
-    :func:`load_subjects`.
+    ``dataset_dir`` may also be the folder of a single subject. With ``require_label``, which training and evaluation
+    need, a subject without a segmentation is refused. Without it, a folder may hold DICOM series instead of NIfTI
+    volumes, one series per modality.
     """
     root = Path(dataset_dir)
     if not root.is_dir():
@@ -122,55 +121,53 @@ def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, requ
     for item in items:
         check_headers(item, modalities)
     if not items:
-        there = [str(path.relative_to(root)) for path in islice(filter(Path.is_file, root.rglob("*")), 5)]
+        files = [str(path.relative_to(root)) for path in islice(filter(Path.is_file, root.rglob("*")), 5)]
         raise InputError(
-            f"no subject found in '{root}', but {there or 'no file at all'}: expected folders with files such as "
-            f"<subject>/<subject>_{modalities[0]}.nii.gz{'' if require_label else ' or DICOM series'} (images in one "
-            "folder: set 'image_dir')"
+            f"no subject found in '{root}', which holds {files or 'no file'}: expected folders with files such as "
+            f"<subject>/<subject>_{modalities[0]}.nii.gz{'' if require_label else ' or DICOM series'}; if all images "
+            "are in one folder, set 'image_dir'"
         )
     warn_some(f"folders of {root} hold no volume and are left out", empty)
     return sorted(items, key=lambda item: item["subject"])
 
 
 def _contents(folders: Sequence[Path], require_label: bool) -> tuple[dict[Path, list[Path]], dict[Path, list[Series]]]:
-    """NIfTI volumes by folder; of the folders without, DICOM series, which have no label."""
+    """NIfTI volumes of each folder, and DICOM series of the folders without volumes. Series have no label."""
     volumes = {folder: files for folder in folders if (files := _volumes(folder))}
-    others = [] if require_label else [folder for folder in folders if folder not in volumes]
-    return volumes, {folder: found for folder in others if (found := find_series(folder))}
+    without_volumes = [] if require_label else [folder for folder in folders if folder not in volumes]
+    return volumes, {folder: found for folder in without_volumes if (found := find_series(folder))}
 
 
 def subject_of(file: str, modalities: Sequence[str]) -> Item:
-    """The subject that one file stands for: itself, when it holds all modalities, or with the others beside it.
+    """Item of the subject that a file or folder belongs to.
 
-    The files of a subject are named alike but for the modality: ``7_t1.nii.gz``, ``7_flair.nii.gz``. A folder
-    stands for the DICOM series in it.
+    A picture, or a 4D file with all modalities, is a subject itself. A file of one modality belongs to the subject
+    whose other files lie in the same folder and differ only in the suffix: ``7_t1.nii.gz``, ``7_flair.nii.gz``. A
+    folder holds the DICOM series of a subject.
 
     Raises:
-        InputError: naming the file that cannot be read, or whose modality or siblings cannot be told.
+        InputError: if the file cannot be read, or has neither all modalities nor the files of the others beside it.
     """
     path, stem = Path(file), file_stem(file)
-    own = next((m for m in modalities if with_suffix([path], m)), None)
-    if file and path.is_dir():  # no name at all would be the current folder
+    suffix = next((m for m in modalities if with_suffix([path], m)), None)
+    if file and path.is_dir():  # Path("") is the current folder
         item = series_item(path, find_series(path), modalities)
     elif not path.is_file():
         raise InputError(f"'{file}' is not a file")
-    elif own is None:
+    elif suffix is None:
         item = {"subject": stem, "image": [str(path)]}
-        if not is_picture(file) and (volumes := _read_header(stem, file).channels) != len(modalities):
+        if not is_picture(file) and (channels := _read_header(stem, file).channels) != len(modalities):
             raise InputError(
-                f"{path.name} holds {volumes} of {len(modalities)} modalities: give one 4D file of {list(modalities)}, "
-                f"in this order, or one of several that are named alike but for them, such as "
-                f"{stem}_{modalities[0]}.nii.gz"
+                f"{path.name} holds {channels} of {len(modalities)} modalities: give one 4D file with "
+                f"{list(modalities)} in this order, or one file per modality, such as {stem}_{modalities[0]}.nii.gz"
             )
     else:
-        common = stem[: -len(own)]
-        beside = {file_stem(volume).lower(): str(volume) for volume in _volumes(path.parent)}
-        wanted = [(common + modality).lower() for modality in modalities]
-        if absent := [m for m, name in zip(modalities, wanted, strict=True) if name not in beside]:
-            raise InputError(
-                f"{path.name} has no file for {absent} beside it, named alike; add {common}{absent[0]}.nii.gz"
-            )
-        item = {"subject": common.rstrip("-_."), "image": [beside[name] for name in wanted]}
+        prefix = stem[: -len(suffix)]
+        in_folder = {file_stem(volume).lower(): str(volume) for volume in _volumes(path.parent)}
+        expected = [(prefix + modality).lower() for modality in modalities]
+        if absent := [m for m, name in zip(modalities, expected, strict=True) if name not in in_folder]:
+            raise InputError(f"{path.name} has no file for {absent} beside it; add {prefix}{absent[0]}.nii.gz")
+        item = {"subject": prefix.rstrip("-_."), "image": [in_folder[name] for name in expected]}
     check_headers(item, modalities)
     return item
 
@@ -201,23 +198,24 @@ def _subject_item(
     if len(labels) != 1:
         raise InputError(
             f"subject '{subject}': {'several segmentations' if labels else 'no segmentation'} "
-            f"'*{label_suffix}.nii[.gz]' in {volumes[0].parent}"
+            f"'*{label_suffix}.nii[.gz]' in {volumes[0].parent}; there must be exactly one"
         )
     return item | {"label": str(labels[0])}
 
 
 def with_suffix(volumes: list[Path], suffix: str) -> list[Path]:
+    """The NIfTI files whose name ends in the suffix of a modality or segmentation, in upper or lower case."""
     pattern = re.compile(rf"(^|[-_.]){re.escape(suffix)}\.nii(\.gz)?$", re.IGNORECASE)
     return [path for path in volumes if pattern.search(path.name)]
 
 
 def item_files(item: Item) -> list[str]:
-    """All files of an item: one per modality, then the segmentation where there is one."""
+    """All files of an item: the images, then the segmentation if there is one."""
     return [*item["image"], *([item["label"]] if "label" in item else [])]
 
 
 def check_headers(item: Item, modalities: Sequence[str]) -> None:
-    """Check that a subject has a channel for each modality, and that its files share one grid; only headers are read.
+    """Check that a subject has a channel for each modality and that its files share one grid. Only headers are read.
 
     Raises:
         InputError: naming the subject and the file that cannot be read, or whose channels, shape or affine differ.
@@ -227,9 +225,12 @@ def check_headers(item: Item, modalities: Sequence[str]) -> None:
     for file in files:
         grid = _read_header(item["subject"], file)
         kind = "mask" if file == item.get("label") else "modality"
-        volumes = len(modalities) if item["image"] == [file] else 1
-        if not is_picture(file) and grid.channels != volumes:
-            raise InputError(f"subject '{item['subject']}': {file} holds {grid.channels} volumes, expected {volumes}")
+        channels = len(modalities) if item["image"] == [file] else 1
+        if not is_picture(file) and grid.channels != channels:
+            raise InputError(
+                f"subject '{item['subject']}': {file} holds {grid.channels} volumes, expected {channels}; correct the "
+                "file, or set 'modalities'"
+            )
         if grid.shape != first.shape:
             raise InputError(
                 f"subject '{item['subject']}': the {kind} {file} has shape {grid.shape}, but {reference} has "
@@ -252,10 +253,12 @@ def _read_header(subject: str, file: str) -> Grid:
 
 
 def check_output_dir(output_dir: str, items: Sequence[Item], mask_dir: Path | None = None) -> None:
-    """Raise InputError when a folder of subjects or masks would be written to, where a mask could replace the truth."""
+    """Raise InputError if ``output_dir`` is a folder of volumes or masks: a prediction could replace a true mask."""
     folder = Path(output_dir).resolve()
     for item in items:
         if Path(item["image"][0]).resolve().parent == folder:
-            raise InputError(f"output_dir '{output_dir}' holds the volumes of '{item['subject']}'; choose another")
+            raise InputError(
+                f"output_dir '{output_dir}' holds the volumes of '{item['subject']}'; choose another folder"
+            )
     if mask_dir and mask_dir.resolve() == folder:
-        raise InputError(f"output_dir '{output_dir}' holds the masks; choose another")
+        raise InputError(f"output_dir '{output_dir}' holds the masks; choose another folder")

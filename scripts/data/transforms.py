@@ -1,4 +1,4 @@
-"""Dictionary transforms that MONAI lacks: safe loading, checks, slice indices, modality dropout."""
+"""Dictionary transforms that MONAI lacks: loading of all formats, voxel checks, slice indices, modality dropout."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from scripts.data.subjects import subject_of
 
 
 class LoadVolumesd(LoadImaged, ThreadUnsafe):
-    """MONAI's LoadImaged for volumes, DICOM series and pictures as ``[C, H, W, S]``, and for threads that fill a cache.
+    """MONAI's LoadImaged that reads volumes, DICOM series and pictures as ``[C, H, W, S]`` and is safe with threads.
 
-    A single name stands for the subject that :func:`scripts.data.subjects.subject_of` finds, as MONAI Label names them.
+    MONAI's NIfTI reader stores the names of the files that it is reading. If two threads share it, an image of four
+    modalities can get the single channel of another subject's label without an error. ``ThreadUnsafe`` therefore gives
+    each thread a copy of this transform.
 
-    Its NIfTI reader keeps the names of the files that it is reading: with two threads, a volume of four modalities may
-    come out with the one channel of another's label, without an error. Each thread gets a copy here. ``subject`` is
-    noted in what is read, so that what is predicted from it can be named.
+    A single file name, which MONAI Label gives, is replaced by the files of its subject
+    (:func:`scripts.data.subjects.subject_of`). The metadata holds the name of the subject, by which outputs are named.
 
     Args:
-        keys: keys of the files' names.
-        modalities: names of the channels, in their order; none for a label map.
+        keys: keys of the file names.
+        modalities: names of the channels in channel order; empty for a label map.
 
     Raises:
-        InputError: naming the file that cannot be read, has other channels or lacks its siblings.
+        InputError: if a file cannot be read, has other channels, or lacks the files of other modalities beside it.
     """
 
     def __init__(self, keys: KeysCollection, modalities: Sequence[str] = ()) -> None:
         super().__init__(keys, ensure_channel_first=True)
         self.modalities = modalities
         self._loader.register(SeriesReader())
-        self._loader.register(PictureReader(len(modalities) or 1))  # the last one is asked first
+        self._loader.register(PictureReader(len(modalities) or 1))  # MONAI tries the last registered reader first
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict:
         d = dict(data)
@@ -46,20 +47,20 @@ class LoadVolumesd(LoadImaged, ThreadUnsafe):
                 d |= {"subject": item["subject"], key: item["image"]}
         d = super().__call__(d, reader)
         for key in self.key_iterator(d):
-            if d[key].ndim == 3:  # a flat NIfTI file
+            if d[key].ndim == 3:  # a 2D NIfTI file
                 d[key] = d[key].unsqueeze(-1)
-                d[key].spatial_ndim = 3  # MONAI keeps the number that was read, and would invert to it
+                d[key].spatial_ndim = 3  # otherwise MONAI would invert the transforms to 2D
             d[key].meta["subject"] = d.get("subject", "")
         return d
 
 
 class CheckVolumed(MapTransform):
-    """Refuse volumes that would poison training: NaN or infinite voxels, or a modality of one single value.
+    """Refuse volumes that would spoil training: NaN or infinite voxels, or a modality with a single value.
 
-    Each key holds ``[M, H, W, S]``, one channel per modality; ``subject`` names the volume in the message.
+    Each key holds ``[M, H, W, S]``, one channel per modality.
 
     Raises:
-        InputError: naming the subject and the file.
+        InputError: naming the subject and the modality.
     """
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
@@ -76,10 +77,11 @@ class CheckVolumed(MapTransform):
 class SliceIndicesd(MapTransform):
     """Add ``fg_indices`` and ``bg_indices`` for ``RandCropByPosNegLabeld``: one flat voxel index per axial slice.
 
-    ``fg_indices`` holds the centre voxel of every slice of the label ``[R, H, W, S]`` with tumour, ``bg_indices``
-    that of every other slice in which the image ``[M, H, W, S]`` shows brain (any non-zero voxel). Slices are
-    then drawn evenly, whatever the tumour's area, and the whole volume is not searched anew for every crop. Where there
-    are none of one kind, as in a picture, they are those of the other, which MONAI would draw too, with a warning.
+    ``fg_indices`` holds the centre voxel of every slice with foreground in the label ``[R, H, W, S]``. ``bg_indices``
+    holds the centre voxel of every other slice in which the image ``[M, H, W, S]`` has a non-zero voxel. Each slice of
+    a kind is then equally likely, whatever the area of its foreground, and MONAI need not search the whole volume for
+    every crop. If a volume has slices of one kind only, as a picture has, both keys hold these slices: MONAI would draw
+    the same ones, with a warning.
 
     Args:
         keys: the label's key.
@@ -93,24 +95,25 @@ class SliceIndicesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
         d: dict = dict(data)
         for key in self.key_iterator(d):
-            tumour = torch.as_tensor(d[key]).flatten(0, 2).any(dim=0)
-            brain = (torch.as_tensor(d[self.image_key]) != 0).flatten(0, 2).any(dim=0)
+            has_foreground = torch.as_tensor(d[key]).flatten(0, 2).any(dim=0)
+            has_image = (torch.as_tensor(d[self.image_key]) != 0).flatten(0, 2).any(dim=0)
             height, width, depth = d[key].shape[1:]
             centre = (height // 2 * width + width // 2) * depth
-            with_tumour, without = (
-                (centre + torch.nonzero(slices).flatten()).numpy() for slices in (tumour, brain & ~tumour)
+            foreground, background = (
+                (centre + torch.nonzero(slices).flatten()).numpy()
+                for slices in (has_foreground, has_image & ~has_foreground)
             )
-            d["fg_indices"] = with_tumour if len(with_tumour) else without
-            d["bg_indices"] = without if len(without) else with_tumour
+            d["fg_indices"] = foreground if len(foreground) else background
+            d["bg_indices"] = background if len(background) else foreground
         return d
 
 
 class RandModalityDropoutd(RandomizableTransform, MapTransform):
-    """Set one modality of ``[M, H, W]``, M > 1, to zero (the mean of its z-scores), as if it had not been acquired.
+    """Set one random modality of ``[M, H, W]``, M > 1, to zero (the mean of its z-scores), as if it were missing.
 
     Args:
         keys: keys of the images.
-        prob: how often.
+        prob: probability of the dropout.
     """
 
     def __init__(self, keys: KeysCollection, prob: float = 0.1) -> None:

@@ -15,18 +15,19 @@ from scripts.data.pictures import is_picture, write_picture
 
 
 class LikeInputWriter(NibabelWriter):
-    """Writer of NIfTI for volumes and of pictures for pictures; each file is written in one step.
+    """Write NIfTI files for volumes and pictures for pictures. Each file is written in one step.
 
-    Integers become a picture of the input's format (PNG instead of JPEG, whose compression changes values). Other
-    numbers become a TIFF of float32 with one page per channel.
+    For a picture, integers are saved in the input's format (as PNG for a JPEG, whose compression changes values). Other
+    numbers are saved as a float32 TIFF with one page per channel.
     """
 
     def set_data_array(self, data_array, channel_dim=0, squeeze_end_dims: bool = True, **kwargs) -> None:
         super().set_data_array(data_array, channel_dim, squeeze_end_dims=False, **kwargs)
 
     def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options) -> None:
-        super().set_metadata(meta_dict, resample, **options)  # MONAI mistakes three axes without a channel for two
-        if self.data_obj.shape[-1] == 1:  # only the channel: a volume of one slice keeps its axes
+        # with the channel axis still there: MONAI would take three axes for a 2D image with channels
+        super().set_metadata(meta_dict, resample, **options)
+        if self.data_obj.shape[-1] == 1:  # a single channel loses its axis, a single slice keeps it
             self.data_obj = self.data_obj[..., 0]
         self.source = Path((meta_dict or {}).get("filename_or_obj", ""))
 
@@ -42,7 +43,7 @@ class LikeInputWriter(NibabelWriter):
 
 
 def subject_name(metadict: Mapping, saver: object) -> dict:
-    """``output_name_formatter`` of ``SaveImaged``. MONAI removes what looks like an extension, so one is added."""
+    """``output_name_formatter`` of ``SaveImaged``. MONAI removes the extension of a name, so one is added here."""
     return {"subject": f"{metadict['subject']}.nii", "idx": None}
 
 
@@ -50,10 +51,10 @@ class SaveMapd(SaveImaged):
     """Save a mask or map of a subject as ``<output_dir>/<subject>_<postfix>`` in the format of its input.
 
     Args:
-        keys: key of the map; an item without it is skipped.
-        postfix: end of the file's name.
+        keys: key of the map; an item without this key is skipped.
+        postfix: end of the file name.
         output_dir: folder of the files.
-        dtype: type of the numbers.
+        dtype: data type of the saved values.
     """
 
     def __init__(self, keys: KeysCollection, postfix: str, output_dir: str, dtype: str = "float32") -> None:
