@@ -1,6 +1,6 @@
-"""MONAI Label app that serves the bundle it lies in, with its grade, its estimates and its uncertainty map.
+"""MONAI Label app for the bundle in its parent folder. It also returns the grade, estimates and an uncertainty map.
 
-Start the server with ``--app <repository>/label_app``: nothing is copied or downloaded (docs/monai_label.md).
+Start the server with ``--app <repository>/label_app``. Nothing is copied or downloaded (docs/monai_label.md).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ VOLUMES = {"mask": "pred", "uncertainty": "uncertainty", "probability": "prob"}
 
 
 class SegmentAndGrade(BundleInferTask):
-    """The bundle's inference, whose answer holds the row of ``grades.csv`` as well; bad input is told to the client.
+    """Inference of the bundle. The answer also holds the row of ``grades.csv``. Input errors are sent to the client.
 
-    The option ``volume`` chooses the volume of the answer: the mask, the uncertainty (bits) or the probability.
+    The option ``volume`` selects the volume of the answer: the mask, the uncertainty (bits) or the probability.
     """
 
     def __init__(self, conf: dict[str, str]) -> None:
@@ -36,26 +36,26 @@ class SegmentAndGrade(BundleInferTask):
 
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict]:
         if not request.get("image"):
-            raise HTTPException(404, "the studies hold no image of this name")
+            raise HTTPException(404, "the studies folder has no image of this name")
         try:
             return super().__call__(request, callbacks)
         except Exception as error:
-            message = sys.modules["scripts.config"].explain(error)  # MONAI Label loads it anew for each request
+            message = sys.modules["scripts.config"].explain(error)  # MONAI Label imports it again for each request
             if message is None:
                 raise
             raise HTTPException(422, message) from error
 
     def inferer(self, data: Any = None) -> Any:
-        """All that the inferer predicts, not the mask's probability alone."""
+        """Function that returns all outputs of the inferer, not only the probability of the mask."""
         return super().inferer(data).predict
 
     def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
-        """Spread the predictions over the item, for the bundle's own postprocessing."""
+        """Put each output of the inferer under its own key of the item, as the bundle's postprocessing needs."""
         data = super().run_inferer(data, convert_to_batch, device)
         return data | data.pop(self.key_pred)
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, dict]:
-        """File of the chosen volume, and the subject's row of ``grades.csv``."""
+        """File of the selected volume, and the subject's row of ``grades.csv``."""
         from scripts.data.grades import grade_names
         from scripts.report.tables import grade_row
 
@@ -64,14 +64,14 @@ class SegmentAndGrade(BundleInferTask):
             raise HTTPException(422, f"volume '{name}' is not one of {list(VOLUMES)}")
         settings = self.bundle_config.get_parsed_content("settings")
         row = grade_row(data, settings["regions"], grade_names(settings["grade_labels"]))
-        row = {key: None if value != value else value for key, value in row.items()}  # JSON knows no NaN
+        row = {key: None if value != value else value for key, value in row.items()}  # JSON has no NaN
         if name != "mask":
             return write_volume(data[VOLUMES[name]]), row
         return super().writer(data | {self.output_json_key: row}, extension, dtype)
 
 
 def write_volume(volume: Any) -> str:
-    """Write ``[R, H, W, S]`` as inference does, one component per region; the server removes it when it is sent."""
+    """Write ``[R, H, W, S]`` as inference does, with one component per region. The server deletes the sent file."""
     writer = NibabelWriter(output_dtype=np.float32)
     writer.set_data_array(volume, channel_dim=0)
     writer.set_metadata({"affine": volume.affine}, resample=False)
@@ -81,14 +81,14 @@ def write_volume(volume: Any) -> str:
 
 
 class TrainOnOneDevice(BundleTrainTask):
-    """The bundle's training; MONAI Label would look for a configuration of several GPUs and train nothing without."""
+    """Training of the bundle on one device. With MONAI Label's multi-GPU default, nothing would be trained."""
 
     def __call__(self, request: dict[str, Any], datastore: Any) -> dict:
         return super().__call__(request | {"multi_gpu": False}, datastore)
 
 
 class MedSegDiffApp(MONAILabelApp):
-    """One model that segments, grades and trains."""
+    """App with one model, which can segment, grade and be trained."""
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         super().__init__(app_dir, studies, conf, "MedSegDiff", "Segmentation and grading with calibrated uncertainty")

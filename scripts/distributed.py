@@ -1,4 +1,4 @@
-"""Several processes: who works on which subjects, and how their results come together."""
+"""Several processes: share subjects among them, gather their results, synchronise the network."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ T = TypeVar("T")
 
 
 def join_processes(distributed: bool) -> None:
-    """Join the processes that torchrun started, over NCCL where there are GPUs, else over gloo.
+    """Connect the processes that torchrun started, by NCCL if there is a GPU and by gloo otherwise.
+
+    Args:
+        distributed: whether the configuration is for several processes (configs/multi_gpu.yaml).
 
     Raises:
-        InputError: when there are several processes and they have not been told to work together, or the reverse.
+        InputError: if torchrun started several processes without ``distributed``, or ``distributed`` is set without
+            torchrun.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if distributed and "RANK" not in os.environ:
-        raise InputError("configs/multi_gpu.yaml is for processes that torchrun starts: see docs/several_gpus.md")
+        raise InputError("configs/multi_gpu.yaml needs processes that torchrun starts: see docs/several_gpus.md")
     if processes > 1 and not distributed:
         raise InputError(
-            f"torchrun started {processes} processes, each of which would do it all: add configs/multi_gpu.yaml"
+            f"torchrun started {processes} processes, but each of them would do all of the work: add "
+            "configs/multi_gpu.yaml"
         )
     if distributed and idist.backend() is None:
         idist.initialize("nccl" if torch.cuda.is_available() else "gloo")
@@ -38,14 +43,14 @@ def join_processes(distributed: bool) -> None:
 
 
 def shard(items: Sequence[T], even: bool = False) -> list[T]:
-    """This process's items: every n-th of n processes. All items where there is one process.
+    """The items of this process: every n-th item for n processes, and all items for one process.
 
     Args:
-        items: of all processes.
-        even: repeat some, so that all processes have equally many, as training needs.
+        items: items of all processes.
+        even: repeat some items, so that all processes have the same number, which training needs.
 
     Raises:
-        InputError: when some process would have none.
+        InputError: if a process would have no item.
     """
     processes = idist.get_world_size()
     if processes == 1 or not items:
@@ -56,22 +61,22 @@ def shard(items: Sequence[T], even: bool = False) -> list[T]:
 
 
 def gather_from_all(values: Sequence[T]) -> list[T]:
-    """The values of all processes, in the order of the items that :func:`shard` shared out."""
+    """The values of all processes, in the original order of the items that :func:`shard` distributed."""
     if idist.get_world_size() == 1:
         return list(values)
     missing = object()
     everyone: Any = idist.all_gather(list(values))
-    turns = itertools.zip_longest(*everyone, fillvalue=missing)
-    return [value for turn in turns for value in turn if value is not missing]
+    rounds = itertools.zip_longest(*everyone, fillvalue=missing)
+    return [value for one_round in rounds for value in one_round if value is not missing]
 
 
-def average_over_processes(gradient: torch.Tensor) -> torch.Tensor:
+def average_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all processes."""
-    return torch.as_tensor(idist.all_reduce(gradient)) / idist.get_world_size()
+    return torch.as_tensor(idist.all_reduce(tensor)) / idist.get_world_size()
 
 
 def wrap_distributed(network: nn.Module) -> nn.Module:
-    """The network as a process of several trains it: its gradients are averaged. Itself where there is one process."""
+    """The network wrapped so that several processes average its gradients; for one process, the network itself."""
     if idist.get_world_size() == 1:
         return network
     device = next(network.parameters()).device
@@ -79,7 +84,7 @@ def wrap_distributed(network: nn.Module) -> nn.Module:
 
 
 def broadcast_buffers(network: nn.Module) -> None:
-    """Give all processes the running statistics of the first, whose network is saved."""
+    """Copy the buffers of the first process, whose network is saved, to all processes."""
     if idist.get_world_size() > 1:
         for buffer in network.buffers():
             buffer.copy_(torch.as_tensor(idist.broadcast(buffer, src=0)))

@@ -127,7 +127,7 @@ def test_one_class_leaves_the_grade_alone(checkpoint, tmp_path, caplog, items):
 
 def test_nothing_to_calibrate_leaves_the_checkpoint(checkpoint, tmp_path, items):
     empty = [item | {"label": torch.zeros(2, 16, 16, 16)} for item in items()]
-    with pytest.raises(InputError, match="no voxel of TC"):
+    with pytest.raises(InputError, match="region 'TC' has no voxel in any true mask"):
         fit(checkpoint, tmp_path, empty)
     assert (read_checkpoint(checkpoint)["model"]["foreground_temperature"] == 1).all()
     assert not (tmp_path / "calibration.json").exists()

@@ -185,8 +185,8 @@ def alone():
 
 
 def test_processes_and_configuration_must_agree(phantoms, run_bundle, tmp_path, alone):
-    with pytest.raises(InputError, match=r"configs/multi_gpu.yaml is for processes that torchrun starts"):
+    with pytest.raises(InputError, match=r"configs/multi_gpu.yaml needs processes that torchrun starts"):
         run_bundle(["train.yaml", "multi_gpu.yaml"], dataset_dir=str(phantoms), **folders(tmp_path))
     os.environ |= {"WORLD_SIZE": "2", "RANK": "0"}
-    with pytest.raises(InputError, match="2 processes, each of which would do it all"):
+    with pytest.raises(InputError, match="2 processes, but each of them would do all of the work"):
         run_bundle(["train.yaml"], dataset_dir=str(phantoms), **folders(tmp_path))

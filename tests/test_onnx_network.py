@@ -163,7 +163,7 @@ def test_a_wrong_graph_replaces_nothing(trained, tmp_path, monkeypatch):
     (tmp_path / CONDITION).write_bytes(b"of before")
     network = randomise(tiny_network())
     network.denoiser.out[-1].conv.bias.data += 1e-3
-    with pytest.raises(RuntimeError, match="seg_logits of onnxruntime is off PyTorch's by 1.0e-03"):
+    with pytest.raises(RuntimeError, match="seg_logits of onnxruntime and PyTorch differ by up to 1.0e-03"):
         export_onnx(network, str(tmp_path), SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == [CONDITION]
     assert (tmp_path / CONDITION).read_bytes() == b"of before"
@@ -201,10 +201,10 @@ def mix(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (remove, "condition.onnx' does not exist: export first"),
+        (remove, "condition.onnx' does not exist; export it first"),
         (cut, "denoiser.onnx' cannot be read as an export of this bundle"),
         (foreign, "denoiser.onnx' cannot be read as an export of this bundle"),
-        (mix, "files are of two exports"),
+        (mix, "files come from different exports"),
     ],
 )
 def test_unusable_folders(spoil, message, trained, tmp_path):

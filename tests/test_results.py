@@ -27,7 +27,7 @@ def test_results_of_several_models_share_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "message"), [({"dataset": "e"}, "of dataset 'd', not 'e'"), ({"gt_dir": "h"}, "'h'")]
+    ("other", "message"), [({"dataset": "e"}, "of dataset 'd', not of 'e'"), ({"gt_dir": "h"}, "'h'")]
 )
 def test_results_of_another_data_set_are_not_mixed(tmp_path, other, message):
     results(tmp_path).write(pd.DataFrame({"dice_a": [1.0], "iou_a": [1.0]}), ["a"])

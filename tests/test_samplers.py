@@ -162,7 +162,7 @@ def test_the_missing_extra_is_named(monkeypatch):
         (("ddmp", 0.0), "sampler 'ddmp'"),
         (("ddim", 1.5), "eta=1.5"),
         (("ddim", -0.1), "eta=-0.1"),
-        (("ddpm", 0.5), "eta=0.5 is for sampler=ddim"),
+        (("ddpm", 0.5), "eta=0.5 is an option of sampler=ddim"),
     ],
 )
 def test_unusable_settings(settings, message):

@@ -46,7 +46,7 @@ def test_a_perfect_prediction_gives_the_mask_back(prediction_type):
     target = noise if prediction_type == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * x_0
     logits = diffusion.to_logits(target, x_t, t)
     assert torch.allclose(diffusion.to_x0(logits), x_0, atol=1e-3)
-    # and the loss is the mean squared error of what is predicted
+    # and the loss is the mean squared error of the network's output
     error = torch.randn_like(target)
     loss = diffusion.regression_loss(diffusion.to_logits(target + error, x_t, t), x_0, t)
     assert loss.item() == pytest.approx(error.square().mean().item(), rel=1e-2)
@@ -80,5 +80,5 @@ def test_pairs_from_a_later_start():
     for unusable in (1000, -1, "half", 0.5):
         with pytest.raises(InputError, match="start_timestep=.* must be a whole number from 0 to 999"):
             timestep_pairs(1000, 1, start_timestep=unusable)
-    with pytest.raises(InputError, match=r"between 1 and start_timestep \+ 1, 10"):
+    with pytest.raises(InputError, match=r"between 1 and 10 \(start_timestep \+ 1\)"):
         timestep_pairs(1000, 11, start_timestep=9)

@@ -28,7 +28,7 @@ EXIF_ORIENTATION = 0x0112
 
 
 class Grid(NamedTuple):
-    """Shape ``(H, W, S)``, affine and number of channels of a file. A colour picture can also be read as one channel."""
+    """Shape ``(H, W, S)``, affine and number of channels of a file. A picture in a colour mode has 3 channels."""
 
     shape: tuple[int, ...]
     affine: np.ndarray

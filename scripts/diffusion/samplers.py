@@ -1,14 +1,15 @@
-"""Samplers: how masks are drawn from noise. One method a class, one signature.
+"""Samplers, which draw masks from noise. Each method is a class, and all have the same call signature.
 
 ``x_0 = sampler(denoise, x_t, pairs, alphas_cumprod, draw)`` with
 
-    denoise         x_t ``[B, R, H, W]`` and t to the predicted x_0 ``[B, R, H, W]``: one network evaluation
-    x_t             noisy masks at the first timestep
+    denoise         function of x_t ``[B, R, H, W]`` and t that returns the predicted x_0 ``[B, R, H, W]``; each call is
+                    one network evaluation
+    x_t             noisy masks ``[B, R, H, W]`` at the first timestep
     pairs           (t, t_prev) from :func:`scripts.diffusion.schedule.timestep_pairs`; -1 is the clean mask
     alphas_cumprod  abar_t, ``[T]``
-    draw            fresh standard normal noise like x_t, for the methods that add noise
+    draw            function that returns new standard normal noise of the shape of x_t
 
-All work on x_0, whatever the network predicts.
+All samplers work on x_0, whatever the network predicts.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ Draw = Callable[[], torch.Tensor]
 
 
 class Sampler(Protocol):
-    """What every sampler is."""
+    """Call signature of the samplers."""
 
     def __call__(
         self, denoise: Denoise, x_t: torch.Tensor, pairs: Pairs, alphas_cumprod: torch.Tensor, draw: Draw
     ) -> torch.Tensor:
-        """Predicted clean masks ``[B, R, H, W]``."""
+        """Return the predicted clean masks ``[B, R, H, W]``."""
 
 
 class DDPM:
     """Ancestral sampling, equations 6 and 7 of Ho et al. (2020), on the listed timesteps.
 
-    With all T of them it is the published method; on fewer, the same posterior q(x_s | x_t, x_0) of the thinned chain,
-    whose step from s to t has alpha_t = abar_t / abar_s.
+    With all T timesteps this is the published method. With fewer, it uses the same posterior q(x_s | x_t, x_0) for the
+    shorter chain, in which the step from s to t has alpha_t = abar_t / abar_s.
     """
 
     def __call__(
@@ -52,11 +53,11 @@ class DDPM:
             mean = (abar_prev.sqrt() * beta * x_0 + alpha.sqrt() * (1 - abar_prev) * x_t) / (1 - abar)
             beta_tilde = (1 - abar_prev) / (1 - abar) * beta
             x_t = mean + beta_tilde.sqrt() * draw()
-        return denoise(x_t, pairs[-1][0])  # the posterior at t = 0 is x_0 itself
+        return denoise(x_t, pairs[-1][0])  # the posterior of the last step is x_0 itself
 
 
 class DDIM:
-    """Equations 12 and 16 of Song et al. (2021).
+    """Denoising diffusion implicit model, equations 12 and 16 of Song et al. (2021).
 
     Args:
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
@@ -76,7 +77,7 @@ class DDIM:
         for t, t_prev in pairs[:-1]:
             abar, abar_prev = alphas_cumprod[t], alphas_cumprod[t_prev]
             x_0 = denoise(x_t, t)
-            noise = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()  # what x_t and x_0 imply
+            noise = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()  # the noise that x_t and x_0 imply
             sigma = self.eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
             x_t = abar_prev.sqrt() * x_0 + (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * noise
             if self.eta:
@@ -85,17 +86,17 @@ class DDIM:
 
 
 class DiffusersSampler:
-    """A deterministic multistep solver of ``diffusers``, of order 2, on the listed timesteps.
+    """A deterministic multistep solver of order 2 from ``diffusers``, on the listed timesteps.
 
-    The solver is handed the thinned schedule itself, abar at the listed timesteps, and takes every step of it; so all
-    solvers go through the same timesteps, from any first one.
+    The solver gets abar at the listed timesteps as its whole noise schedule and takes every step of it. It therefore
+    visits the same timesteps as the other samplers, also when the first timestep is not T - 1.
 
     Args:
         scheduler: class name in ``diffusers``.
         options: further arguments of that class.
 
     Raises:
-        InputError: when diffusers is not installed.
+        InputError: if diffusers is not installed.
     """
 
     def __init__(self, scheduler: str, **options: str) -> None:
@@ -119,7 +120,7 @@ class DiffusersSampler:
             timestep_spacing="trailing",
             **self.options,
         )
-        # not as trained_betas: a step of the thinned cosine schedule would round to beta = 1 and give NaN
+        # trained_betas would not do: with few steps of the cosine schedule a beta rounds to 1, which gives NaN
         scheduler.alphas_cumprod = alphas_cumprod[[t for t, _ in reversed(pairs)]].cpu()
         scheduler.set_timesteps(len(pairs))
         for (t, _), step in zip(pairs, scheduler.timesteps, strict=True):
@@ -136,15 +137,15 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 
 
 def make_sampler(name: str, eta: float = 0.0) -> Sampler:
-    """Sampler by name; ``eta`` belongs to ``ddim``.
+    """Create a sampler by name. ``eta`` is an option of ``ddim`` only.
 
     Raises:
-        InputError: for an unknown name, an eta that the sampler does not have, or a missing extra.
+        InputError: for an unknown name, an invalid ``eta``, or if diffusers is needed but not installed.
     """
     if name not in SAMPLERS:
         raise InputError(f"sampler '{name}' is not one of {list(SAMPLERS)}")
     if name == "ddim":
         return DDIM(eta)
     if eta:
-        raise InputError(f"eta={eta} is for sampler=ddim; {name} has none")
+        raise InputError(f"eta={eta} is an option of sampler=ddim only; set eta=0 for sampler={name}")
     return SAMPLERS[name]()

@@ -1,4 +1,4 @@
-"""Width, depth and conditioning of the network, by name."""
+"""Named variants of the network: width, depth, attention and conditioning."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from scripts.networks.conditioning import check_conditioning
 
 @dataclass(frozen=True)
 class Variant:
-    """Width, depth and conditioning of the diffusion network.
+    """Width, depth, attention and conditioning of the diffusion network.
 
     Args:
-        channels: of the denoiser's levels; one down-sampling fewer than levels.
+        channels: channels of each level of the denoiser. There is one down-sampling between two levels.
         num_res_blocks: residual blocks per level of the denoiser.
-        conditioning: names of :data:`scripts.networks.conditioning.CONDITIONING`.
+        conditioning: names from :data:`scripts.networks.conditioning.CONDITIONING`.
         attention: levels of the denoiser with self-attention, in addition to its middle block.
-        calib_channels: of the image-only U-Net's levels; None means twice ``channels``.
+        calib_channels: channels of each level of the image-only U-Net; None means twice ``channels``.
     """
 
     channels: tuple[int, ...]
@@ -30,9 +30,9 @@ class Variant:
 
 OFFICIAL_HIGHWAY = (32, 64, 128, 256, 424, 424)  # 15.5 M parameters; the official one has 15.7 M
 
-# 4, 5, 6, 6 down-samplings as in MedSegDiff V1; attention at a sixteenth of the resolution, as in guided-diffusion
+# 4, 5, 6 and 6 down-samplings as in MedSegDiff V1; attention at 1/16 of the resolution as in guided-diffusion
 VARIANTS: dict[str, Variant] = {
-    "S": Variant((16, 32, 32, 64, 64)),  # at a sixteenth it has its middle block, which always attends
+    "S": Variant((16, 32, 32, 64, 64)),  # 1/16 is the resolution of the middle block, which always has attention
     "B": Variant((32, 32, 64, 64, 128, 128), attention=(4,)),
     "L": Variant((64, 64, 128, 128, 256, 256, 256), attention=(4,)),
     "++": Variant((96, 96, 192, 192, 384, 384, 384), attention=(4,)),
@@ -53,10 +53,12 @@ def resolve_variant(
     num_res_blocks: int | None,
     conditioning: Sequence[str] | None,
 ) -> Variant:
-    """The named variant, with its settings replaced by those that are not None.
+    """The named variant, with its settings replaced by the arguments that are not None.
+
+    If ``channels`` is given, the levels have no attention and ``calib_channels`` defaults to twice ``channels``.
 
     Raises:
-        InputError: for an unknown variant or module, or unusable widths.
+        InputError: for an unknown variant or module, or invalid channels.
     """
     if variant not in VARIANTS:
         raise InputError(f"variant '{variant}' is not one of {list(VARIANTS)}")
@@ -75,8 +77,8 @@ def resolve_variant(
 
 
 def check_channels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
-    """Widths of a U-Net's levels as a tuple; InputError unless there are three or more, all positive."""
+    """Channels of a U-Net's levels as a tuple. Raises InputError unless there are three or more, all positive."""
     widths = tuple(int(width) for width in channels) if isinstance(channels, Sequence) else ()
     if len(widths) < 3 or min(widths) < 1:
-        raise InputError(f"{name}={channels!r} must list three or more positive widths, one per level")
+        raise InputError(f"{name}={channels!r} must list three or more positive numbers, one per level")
     return widths

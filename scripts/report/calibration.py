@@ -1,4 +1,4 @@
-"""Temperature scaling: fitted on validation subjects, saved in the checkpoint, applied when sampling."""
+"""Temperature scaling: temperatures are fitted on validation subjects, saved in the checkpoint and used in sampling."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _log_softmax(prob: np.ndarray, temperature: float) -> torch.Tensor:
 
 
 def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> float:
-    """Temperature between 0.05 and 20 with the least log loss.
+    """Temperature between 0.05 and 20 that minimises the log loss.
 
     Args:
         prob: class probabilities ``[n, K]``.
@@ -71,9 +71,9 @@ def cross_fitted(probs: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> l
     """
     scaled = list(probs)
     if len(probs) > 1:
-        for fit, judge in KFold(min(5, len(probs))).split(scaled):
+        for fit, held_out in KFold(min(5, len(probs))).split(scaled):
             temperature = fit_temperature(*(np.concatenate([values[i] for i in fit]) for values in (probs, truths)))
-            for i in judge:
+            for i in held_out:
                 scaled[i] = scale(probs[i], temperature)
     return scaled
 
@@ -107,7 +107,7 @@ class TemperatureFit:
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: SupervisedEvaluator) -> None:
-        for name in (*CALIBRATED_FOR, "grade"):  # the fit needs unscaled probabilities
+        for name in (*CALIBRATED_FOR, "grade"):  # the fit needs probabilities that are not scaled
             engine.network.get_buffer(f"{name}_temperature").fill_(1)
         self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
         self.grades: list[tuple[list[float], int]] = []
@@ -135,7 +135,9 @@ class TemperatureFit:
         for region, voxels in itertools.product(self.regions, CALIBRATED_FOR):
             probs, truths = map(list, zip(*gather_from_all(self.voxels[region, voxels]), strict=True))
             if not any(truth.any() for truth in truths):
-                raise InputError(f"no voxel of {region} in any truth: there is nothing to calibrate")
+                raise InputError(
+                    f"region '{region}' has no voxel in any true mask, so it cannot be calibrated; use more subjects"
+                )
             report[region][voxels] = _fit(probs, truths, voxel_scores)
         grades = gather_from_all(self.grades)
         if len({grade for _, grade in grades}) > 1:
@@ -179,7 +181,7 @@ def voxel_scores(prob: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def grade_scores(prob: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Brier score and log loss of subjects ``[n, K]``; there are too few of them for bins."""
+    """Brier score and log loss of subjects ``[n, K]``. There are too few subjects for a calibration error in bins."""
     one_hot = np.eye(prob.shape[1])[truth]
-    brier = float(np.square(prob - one_hot).sum(axis=1).mean() / 2)  # with two grades: scikit-learn's
+    brier = float(np.square(prob - one_hot).sum(axis=1).mean() / 2)  # equals scikit-learn's for two grades
     return {"brier": brier, "log_loss": float(log_loss(truth, prob, labels=list(range(prob.shape[1]))))}

@@ -1,4 +1,4 @@
-"""Evaluation: scores per subject, and their summary with intervals."""
+"""Evaluation: scores of each subject, and their summary with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class SubjectReport:
-    """Evaluation handler: one row and one overlay per subject, then a summary with 95 % intervals.
+    """Evaluation handler that writes one row and one overlay per subject, then a summary with 95 % intervals.
 
     Writes ``subjects.csv``, ``summary.json``, ``evaluation_results.json``, ``reliability.png``, ``risk_coverage.png``
     and ``overlays/<subject>_overlay.png``. Calibration is measured over the foreground (voxels of the first modality
@@ -49,8 +49,8 @@ class SubjectReport:
         output_dir: folder of the files.
         regions: names of the region channels.
         grade_labels: class index of each grade.
-        settings: saved in the summary with the scores.
-        results: file of the mean scores, shared with other models.
+        settings: settings that are saved in the summary with the scores.
+        results: file of the mean scores, which may hold those of other models.
         seed: seed of the bootstrap.
     """
 
@@ -93,13 +93,13 @@ class SubjectReport:
             for channel, region in enumerate(self.regions):
                 row[f"volume_ml_{region}"] = float(item["pred"][channel].sum()) * voxel_volume
                 row[f"true_volume_ml_{region}"] = float(item["label"][channel].sum()) * voxel_volume
-                self._judge_uncertainty(item, channel, background != 0, row)
+                self._score_uncertainty(item, channel, background != 0, row)
             row |= estimates(item, self.regions, voxel_volume)
             self.rows.append(row)
             title = f"{item['subject']}  Dice {row[f'dice_{self.regions[0]}']:.2f}"
             write_overlay(item, background, title, self.output_dir / "overlays")
 
-    def _judge_uncertainty(self, item: Mapping[str, Any], channel: int, foreground: np.ndarray, row: dict) -> None:
+    def _score_uncertainty(self, item: Mapping[str, Any], channel: int, foreground: np.ndarray, row: dict) -> None:
         region = self.regions[channel]
         prob, uncertainty = (np.asarray(item[key][channel].cpu()) for key in ("prob", "uncertainty"))
         pred, label = (np.asarray(item[key][channel].cpu()) > 0 for key in ("pred", "label"))
@@ -144,8 +144,8 @@ def summarise(
         table: one row per subject.
         regions: names of the regions.
         grades: names of the grades.
-        bins: by region and voxels, ``WT foreground`` and ``WT lesion``:
-            :func:`~scripts.report.uncertainty.calibration_bins` of the same subjects, ``[n, 3, 20]``.
+        bins: :func:`~scripts.report.uncertainty.calibration_bins` of the same subjects, ``[n, 3, 20]``, by region and
+            set of voxels: ``WT foreground``, ``WT lesion``.
         seed: seed of the bootstrap.
     """
     masks = {
@@ -168,7 +168,7 @@ def summarise(
 
 
 def _stacked(subjects: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays of all processes' subjects, stacked per name."""
+    """Arrays of the subjects of all processes, stacked by name."""
     everyone = gather_from_all(subjects)
     return {name: np.stack([arrays[name] for arrays in everyone]) for name in everyone[0]}
 
@@ -180,10 +180,11 @@ def _centre(values: np.ndarray) -> dict[str, float]:
 def _uncertainty_scores(
     table: pd.DataFrame, region: str, bins: Mapping[str, np.ndarray]
 ) -> Callable[[np.ndarray], dict[str, float]]:
-    """Function from row numbers to scores: ECE of all voxels of these subjects, means over subjects for the others.
+    """Return a function that computes the uncertainty scores of the subjects in the given rows.
 
-    ``volume_coverage`` is the share of true volumes inside their 90 % interval. ``quality_rank`` is Spearman's rank
-    correlation of expected and true Dice.
+    ECE is computed over all voxels of these subjects; the other scores are means over subjects. ``volume_coverage`` is
+    the share of true volumes inside their 90 % interval. ``quality_rank`` is Spearman's rank correlation of expected
+    and true Dice.
     """
     columns = {name.removesuffix(f"_{region}"): values.to_numpy() for name, values in table.items()}
     true = columns["true_volume_ml"]

@@ -1,4 +1,4 @@
-"""The scores of several models on one data set, in one file of a public format."""
+"""Mean scores of several models on one data set, in one JSON file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import pandas as pd
 
 from scripts.config import InputError, atomic_path
 
-THRESHOLD = 0.5  # of the probability, as validate::postprocessing has it
+THRESHOLD = 0.5  # of the probability, as in validate::postprocessing
+SET_ANOTHER_FILE = "set validate::report::results::file to another file"
 
 
 class ResultsFile:
-    """``evaluation_results.json``: mean Dice and IoU of each model that was judged on the same truth.
+    """``evaluation_results.json``: mean Dice and IoU of each model that was evaluated on the same true masks.
 
     Args:
-        file: where it lies; another evaluation's is added to.
+        file: the JSON file. If it exists, its results of other models are kept.
         dataset: name of the data set.
-        model: name of the model, whose earlier result is replaced.
+        model: name of the model; its earlier result is replaced.
         gt_dir: folder of the true masks.
 
     Raises:
-        InputError: when ``file`` is of another data set or folder, or no such file at all.
+        InputError: if ``file`` holds results of another data set or mask folder, or is not such a file.
     """
 
     def __init__(self, file: str, dataset: str, model: str, gt_dir: str) -> None:
@@ -33,21 +34,23 @@ class ResultsFile:
         self._read()
 
     def _read(self) -> dict[str, Any]:
-        """Results by model of the file, where there is one."""
+        """Results of each model in the file; empty if there is no file."""
         if not self.file.is_file():
             return {}
         try:
             content = json.loads(self.file.read_text(encoding="utf-8"))
             results, head = dict(content["results"]), {key: content[key] for key in self.head}
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"results_file '{self.file}' is not a file of results: {error!r}; set another") from error
+            raise InputError(f"'{self.file}' is not a file of results ({error!r}); {SET_ANOTHER_FILE}") from error
         for key, value in self.head.items():
             if head[key] != value:
-                raise InputError(f"results_file '{self.file}' is of {key} '{head[key]}', not '{value}'; set another")
+                raise InputError(
+                    f"'{self.file}' holds results of {key} '{head[key]}', not of '{value}'; {SET_ANOTHER_FILE}"
+                )
         return results
 
     def write(self, table: pd.DataFrame, regions: Sequence[str]) -> None:
-        """Add the means over subjects and regions; of several regions each one's, too.
+        """Add the means over subjects and regions to the file. With several regions, also add the means of each region.
 
         Args:
             table: one row per subject with ``dice_<region>`` and ``iou_<region>``.

@@ -1,4 +1,4 @@
-"""Several samples of one mask: fusion into one, and how much they differ."""
+"""Several samples of one mask: fuse them into one, and measure how much they differ."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ FUSIONS = ("mean", "majority", "staple")
 
 
 def fuse(samples: torch.Tensor, fusion: str) -> torch.Tensor:
-    """Probability ``[R, ...]`` from sampled probabilities ``[N, R, ...]``.
+    """Fuse N sampled probabilities ``[N, R, ...]`` into one probability ``[R, ...]``.
 
-    ``mean``: their mean. ``majority``: share of the samples above one half. ``staple``: probability of the truth by
-    STAPLE (:func:`staple`), region by region.
+    ``mean``: mean of the samples. ``majority``: share of the samples above 0.5. ``staple``: probability of the true
+    mask by :func:`staple`, for each region.
     """
     if fusion == "mean":
         return samples.mean(dim=0)
@@ -29,10 +29,10 @@ def staple(masks: torch.Tensor) -> tuple[torch.Tensor, list[float], list[float]]
         masks: binary volumes ``[N, H, W, S]``, one per sample.
 
     Returns:
-        Probability of the truth ``[H, W, S]``, and each sample's sensitivity and specificity. Samples that all agree
-        are the truth; ITK gives NaN where all are empty.
+        Probability of the true mask ``[H, W, S]``, and the sensitivity and specificity of each sample. If all samples
+        agree, they are the true mask: ITK would return NaN for empty samples.
     """
-    import itk  # takes seconds to load
+    import itk  # imported here because it takes seconds
 
     if (masks == masks[:1]).all():
         return masks[0].float(), [1.0] * len(masks), [1.0] * len(masks)
@@ -48,9 +48,9 @@ def staple(masks: torch.Tensor) -> tuple[torch.Tensor, list[float], list[float]]
 
 
 def pairwise_dice(samples: torch.Tensor) -> torch.Tensor:
-    """Mean Dice ``[R]`` over pairs of sampled probabilities ``[N, R, ...]``, cut at one half.
+    """Mean Dice ``[R]`` over all pairs of sampled probabilities ``[N, R, ...]``, thresholded at 0.5.
 
-    Two empty masks agree (1). NaN for one sample: it has no pair.
+    Two empty masks have Dice 1. The result is NaN for a single sample, which has no pair.
     """
     masks = (samples > 0.5).flatten(2).float().transpose(0, 1)  # [R, N, voxels]
     overlap = masks @ masks.transpose(1, 2)

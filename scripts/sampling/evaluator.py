@@ -13,16 +13,16 @@ from scripts.sampling.inferer import VolumeInferer
 
 
 class VolumeEvaluator(SupervisedEvaluator):
-    """MONAI's evaluator for an inferer that predicts more than one thing.
+    """MONAI's evaluator for an inferer with several outputs.
 
-    The output of an iteration holds ``image [B, M, H, W, S]``, all that :meth:`VolumeInferer.predict` returns, and
-    from the batch ``subject``, ``grade`` and (where there is one) ``label [B, R, H', W', S']`` on the input's grid.
+    The output of an iteration holds ``image [B, M, H, W, S]``, the outputs of :meth:`VolumeInferer.predict`, and
+    ``subject``, ``grade`` and (if there is one) ``label [B, R, H', W', S']`` of the batch, on the input's grid.
     """
 
     inferer: VolumeInferer
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
-        """Evaluate; all processes use the buffers of the first one, whose network is saved."""
+        """Evaluate. All processes use the buffers of the first process, whose network is saved."""
         broadcast_buffers(self.network)
         super().run(global_epoch)
 
@@ -30,7 +30,7 @@ class VolumeEvaluator(SupervisedEvaluator):
         device = engine.state.device
         image = batchdata["image"].to(device, non_blocking=engine.non_blocking)
         engine.state.output = {"image": image}
-        # MONAI always autocasts for "cuda"; on a CPU bfloat16 can be as useful
+        # MONAI's evaluator autocasts for "cuda" on any device
         autocast = (
             torch.autocast(torch.device(device).type, **engine.amp_kwargs) if engine.amp else contextlib.nullcontext()
         )
@@ -38,7 +38,7 @@ class VolumeEvaluator(SupervisedEvaluator):
             engine.state.output |= engine.inferer.predict(image, engine.network)  # type: ignore[arg-type]
         engine.state.output["subject"] = batchdata["subject"]
         for key in ("grade", "label"):
-            if isinstance(batchdata.get(key), torch.Tensor):  # in inference the label is not loaded
+            if isinstance(batchdata.get(key), torch.Tensor):  # the label is not loaded in inference
                 engine.state.output[key] = batchdata[key].to(device)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)

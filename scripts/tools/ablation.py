@@ -1,4 +1,4 @@
-"""Train and judge a grid of settings with several seeds, and put them side by side."""
+"""Train and evaluate a grid of settings with several seeds, and compare the results in tables."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from scripts.report.tables import write_csv
 logger = logging.getLogger(__name__)
 
 STAGES = {"stage1_segmentation": 0.5, "stage2_grading": 0.25, "stage3_joint": 0.25}  # shares of max_epochs
-TRAINED = ("joint", "staged")
-SAMPLING = ("num_inference_steps", "num_samples", "sampler", "fusion")  # keys of evaluation alone
-INFERER = "validate::inferer::"  # the inferer's other arguments are keys of evaluation, too
+TRAINING_MODES = ("joint", "staged")
+SAMPLING = ("num_inference_steps", "num_samples", "sampler", "fusion")  # keys that only evaluation uses
+INFERER = "validate::inferer::"  # start of further keys that only evaluation uses
 SCORES = {"dice": "segmentation", "iou": "segmentation", "auc": "grading", "f1": "grading", "accuracy": "grading"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table: files of ``configs/`` and keys, apart for training and for sampling.
+    """One row of the table: files of ``configs/`` and keys that override them.
 
     Args:
-        name: of the row.
-        configs: files, base first.
-        training: keys of training and of evaluation alike.
-        sampling: keys of evaluation alone, of :data:`SAMPLING`.
-        stages: ``joint`` trains in one go, ``staged`` in the three stages, which share ``max_epochs`` 2 : 1 : 1.
+        name: name of the row.
+        configs: configuration files, base first.
+        training: keys that both training and evaluation use.
+        sampling: keys that only evaluation uses.
+        stages: ``joint`` trains once, ``staged`` in the three stages, which divide ``max_epochs`` as 2 : 1 : 1.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Arm:
     stages: str
 
     def folder(self, output_dir: Path, seed: int) -> Path:
-        """Folder of the weights, the same for all arms that are trained alike."""
+        """Folder of the weights. Arms with the same training share it."""
         return output_dir / f"{_digest([self.configs, self.training, self.stages])}_seed{seed}"
 
     def evaluation(self, output_dir: Path, seed: int) -> Path:
@@ -61,28 +61,29 @@ class Arm:
 
 
 class Ablation:
-    """A grid of settings, trained and judged with several seeds by as many processes as wanted.
+    """A grid of settings, each of which is trained and evaluated with several seeds.
 
-    The arms are the named ones and every combination of ``grid``. Arms that differ in sampling alone share their
-    training. What is finished is kept and what was interrupted is resumed, so that the same command goes on. The last
-    weights are judged, so that no arm is chosen by its validation subjects.
+    The arms are those of ``arms`` and every combination of the values in ``grid``. Arms that differ only in sampling
+    share one training. The same command continues an interrupted grid: finished runs are kept and interrupted ones are
+    resumed. The last weights are evaluated, because the best ones are chosen on the validation subjects.
 
-    Writes ``runs.csv`` (arm, seed), ``table.csv`` and ``table.md`` (mean and standard deviation over the seeds, and
-    per subject the difference to the reference with Wilcoxon's signed-rank test, corrected by Benjamini and Hochberg
-    for the number of arms), and ``ablation.png``. Each training has a folder with ``log.txt``.
+    Writes ``runs.csv`` (scores of each arm and seed), ``table.csv`` and ``table.md`` (mean and standard deviation over
+    the seeds; mean difference to the reference per subject with Wilcoxon's signed-rank test, corrected for the number
+    of arms by Benjamini and Hochberg), and ``ablation.png``. Each training has a folder with ``log.txt``.
 
     Args:
-        output_dir: folder of it all.
-        configs: files of ``configs/`` that every arm starts from.
+        output_dir: folder of all outputs.
+        configs: files of ``configs/`` with which every arm starts.
         settings: keys of every arm.
-        arms: by name, keys of an arm, and perhaps ``configs`` (more files) and ``stages`` (``joint`` or ``staged``).
-        grid: by key (or ``configs`` or ``stages``), its values; every combination is an arm.
-        reference: name of the arm that the others are compared with; None is the first.
-        seeds: seeds of split, weights and noise.
-        processes: how many runs at a time.
+        arms: by name, the keys of an arm; ``configs`` lists more files and ``stages`` is ``joint`` or ``staged``.
+        grid: by key (or ``configs`` or ``stages``), a list of values; every combination of values is an arm.
+        reference: name of the arm with which the others are compared; None is the first arm.
+        seeds: seeds of the split, the weights and the noise.
+        processes: number of runs at a time.
 
     Raises:
-        InputError: for an unknown file, key, stage, folder or reference, or nothing to run; before any run starts.
+        InputError: for an unknown file, key, stage, folder or reference, or if there is nothing to run. It is raised
+            before any run starts.
     """
 
     def __init__(
@@ -98,9 +99,9 @@ class Ablation:
     ) -> None:
         named = {**arms, **dict(_combinations(grid))}
         self.output_dir = Path(output_dir).resolve()
-        self.arms = [_make_arm(name, configs, {**settings, **keys}) for name, keys in named.items()]
+        self.arms = [_parse_arm(name, configs, {**settings, **keys}) for name, keys in named.items()]
         if not self.arms or not seeds:
-            raise InputError("nothing to run: give arms or a grid, and seeds")
+            raise InputError("nothing to run: set arms or grid, and seeds")
         names = [arm.name for arm in self.arms]
         if reference is not None and reference not in names:
             raise InputError(f"reference '{reference}' is not one of the arms {names}")
@@ -109,10 +110,10 @@ class Ablation:
         self.processes = processes
 
     def run(self) -> None:
-        """Train and judge what is missing, then write the tables.
+        """Train and evaluate the arms that are not finished, then write the tables.
 
         Raises:
-            TrainingError: naming the runs that failed; the tables hold the others.
+            TrainingError: naming the runs that failed. The tables hold the other runs.
         """
         jobs = {arm.folder(self.output_dir, seed): (arm, seed) for seed in self.seeds for arm in self.arms}
         with ThreadPool(self.processes) as pool:
@@ -122,20 +123,20 @@ class Ablation:
             raise TrainingError("\n".join([f"{len(failed)} of {len(jobs)} trainings failed:", *failed]))
 
     def _attempt(self, arm: Arm, seed: int) -> str | None:
-        """Train once and judge every arm that shares the weights; say what failed."""
+        """Train an arm and evaluate every arm that shares its weights. Return a message if a run fails."""
         folder = arm.folder(self.output_dir, seed)
-        alike = [other for other in self.arms if other.folder(self.output_dir, seed) == folder]
+        sharing = [other for other in self.arms if other.folder(self.output_dir, seed) == folder]
         try:
             missing = [
-                other for other in alike if not (other.evaluation(self.output_dir, seed) / "summary.json").is_file()
+                other for other in sharing if not (other.evaluation(self.output_dir, seed) / "summary.json").is_file()
             ]
             if missing:
-                logger.info(f"{' / '.join(other.name for other in alike)}, seed {seed}: {folder}")
+                logger.info(f"{' / '.join(other.name for other in sharing)}, seed {seed}: {folder}")
                 weights = train(arm, seed, folder, self.threads)
             for other in missing:
-                judge(other, seed, weights, other.evaluation(self.output_dir, seed), self.threads)
+                evaluate(other, seed, weights, other.evaluation(self.output_dir, seed), self.threads)
         except subprocess.CalledProcessError:
-            return f"{arm.name}, seed {seed}: {_last_line(folder / 'log.txt')} (all of it: {folder / 'log.txt'})"
+            return f"{arm.name}, seed {seed}: {_last_line(folder / 'log.txt')} (full log: {folder / 'log.txt'})"
         return None
 
     @property
@@ -144,7 +145,7 @@ class Ablation:
         return max(1, (os.cpu_count() or 1) // self.processes)
 
     def write(self) -> None:
-        """Write tables and picture of what is finished."""
+        """Write the tables and the figure of the finished runs."""
         runs, subjects = [], []
         for arm, seed in itertools.product(self.arms, self.seeds):
             folder = arm.evaluation(self.output_dir, seed)
@@ -163,7 +164,7 @@ class Ablation:
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every combination of the grid's values, with a name."""
+    """Name and keys of every combination of the grid's values."""
     if not grid:
         return
     for values in itertools.product(*grid.values()):
@@ -175,16 +176,17 @@ def _readable(value: Any) -> str:
     return ("+".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
-def _make_arm(name: str, configs: Sequence[str], keys: dict[str, Any]) -> Arm:
+def _parse_arm(name: str, configs: Sequence[str], keys: dict[str, Any]) -> Arm:
+    """Check the keys of an arm and separate those of training and of sampling. Raises InputError."""
     stages = keys.pop("stages", "joint")
-    if stages not in TRAINED:
-        raise InputError(f"arm '{name}': stages '{stages}' is not one of {list(TRAINED)}")
+    if stages not in TRAINING_MODES:
+        raise InputError(f"arm '{name}': stages '{stages}' is not one of {list(TRAINING_MODES)}")
     files = (*configs, *keys.pop("configs", ()))
     absent = [file for file in files if not (BUNDLE_ROOT / "configs" / file).is_file()]
     if absent:
         raise InputError(f"arm '{name}': {absent} are not files of configs/")
     if "max_epochs" not in keys:
-        raise InputError(f"arm '{name}': settings must give max_epochs, so that all arms have as many")
+        raise InputError(f"arm '{name}': settings must give max_epochs, so that all arms train for the same time")
     if not Path(keys.get("dataset_dir", ".")).is_dir():
         raise InputError(f"arm '{name}': dataset_dir '{keys['dataset_dir']}' is not a folder")
     check_keys({key.split("::")[0]: value for key, value in keys.items()}, "train.yaml")
@@ -193,7 +195,7 @@ def _make_arm(name: str, configs: Sequence[str], keys: dict[str, Any]) -> Arm:
 
 
 def train(arm: Arm, seed: int, folder: Path, threads: int) -> Path:
-    """Train an arm, or go on with it, and return its last weights."""
+    """Train an arm, or continue its training, and return the file of the last weights."""
     epochs, log = arm.training["max_epochs"], folder / "log.txt"
     if arm.stages == "joint":
         keys = arm.training | {"seed": seed, "val_interval": epochs, "output_dir": folder, "ckpt_dir": folder}
@@ -208,14 +210,14 @@ def train(arm: Arm, seed: int, folder: Path, threads: int) -> Path:
     return folder / stage / "last.pt"
 
 
-def judge(arm: Arm, seed: int, weights: Path, folder: Path, threads: int) -> None:
-    """Evaluate the weights of an arm on the subjects that it has not seen."""
+def evaluate(arm: Arm, seed: int, weights: Path, folder: Path, threads: int) -> None:
+    """Evaluate the weights of an arm on the validation subjects."""
     keys = arm.training | arm.sampling | {"seed": seed, "ckpt_path": weights, "output_dir": folder}
     run_bundle([*arm.configs, "evaluate.yaml"], keys, folder.parent / "log.txt", threads)
 
 
 def run_bundle(configs: Sequence[str], keys: Mapping[str, Any], log: Path, threads: int) -> None:
-    """Run files of ``configs/`` in a process of its own, as on the command line."""
+    """Run files of ``configs/`` in a separate process, as on the command line."""
     files = str([f"configs/{name}" for name in configs])
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
     for key, value in keys.items():
@@ -227,7 +229,7 @@ def run_bundle(configs: Sequence[str], keys: Mapping[str, Any], log: Path, threa
 
 
 def read_scores(arm: Arm, folder: Path) -> dict[str, float]:
-    """Means over subjects and regions of one evaluation; NaN for what the arm has not learnt."""
+    """Means over subjects and regions of one evaluation; NaN for the scores of a task that was not trained."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     masks, grading = summary["segmentation"].values(), summary["grading"]
     scores = {name: float(np.mean([mask[name]["mean"]["value"] for mask in masks])) for name in ("dice", "iou")}
@@ -239,7 +241,7 @@ def read_scores(arm: Arm, folder: Path) -> dict[str, float]:
 
 
 def read_subjects(arm: Arm, folder: Path) -> pd.DataFrame:
-    """Per subject ``dice``, the mean over regions, and ``error``, the Brier score of the grade (0 to 1)."""
+    """Per subject: ``dice``, the mean over regions, and ``error``, the Brier score of the grade (0 to 1)."""
     table = pd.read_csv(folder / "subjects.csv")
     tasks = arm.training.get("loss::tasks", list(SCORES.values()))
     regions = [name for name in table if re.match(r"dice_", name)]
@@ -256,13 +258,13 @@ def read_subjects(arm: Arm, folder: Path) -> pd.DataFrame:
 
 
 def compare(runs: pd.DataFrame, subjects: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Mean and standard deviation of the scores per arm, and paired tests against ``reference``.
+    """Mean and standard deviation of the scores of each arm, and paired tests against the arm ``reference``.
 
     Args:
-        runs: ``arm``, ``seed`` and scores.
-        subjects: ``arm``, ``seed``, ``subject``, ``dice``, ``error``. The differences of a subject are averaged over
-            the seeds, so that it counts once.
-        reference: name of an arm.
+        runs: one row per run with ``arm``, ``seed`` and the scores.
+        subjects: one row per run and subject with ``arm``, ``seed``, ``subject``, ``dice`` and ``error``. A subject's
+            differences are averaged over the seeds, so that it counts once.
+        reference: name of the arm with which the others are compared.
     """
     grouped = runs.drop(columns="seed").groupby("arm", sort=False)
     table = pd.concat([grouped.mean(), grouped.std().add_suffix("_sd")], axis=1)[
@@ -288,7 +290,7 @@ def compare(runs: pd.DataFrame, subjects: pd.DataFrame, reference: str) -> pd.Da
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """The table with ``mean +- sd`` in one column; a dash where an arm has not learnt the task."""
+    """The table as Markdown with ``mean +- sd`` in one column, and a dash for a task that was not trained."""
     columns: dict[str, list[str]] = {"arm": table["arm"].tolist(), "seeds": table["seeds"].astype(str).tolist()}
     for name in SCORES:
         columns[name] = [

@@ -1,4 +1,4 @@
-"""Masks as DICOM segmentation objects, by highdicom (the extra ``dicom``)."""
+"""Save masks as DICOM segmentation objects with highdicom (the extra ``dicom``)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from monai.engines.workflow import Workflow
 from scripts.config import BUNDLE_ROOT, InputError, atomic_path
 from scripts.data.dicom import is_dicom, ordered_series
 
-SERIES_NUMBER = 900  # beyond those of scanners
-# attributes that every image has, if empty, and that anonymisers remove
+SERIES_NUMBER = 900  # higher than the series numbers of scanners
+# type 2 attributes: required but possibly empty, and often removed by anonymisers
 TYPE_2 = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex",
     "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
@@ -25,18 +25,18 @@ TYPE_2 = (
 
 
 class DicomSegWriter:
-    """Inference: ``<subject>_seg.dcm`` with one binary segment per region, on the slices of its first modality.
+    """Inference handler that writes ``<subject>_seg.dcm``: one binary segment per region, on the first modality.
 
     Args:
         output_dir: folder of the files.
         regions: names of the region channels.
-        to_regions: turns the label map ``pred`` of an item into the channels of its regions, which may overlap.
-        data: all items that will come.
-        property_type: what the segments are, by its name among pydicom's SNOMED codes.
+        to_regions: transform that converts the label map ``pred`` of an item to region channels, which may overlap.
+        data: all items of the run; their headers are checked before inference starts.
+        property_type: type of the segments, as a name in pydicom's SNOMED codes (``codes.SCT``).
 
     Raises:
-        InputError: when highdicom is not installed or does not know ``property_type``, or naming the subject that is
-            not DICOM or whose headers cannot be referred to.
+        InputError: if highdicom is not installed, ``property_type`` is unknown, or a subject (which the message names)
+            is not DICOM or has headers to which no segmentation can refer.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class DicomSegWriter:
             file = item["image"][0]
             if not is_dicom(file):
                 raise InputError(
-                    f"subject '{item['subject']}' is not DICOM ({file}), so no DICOM segmentation can refer to it: "
-                    "infer it without configs/dicom_seg.yaml"
+                    f"subject '{item['subject']}' is not DICOM ({file}), so no DICOM segmentation can refer to it; run "
+                    "inference without configs/dicom_seg.yaml"
                 )
             header = self._read(file)
             self._segmentation(item["subject"], [header], np.zeros((1, header.Rows, header.Columns, len(regions))))
@@ -84,7 +84,9 @@ class DicomSegWriter:
         try:
             kind = getattr(codes.SCT, property_type)
         except AttributeError as error:
-            raise InputError(f"property_type='{property_type}' is not a name among pydicom's codes.SCT") from error
+            raise InputError(
+                f"property_type='{property_type}' is not a name in pydicom's codes.SCT; set it to one such as Neoplasm"
+            ) from error
         algorithm = self.highdicom.AlgorithmIdentificationSequence(
             name=self.name, version=self.version, family=codes.DCM.ArtificialIntelligence
         )
@@ -101,7 +103,7 @@ class DicomSegWriter:
         ]
 
     def _read(self, file: str) -> Any:
-        """Header of an image, with the attributes that every image should have."""
+        """Header of an image. Missing type 2 attributes are added, with empty values."""
         header = self.pydicom.dcmread(file, stop_before_pixels=True)
         for name in TYPE_2:
             if name not in header:
@@ -109,7 +111,7 @@ class DicomSegWriter:
         return header
 
     def _segmentation(self, subject: str, headers: Sequence[Any], masks: np.ndarray) -> Any:
-        """Segmentation of 0 and 1 ``[S, rows, columns, R]`` on the slices with these headers."""
+        """DICOM segmentation of the binary masks ``[S, rows, columns, R]`` on the slices with these headers."""
         try:
             return self.highdicom.seg.Segmentation(
                 source_images=headers,
@@ -128,6 +130,6 @@ class DicomSegWriter:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"subject '{subject}': no DICOM segmentation can refer to its headers ({error}): repair them, or infer "
-                "it without configs/dicom_seg.yaml"
+                f"subject '{subject}': no DICOM segmentation can refer to its headers ({error}); repair them, or run "
+                "inference without configs/dicom_seg.yaml"
             ) from error

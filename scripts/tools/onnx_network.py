@@ -1,11 +1,12 @@
-"""The network as ONNX files: written and checked against PyTorch, and read again as a network that can be sampled.
+"""Export of the network to ONNX files, checked against PyTorch, and a network that samples from these files.
 
-Two graphs, since what the image alone decides is computed once per slice and the denoiser at every step:
+There are two graphs, because the condition needs the image alone and is computed once per slice, while the denoiser
+runs at every step:
 
-    condition.onnx  image to the parts of ``network.condition(image)``, by name; absent where there are none
-    denoiser.onnx   image, x_t, timesteps, those parts, and estimate with self-conditioning, to the network's logits
+    condition.onnx  from image to the named tensors of ``network.condition(image)``; not written if there are none
+    denoiser.onnx   from image, x_t, timesteps, the tensors above and, with self-conditioning, estimate to the logits
 
-Settings and temperatures travel in the files' metadata. Batch, height and width are free.
+The metadata of the files holds settings and temperatures. Batch size, height and width are not fixed.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from scripts.networks.conditioning import ConditioningModule
 CONDITION, DENOISER = "condition.onnx", "denoiser.onnx"
 METADATA = "medsegdiff"
 TEMPERATURES = ("foreground_temperature", "lesion_temperature", "grade_temperature")
-TOLERANCE = 1e-4  # absolute, and relative for outputs beyond 1
+TOLERANCE = 1e-4  # absolute and relative
 
 
 class ConditionGraph(nn.Module):
-    """``network.condition`` as the exporter wants it, from named tensors to named tensors."""
+    """``network.condition`` as a module from named tensors to named tensors, as the exporter needs it."""
 
     def __init__(self, network: SegmentationNetwork) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class ConditionGraph(nn.Module):
 
 
 class DenoiserGraph(ConditionGraph):
-    """``network.forward``, likewise."""
+    """``network.forward`` as a module from named tensors to named tensors."""
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seg_logits, cls_logits, _ = self.network(
@@ -56,29 +57,31 @@ class DenoiserGraph(ConditionGraph):
 
 @torch.no_grad()
 def export_onnx(network: SegmentationNetwork, onnx_dir: str, settings: Mapping[str, Any]) -> None:
-    """Write both graphs of a network on the CPU, each checked against it at another batch and size than traced.
+    """Write both graphs of a network. Each is checked against the network with another batch and image size.
 
     Args:
-        network: with its weights loaded.
-        onnx_dir: folder of both files; those of an earlier export are replaced once both new ones are checked.
-        settings: of the network, see :func:`scripts.training.checkpoints.trained_settings`; saved in the files.
+        network: network on the CPU with its weights loaded.
+        onnx_dir: folder of both files. Files of an earlier export are replaced after both new files are checked.
+        settings: settings of the network (:func:`scripts.training.checkpoints.trained_settings`), saved in the files.
 
     Raises:
-        InputError: when a package is missing, or a module does not export.
-        RuntimeError: when a graph does not give what the network gives.
+        InputError: if a package is missing, or a conditioning module cannot be exported.
+        RuntimeError: if the outputs of a graph differ from those of the network.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _import(package)
-    refused = [
+    unsupported = [
         type(module).__name__
         for module in network.modules()
         if isinstance(module, ConditioningModule) and not module.exports_to_onnx
     ]
-    if refused:
-        raise InputError(f"conditioning modules {sorted(set(refused))} cannot be exported to ONNX; leave them out")
+    if unsupported:
+        raise InputError(
+            f"conditioning modules {sorted(set(unsupported))} cannot be exported to ONNX; train without them"
+        )
     network.eval()
     channels, side = len(settings["modalities"]), 4 * network.divisor
-    traced, other = _inputs(network, (2, channels, side, side)), _inputs(network, (3, channels, side // 2, 2 * side))
+    traced, checked = _inputs(network, (2, channels, side, side)), _inputs(network, (3, channels, side // 2, 2 * side))
     metadata = {
         "export": uuid.uuid4().hex,  # the same in both files
         "settings": dict(settings),
@@ -95,13 +98,13 @@ def export_onnx(network: SegmentationNetwork, onnx_dir: str, settings: Mapping[s
         for name, graph in graphs.items():
             file = files.enter_context(atomic_path(folder / name))
             _write(graph, traced[name], metadata, file)
-            _check(graph, other[name], file)
+            _check(graph, checked[name], file)
     if CONDITION not in graphs:
         (folder / CONDITION).unlink(missing_ok=True)
 
 
 def _inputs(network: SegmentationNetwork, shape: tuple[int, ...]) -> dict[str, dict[str, torch.Tensor]]:
-    """Made-up inputs of each graph, by file, for images of a shape ``[B, M, H, W]``."""
+    """Random inputs of each graph, by file name, for images of shape ``[B, M, H, W]``."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(shape, generator=generator)
     x_t, estimate = torch.randn(2, shape[0], network.out_channels, *shape[2:], generator=generator)
@@ -113,16 +116,16 @@ def _inputs(network: SegmentationNetwork, shape: tuple[int, ...]) -> dict[str, d
 
 
 def _write(graph: nn.Module, inputs: dict[str, torch.Tensor], metadata: Mapping[str, Any], file: Path) -> None:
-    free = {
+    dynamic_axes = {
         name: {0: "batch"} | ({2: f"{name}_height", 3: f"{name}_width"} if tensor.ndim == 4 else {})
         for name, tensor in inputs.items()
     }
     program = torch.onnx.export(
         graph,
-        (inputs, {}),  # a dictionary in the last place would be taken for keywords
+        (inputs, {}),  # torch takes a dictionary in the last place for keyword arguments
         input_names=list(inputs),
         output_names=list(graph(inputs)),
-        dynamic_shapes=(free,),
+        dynamic_shapes=(dynamic_axes,),
         dynamo=True,
         verbose=False,
     )
@@ -136,18 +139,19 @@ def _check(graph: nn.Module, inputs: dict[str, torch.Tensor], file: Path) -> Non
     for name, expected in graph(inputs).items():
         if not torch.allclose(found[name], expected, rtol=TOLERANCE, atol=TOLERANCE):
             error = float((found[name] - expected).abs().max())
-            raise RuntimeError(f"{name} of onnxruntime is off PyTorch's by {error:.1e}: nothing was exported")
+            raise RuntimeError(f"{name} of onnxruntime and PyTorch differ by up to {error:.1e}; nothing was exported")
 
 
 class OnnxNetwork(SegmentationNetwork):
-    """The files of :func:`export_onnx` as a network that can be sampled.
+    """A network for sampling that runs the files of :func:`export_onnx`.
 
     Args:
         onnx_dir: folder of the files.
-        device: where the tensors are. onnxruntime computes there too, where it can.
+        device: device of the inputs. onnxruntime uses it too if it has a provider for it.
 
     Raises:
-        InputError: when onnxruntime or a file is missing, or a file is damaged, foreign or of another export.
+        InputError: if onnxruntime or a file is missing, a file is damaged or not of this bundle, or the files come from
+            different exports.
     """
 
     def __init__(self, onnx_dir: str, device: str | torch.device = "cpu") -> None:
@@ -160,9 +164,12 @@ class OnnxNetwork(SegmentationNetwork):
         self.has_calib_map = metadata["has_calib_map"]
         self.denoiser, self.conditioner = denoiser, None
         if self.has_calib_map:
-            self.conditioner, other = _open(Path(onnx_dir, CONDITION), torch.device(device))
-            if other["export"] != metadata["export"]:
-                raise InputError(f"onnx_dir '{onnx_dir}': its files are of two exports; export again")
+            self.conditioner, condition_metadata = _open(Path(onnx_dir, CONDITION), torch.device(device))
+            if condition_metadata["export"] != metadata["export"]:
+                raise InputError(
+                    f"onnx_dir '{onnx_dir}': its files come from different exports; export again with "
+                    "configs/export_onnx.yaml"
+                )
         for name in TEMPERATURES:
             self.register_buffer(name, torch.tensor(metadata["temperatures"][name]))
 
@@ -188,29 +195,29 @@ class OnnxNetwork(SegmentationNetwork):
 
 
 def _open(file: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """Session of a graph and what stands in its metadata."""
+    """Session and metadata of an exported file."""
     _import("onnxruntime")
     if not file.is_file():
-        raise InputError(f"'{file}' does not exist: export first (configs/export_onnx.yaml), or set onnx_dir")
+        raise InputError(f"'{file}' does not exist; export it first with configs/export_onnx.yaml, or set onnx_dir")
     try:
         session = _session(file, device)
         return session, json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
     except Exception as error:  # onnxruntime's errors have no common class
-        raise InputError(f"'{file}' cannot be read as an export of this bundle: {error}") from error
+        raise InputError(f"'{file}' cannot be read as an export of this bundle ({error}); export again") from error
 
 
 def _session(file: Path, device: torch.device) -> Any:
     onnxruntime = _import("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # its own default knows no OMP_NUM_THREADS
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads keep torch's from working
+    options.intra_op_num_threads = torch.get_num_threads()  # onnxruntime's default ignores OMP_NUM_THREADS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads would slow torch down
     wanted = [f"{kind}ExecutionProvider" for kind in (["CUDA"] if device.type == "cuda" else []) + ["CPU"]]
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     return onnxruntime.InferenceSession(str(file), options, providers=providers)
 
 
 def _run(session: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs of a graph by name, on the device of its ``image``."""
+    """Outputs of a graph by name, on the device of its input ``image``."""
     names = [output.name for output in session.get_outputs()]
     arrays = session.run(names, {name: tensor.numpy(force=True) for name, tensor in inputs.items()})
     return {name: torch.from_numpy(array).to(inputs["image"].device) for name, array in zip(names, arrays, strict=True)}
@@ -220,4 +227,4 @@ def _import(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise InputError(f"exports need {package}: pip install -e '.[onnx]'") from error
+        raise InputError(f"ONNX files need {package}: pip install -e '.[onnx]'") from error

@@ -1,7 +1,7 @@
-"""Made-up brains with graded tumours, written as BraTS folders: to try and to test everything without patient data.
+"""Synthetic brains with graded tumours in BraTS folders, for trials and tests without patient data.
 
-After SynthSeg (Billot et al. 2023): anatomy is a label map, warped, and every modality is drawn from a table of mean
-intensities per tissue with jitter, blur, bias field and Rician noise.
+The method follows SynthSeg (Billot et al. 2023). The anatomy is a label map of tissues, warped at random. A table gives
+the mean intensity of each tissue in each modality. Jitter, blur, a bias field and Rician noise are added.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def make_dataset(
     lgg_fraction: float = 0.4,
     seed: int = 0,
 ) -> None:
-    """Write ``num_subjects`` BraTS-2020-like folders and ``name_mapping.csv``; the same seed gives the same files.
+    """Write subject folders like those of BraTS 2020 and ``name_mapping.csv``. The same seed gives the same files.
 
     Args:
         output_dir: folder of the data set.
-        num_subjects: how many.
-        shape: voxels ``(H, W, S)``; the head always fills a field of view of 240 x 240 x 155 mm.
+        num_subjects: number of subjects.
+        shape: number of voxels ``(H, W, S)``; the field of view is always 240 x 240 x 155 mm.
         lgg_fraction: share of low-grade subjects.
-        seed: seed of everything.
+        seed: seed of all random numbers.
     """
     output_dir = Path(output_dir)
     rng = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def make_dataset(
     rng.shuffle(grades)
     names = [f"BraTS20_Training_{i + 1:03d}" for i in range(num_subjects)]
     spacing = np.array([240, 240, 155]) / shape
-    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # BraTS stores its volumes as L, P, S
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # the axes of BraTS volumes are L, P, S
     for name, grade, subject_seed in zip(names, grades, rng.integers(2**31, size=num_subjects), strict=True):
         images, segmentation = make_subject(str(grade), shape, int(subject_seed))
         for suffix, volume in [*images.items(), ("seg", segmentation)]:
@@ -96,21 +96,21 @@ def _anatomy(grade: str, shape: tuple[int, int, int], rng: np.random.Generator) 
 
 
 def _lesion_shape(grade: str, rng: np.random.Generator) -> tuple[float, float]:
-    """Radius of the core and thickness of its enhancing rim, as shares of the lesion; the grades overlap."""
+    """Radius of the core and thickness of its enhancing rim, relative to the lesion's radius. The grades overlap."""
     if grade == "HGG":
         return rng.normal(0.66, 0.08), max(rng.normal(0.24, 0.09), 0.0)
     return rng.normal(0.52, 0.1), max(rng.normal(0.04, 0.08), 0.0)
 
 
 def _warp(tissue: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Smooth elastic deformation, nearest neighbour."""
+    """Smooth elastic deformation of a label map, by nearest-neighbour interpolation."""
     shifts = [_smooth_noise(tissue.shape, 0.12, 0.02 * size, rng) for size in tissue.shape]
     grid = np.meshgrid(*(np.arange(size) for size in tissue.shape), indexing="ij")
     return map_coordinates(tissue, [axis + shift for axis, shift in zip(grid, shifts, strict=True)], order=0)
 
 
 def _image(tissue: np.ndarray, means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One modality: tissue means with jitter, texture, blur, bias field and Rician noise; 0 outside the head."""
+    """One modality: tissue means with jitter, texture, blur, bias field and Rician noise. It is 0 outside the head."""
     volume = (means * rng.normal(1, 0.06, len(means)))[tissue]
     volume = gaussian_filter(volume + rng.normal(0, 40, tissue.shape), 0.6)
     volume *= np.exp(_smooth_noise(tissue.shape, 0.25, 0.12, rng)) * rng.uniform(0.7, 1.4)
@@ -120,7 +120,7 @@ def _image(tissue: np.ndarray, means: np.ndarray, rng: np.random.Generator) -> n
 
 
 def _smooth_noise(shape: tuple[int, ...], smoothness: float, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian random field: correlation length as a share of the volume, standard deviation ``scale``."""
+    """Gaussian random field with standard deviation ``scale``; ``smoothness`` is relative to the size of the volume."""
     field = gaussian_filter(rng.normal(size=shape), [smoothness * size for size in shape], mode="wrap")
     return scale * field / field.std()
 

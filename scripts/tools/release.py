@@ -1,4 +1,4 @@
-"""Package the bundle as the model zoo has it: ``python -m scripts.tools.release --output_dir dist``."""
+"""Package the bundle in the layout of MONAI's model zoo: ``python -m scripts.tools.release --output_dir dist``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 
 from scripts.config import BUNDLE_ROOT
 
-NAME = "medsegdiff_segmentation"  # MONAI Label reads the kind of task from the folder's name
+NAME = "medsegdiff_segmentation"  # MONAI Label takes the kind of task from the folder name
 PARTS = (
     "LICENSE",
     "configs/*.yaml",
@@ -30,28 +30,28 @@ PARTS = (
     "models/README.md",
     "models/model.pt",
 )
-TWINS = ("train", "inference")  # what monai.bundle.load reads as JSON alone
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content gives the same archive
+ALSO_AS_JSON = ("train", "inference")  # configurations that monai.bundle.load reads only as JSON
+EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time stamp, so that the same content gives the same archive
 
 
 def build(bundle: Path) -> None:
-    """Write the bundle's parts to an empty folder, with the JSON twins and the list of its large files."""
+    """Copy the files of the bundle to an empty folder, and add the JSON configurations and the list of large files."""
     for pattern in PARTS:
         for source in sorted(BUNDLE_ROOT.glob(pattern)):
             target = bundle / source.relative_to(BUNDLE_ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    for name in TWINS:
+    for name in ALSO_AS_JSON:
         config = ConfigParser.load_config_file(str(bundle / "configs" / f"{name}.yaml"))
         ConfigParser.export_config_file(config, str(bundle / "configs" / f"{name}.json"), indent=2)
     digest = hashlib.sha256((bundle / "models" / "model.pt").read_bytes()).hexdigest()
-    # no url: the archive holds the file; who hosts it elsewhere sets one
+    # the archive holds the file, so no URL is needed
     large = {"path": "models/model.pt", "url": "", "hash_val": digest, "hash_type": "sha256"}
     (bundle / "large_files.yml").write_text(yaml.safe_dump({"large_files": [large]}, sort_keys=False))
 
 
 def archive(bundle: Path, file: Path) -> None:
-    """Zip a folder under its own name."""
+    """Zip the folder ``bundle`` to ``file``; the paths in the archive start with the folder's name."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as content:
         for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
             entry = zipfile.ZipInfo(str(path.relative_to(bundle.parent)), EPOCH)
@@ -60,7 +60,7 @@ def archive(bundle: Path, file: Path) -> None:
 
 
 def main() -> None:
-    """Write ``<output_dir>/<name>/`` and ``<output_dir>/<name>_v<version>.zip``, in place of what was there."""
+    """Write ``<output_dir>/<name>/`` and ``<output_dir>/<name>_v<version>.zip``. Older ones are replaced."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--output_dir", type=Path, default=BUNDLE_ROOT / "dist")
     output_dir = parser.parse_args().output_dir

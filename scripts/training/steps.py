@@ -1,4 +1,4 @@
-"""Training step: draw timesteps and noise, noise a mask, denoise it."""
+"""Training step: draw timesteps and noise, add the noise to a mask, and denoise it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DrawNoise(PrepareBatch):
     """Draw uniform timesteps and normal noise for a batch.
 
     Args:
-        num_train_timesteps: T; timesteps are 0 to T - 1.
+        num_train_timesteps: T; the timesteps are 0 to T - 1.
     """
 
     def __init__(self, num_train_timesteps: int) -> None:
@@ -45,19 +45,19 @@ class DrawNoise(PrepareBatch):
 
 
 class DenoisingInferer(Inferer):
-    """Forward pass of training: noise a mask and denoise it.
+    """Forward pass of training: add noise to a mask and denoise it.
 
-    Three masks can be noised. ``truth`` is the textbook choice, but the network then learns to trust a mask that
-    sampling never shows it. ``prediction`` is the network's own prediction from pure noise (recycling, Fu et al., MELBA
-    2023), which costs one more evaluation per step. ``calibration`` is the calibration map, which is computed anyway.
-    The last two are noised without gradients.
+    The noise can be added to one of three masks. ``truth`` is the usual choice, but the network then learns to trust a
+    mask that it never gets in sampling. ``prediction`` is the network's own prediction from pure noise (recycling, Fu
+    et al., MELBA 2023), which needs one more evaluation per step. ``calibration`` is the calibration map, which is
+    computed anyway. The last two are used without gradients.
 
-    A network with self-conditioning (Chen et al. 2023, Analog Bits) sees its own estimate of x_0 from the same x_t in
-    half of the slices, and 0 in the others.
+    A network with self-conditioning (Chen et al. 2023, Analog Bits) gets its own estimate of x_0 from the same x_t in a
+    random half of the slices, and 0 in the others.
 
     Args:
         noised_mask: one of :data:`NOISED_MASKS`; None takes the default of the network.
-        amp: use torch's autocast with ``amp_dtype``. MONAI's trainer can do so only on a GPU.
+        amp: use torch's autocast with ``amp_dtype``. MONAI's trainer supports this only on a GPU.
         amp_dtype: one of :data:`AMP_DTYPES`.
 
     Raises:
@@ -117,6 +117,8 @@ class DenoisingInferer(Inferer):
         return network(inputs, x_t, timesteps, condition, estimate)
 
     def check(self, network: SegmentationNetwork) -> None:
-        """Raise InputError, before any volume is read, if the mask to be noised does not exist."""
+        """Raise InputError if the network has no calibration map to add noise to. Called before volumes are read."""
         if self.noised_mask == "calibration" and not network.has_calib_map:
-            raise InputError("noised_mask='calibration' needs 'highway' in conditioning; leave it null")
+            raise InputError(
+                "noised_mask='calibration' needs 'highway' in conditioning; add it, or set noised_mask=null"
+            )
