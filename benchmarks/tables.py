@@ -1,4 +1,4 @@
-"""How benchmarks say what they measured, and on what."""
+"""Tables of the benchmarks, and the hardware that they ran on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ import torch
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table, three significant digits."""
-    rows = [
-        [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in table.to_numpy(object)
-    ]
-    lines = [list(table.columns), ["---"] * len(table.columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """A Markdown table with three significant digits."""
+    return str(table.to_markdown(index=False, floatfmt=".3g"))
 
 
 def hardware() -> str:

@@ -72,8 +72,11 @@ def steps_per_second(seconds: float) -> float:
     config.update({"alpha": [1.0, 1.0], "device": "cpu"})
     network, loss, optimizer, inferer, prepare, batch_size, size = (
         config.get_parsed_content(key)
-        for key in ("network", "loss", "optimizer", "train::inferer", "train::trainer::prepare_batch", "batch_size", "image_size")
-    )  # fmt: skip
+        for key in (
+            *("network", "loss", "optimizer", "train::inferer", "train::trainer::prepare_batch"),
+            *("batch_size", "image_size"),
+        )
+    )
     batch = {
         "image": torch.randn(batch_size, 4, size, size),
         "label": torch.rand(batch_size, 1, size, size).round(),
@@ -81,7 +84,7 @@ def steps_per_second(seconds: float) -> float:
         "subject": ["s"] * batch_size,
     }
     steps, start = -3, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while steps < 3 or time.perf_counter() - start < seconds:
         if steps == 0:
             start = time.perf_counter()
         image, targets, _, arguments = prepare(batch)

@@ -33,13 +33,13 @@ TINY_TRAINING = {
 
 
 def tiny_settings(configs: list[str]) -> dict:
-    """A network and a training of seconds; inference finds the network in the checkpoint."""
+    """Settings of a tiny network that trains in seconds. Inference reads them from the checkpoint."""
     return TINY_TRAINING if configs[0] == "train.yaml" else {}
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real images, for checks that need them."""
+    """Folder of real images. Tests that need it are skipped without it."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}")
     return SHARED_DATA
@@ -55,7 +55,7 @@ def phantoms(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def three_regions(phantoms, tmp_path_factory) -> Path:
-    """Folder of a checkpoint that was trained on TC, WT and ET for some seconds."""
+    """Folder with a checkpoint that was trained on TC, WT and ET for a few seconds."""
     out = tmp_path_factory.mktemp("three_regions")
     folders = {"dataset_dir": str(phantoms), "output_dir": str(out), "ckpt_dir": str(out)}
     run_configs(["train.yaml"], regions=["TC", "WT", "ET"], max_epochs=3, val_interval=3, learning_rate=0.01, **folders)
@@ -64,7 +64,7 @@ def three_regions(phantoms, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_subject_folder():
-    """Write one subject: a function of folder, name and ``{suffix: array}``."""
+    """Function that writes the folder of one subject, given its parent folder, name and ``{suffix: array}``."""
 
     def make(root: Path, name: str, volumes: dict[str, np.ndarray], affine=None, extension: str = ".nii.gz") -> Path:
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def volumes() -> dict[str, np.ndarray]:
 
 
 def run_configs(configs: list[str], **overrides) -> None:
-    """Run configurations as the command line does; an input error arrives unwrapped."""
+    """Run configurations as the command line does. Raise our own errors instead of MONAI's errors around them."""
     import monai.bundle
 
     files = [str(ROOT / "configs" / name) for name in configs]
@@ -107,7 +107,7 @@ def run_configs(configs: list[str], **overrides) -> None:
 
 
 def settings_of(*configs: str, **overrides) -> dict:
-    """The settings that training with these configurations saves in the checkpoint."""
+    """Settings that training with these configurations saves in the checkpoint."""
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
@@ -118,13 +118,13 @@ def settings_of(*configs: str, **overrides) -> dict:
 
 @pytest.fixture
 def run_bundle():
-    """The function that runs configurations."""
+    """Function that runs configurations."""
     return run_configs
 
 
 @pytest.fixture
 def item(tmp_path):
-    """An evaluated subject with a truth of 4 x 4 x 2 voxels, stored as L, P, S with 2 mm voxels."""
+    """An evaluated subject with a true mask of 4 x 4 x 2 voxels of 2 mm. The axes of the volume are L, P, S."""
     affine = np.diag([-2.0, -2.0, 2.0, 1.0])
     file = tmp_path / "s1" / "s1_t1.nii.gz"
     file.parent.mkdir()

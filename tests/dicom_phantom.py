@@ -1,4 +1,4 @@
-"""Phantoms as DICOM series, written by pydicom."""
+"""Write phantoms as DICOM series with pydicom."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rotation(axis: int, degrees: float) -> np.ndarray:
 
 
 def affine_of(direction: np.ndarray) -> np.ndarray:
-    """Affine as of NIfTI of slices with these axes (columns, in DICOM's coordinates)."""
+    """NIfTI affine of slices whose axes are the columns of ``direction``, in DICOM's coordinates."""
     affine = np.eye(4)
     affine[:3, :3] = direction * SPACING
     affine[:3, 3] = [-101.5, -87.25, 12.125]
@@ -34,7 +34,7 @@ SAGITTAL = affine_of(np.array([[0.0, 0, 1], [1, 0, 0], [0, -1, 0]]) @ np.diag([1
 def write_series(
     folder: Path, volume: np.ndarray, affine: np.ndarray, description: str = "", study: str = "1.2.3"
 ) -> list[Path]:
-    """Write ``[H, W, S]`` with an affine of NIfTI as MR slices, in an order that neither names nor numbers tell."""
+    """Write ``[H, W, S]`` with a NIfTI affine as MR slices. File names and instance numbers are in random order."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
@@ -68,7 +68,7 @@ def write_series(
 
 
 def write_subject(folder: Path, affine: np.ndarray = AXIAL, seed: int = 5) -> dict[str, np.ndarray]:
-    """A phantom as one sub-folder a series; its volumes."""
+    """Write a phantom with one sub-folder per series, and return its volumes."""
     images, _ = make_subject("HGG", SHAPE, seed)
     for modality, volume in images.items():
         write_series(folder / f"ax_{modality}", volume, affine, f"Ax {modality}", f"1.2.3.{seed}")

@@ -1,4 +1,4 @@
-"""The bundle end to end, on tiny phantoms: train, evaluate, infer; bad input writes nothing."""
+"""The bundle end to end on tiny phantoms: train, evaluate, infer. Invalid input stops before anything is written."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from scripts.report.metrics import mask_scores
 
 @pytest.fixture
 def trained(phantoms, tmp_path, run_bundle):
-    """Output folder of two epochs on the phantoms."""
+    """Output folder of a training of two epochs on the phantoms."""
     run_bundle(["train.yaml"], dataset_dir=str(phantoms), output_dir=str(tmp_path), ckpt_dir=str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture
 def copied(phantoms, tmp_path):
-    """A copy of the phantoms that a test may spoil."""
+    """A copy of the phantoms that a test may change."""
     return Path(shutil.copytree(phantoms, tmp_path / "data"))
 
 
@@ -52,7 +52,7 @@ def test_training_writes_what_the_docs_name(trained):
     always = ["dice", "iou", "auc", "f1", "accuracy", "L_seg", "L_cls", "L_total", "sigma_seg", "sigma_cls"]
     assert table[always].notna().all(axis=None)
     assert table.loc[table["split"] == "train", "grad_norm"].gt(0).all()
-    assert table["sigma_seg"].nunique() > 1  # it is optimised
+    assert table["sigma_seg"].nunique() > 1  # the sigma is optimised
     split = json.loads((trained / "datalist.json").read_text())
     assert (len(split["training"]), len(split["validation"])) == (8, 2)
 
@@ -103,7 +103,7 @@ def test_calibration_is_stored_and_applied(trained, phantoms, run_bundle, tmp_pa
     assert scores[0]["ece_foreground"]["value"] == pytest.approx(fitted["WT"]["foreground"]["before"]["ece"], abs=1e-3)
     assert scores[1]["ece_foreground"]["value"] < scores[0]["ece_foreground"]["value"]
     dice = [summary["segmentation"]["WT"]["dice"]["mean"]["value"] for summary in (before, after)]
-    assert dice[0] == pytest.approx(dice[1], abs=0.02)  # masks move only where the resampling to their grid does
+    assert dice[0] == pytest.approx(dice[1], abs=0.02)  # scaling keeps masks; only resampling changes them
 
 
 def test_evaluation_of_all_and_of_some(trained, phantoms, run_bundle, tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_inference_writes_on_the_inputs_own_grid(trained, copied, run_bundle, tm
 
 
 def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tmp_path):
-    """The same subject stored with other axes gives the same mask in the world."""
+    """A subject stored with other axes gives the same mask in world coordinates."""
     data = tmp_path / "new"
     for name, axes in (("a", None), ("b", [[1, 1], [0, -1], [2, 1]])):
         (data / name).mkdir(parents=True)
@@ -219,7 +219,7 @@ def test_three_regions_are_judged_as_they_are_saved(phantoms, run_bundle, tmp_pa
             assert row[f"dice_{region}"] == pytest.approx(scores[f"dice_{region}"], abs=1e-5)
         prob = torch.as_tensor(nib.load(tmp_path / "pred" / f"{name}_prob.nii.gz").get_fdata()).movedim(-1, 0)
         nested.append(torch.equal(pred, (prob >= 0.5).float()))
-    assert not all(nested)  # or there would be nothing to see
+    assert not all(nested)  # the test needs a mask that nesting changes
 
 
 @pytest.mark.parametrize("baseline", ["baseline_unet.yaml", "baseline_resnet.yaml"])
@@ -333,7 +333,10 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
         ({"train::compile": "false"}, "train::compile='false' must be a bool"),
         ({"loss::lambda_focal": "much"}, "loss::lambda_focal='much' must be a number"),
         ({"train::compil": True}, r"unknown configuration key 'train::compil' \(did you mean 'compile'"),
-        ({"loss::lambda_focl": 1.0}, r"loss: MultiTaskLoss has no argument 'lambda_focl' \(did you mean 'lambda_focal'"),
+        (
+            {"loss::lambda_focl": 1.0},
+            r"loss: MultiTaskLoss has no argument 'lambda_focl' \(did you mean 'lambda_focal'",
+        ),
         ({"train::handlers::4::max_nrm": 1.0}, "train::handlers::4: GradientClipping has no argument 'max_nrm'"),
         ({"lr_schedule": "step"}, "unknown configuration key 'lr_schedule'.*'lr_scheduler'"),
         ({"train::amp_dtype": "half"}, "amp_dtype 'half'"),
@@ -361,7 +364,7 @@ def test_bad_settings_of_overlays(overlay, override, message, phantoms, run_bund
 
 
 def test_three_grades(copied, run_bundle, tmp_path):
-    """Another mapping in the configuration is all that it takes."""
+    """Only the mapping in the configuration changes."""
     csv = copied / "name_mapping.csv"
     rows = csv.read_text().splitlines()
     graded = [row.replace("LGG", "G2").replace("HGG", f"G{3 + i % 2}") for i, row in enumerate(rows)]
@@ -413,7 +416,7 @@ def test_inference_does_not_write_among_the_volumes(trained, copied, run_bundle)
 
 
 def test_training_is_not_judged_on_all_subjects(trained, phantoms, run_bundle, tmp_path):
-    """`subset` and `num_eval_cases` belong to evaluation; training keeps its split."""
+    """`subset` and `num_eval_cases` are keys of evaluation; training does not use them."""
     out = {"output_dir": str(tmp_path / "o"), "ckpt_dir": str(tmp_path / "o")}
     run_bundle(["train.yaml"], dataset_dir=str(phantoms), subset="all", num_eval_cases=1, max_epochs=1, **out)
     assert (tmp_path / "o" / "datalist.json").read_text() == (trained / "datalist.json").read_text()

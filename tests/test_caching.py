@@ -32,7 +32,7 @@ def copied_phantoms(phantoms, tmp_path):
 
 @pytest.fixture
 def broken(phantoms, tmp_path):
-    """A function that copies one phantom and replaces one of its files by the given array or bytes."""
+    """Function that gives the item of a phantom with one file replaced by an array or bytes."""
 
     def make(suffix: str, content) -> list[dict]:
         items = load_subjects(str(phantoms), MODALITIES)[:1]
@@ -128,7 +128,7 @@ def test_resizing_keeps_labels_binary(phantoms):
 def test_cache_on_disk_gives_what_memory_gives(phantoms, tmp_path):
     memory = training_config(phantoms).get_parsed_content("validate::dataset")
     config = training_config(phantoms, cache_dir=str(tmp_path))
-    for _ in range(2):  # filled, then read
+    for _ in range(2):  # first fills the cache, then reads it
         disk = config.get_parsed_content("validate::dataset", lazy=False)
         assert torch.equal(torch.as_tensor(disk[0]["image"]), torch.as_tensor(memory[0]["image"]))
         assert torch.equal(disk[0]["image"].affine, memory[0]["image"].affine)
@@ -137,7 +137,7 @@ def test_cache_on_disk_gives_what_memory_gives(phantoms, tmp_path):
 
 
 def cached(items, phantoms, folder, **settings):
-    """The training data set of ``items``, cached in ``folder`` or in memory."""
+    """Training data set of ``items``, cached in ``folder`` or, if it is None, in memory."""
     config = training_config(phantoms, cache_dir=folder and str(folder), **settings)
     config.update({"train::dataset::data": items})
     return config.get_parsed_content("train::dataset")
@@ -146,7 +146,7 @@ def cached(items, phantoms, folder, **settings):
 def test_drawing_from_the_mapped_cache_gives_what_memory_gives(phantoms, tmp_path):
     items = load_subjects(str(phantoms), MODALITIES)[:2]
     memory, disk = (cached(items, phantoms, folder) for folder in (None, tmp_path / "cache"))
-    disk = cached(items, phantoms, tmp_path / "cache")  # read from the files
+    disk = cached(items, phantoms, tmp_path / "cache")  # a second time, so that it is read from the files
     for dataset in (memory, disk):
         dataset.transform.set_random_state(0)
     for _ in range(4):
@@ -157,7 +157,7 @@ def test_drawing_from_the_mapped_cache_gives_what_memory_gives(phantoms, tmp_pat
 
 @pytest.mark.parametrize("folder", [None, "cache"])
 def test_threads_that_fill_the_cache_do_not_mix_volumes_up(folder, phantoms, tmp_path):
-    """MONAI's reader gave one volume in eight the channels of another's label; see LoadVolumesd."""
+    """With MONAI's reader, one image in eight got the channel of another subject's label; see LoadVolumesd."""
     items = load_subjects(str(phantoms), MODALITIES)
     alone = cached(items, phantoms, None)._cache
     for attempt in range(3):
@@ -176,7 +176,7 @@ def test_cache_is_keyed_by_content_and_settings(copied_phantoms, phantoms, tmp_p
 
     first = entries(phantoms)
     assert len(first) == 2
-    assert entries(copied_phantoms) == first  # another place and time, the same content
+    assert entries(copied_phantoms) == first  # another folder and time stamp, the same content
     assert len(entries(phantoms, image_size=48)) == 4
     file = copied_phantoms / "BraTS20_Training_001" / "BraTS20_Training_001_t1.nii.gz"
     image, before = nib.load(file), file.stat()

@@ -38,12 +38,12 @@ def test_scaling_keeps_masks_and_orders():
     assert (scaled.diff() > 0).all()
     assert torch.equal(temperature_scaled(prob, torch.tensor(1.0)), prob)
     background = temperature_scaled(torch.zeros(1000), torch.tensor(2.0))
-    assert background.sum() < 0.2  # a background without doubt adds no volume
+    assert background.sum() < 0.2  # a certain background adds no volume
     assert temperature_scaled(torch.tensor(torch.nan), torch.tensor(2.0)).isnan()
 
 
 def test_cross_fitting_uses_the_others():
-    # nine subjects are twice too sure, one is exactly right: it must be scaled by what the nine say
+    # nine subjects need temperature 2, the tenth needs 1: the tenth must be scaled by the temperature of the nine
     subjects = [overconfident(2.0, 5000, seed) for seed in range(9)] + [overconfident(1.0, 5000, 9)]
     probs = [to_classes(prob) for prob, _ in subjects]
     truths = [truth for _, truth in subjects]
@@ -62,7 +62,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def items(tmp_path):
-    """Six subjects of 16^3 voxels whose probabilities are twice too sure, half of them outside the brain."""
+    """Six subjects of 16^3 voxels that need temperature 2. Half of the voxels are background of the image."""
 
     def make(grades=(0, 1)):
         found = []
@@ -72,7 +72,7 @@ def items(tmp_path):
             nib.save(nib.Nifti1Image(background, np.eye(4)), tmp_path / f"{i}_t1.nii")
             prob, truth = overconfident(2.0, 2 * 16**3, i)
             prob, label = (torch.tensor(values, dtype=torch.float32).reshape(2, 16, 16, 16) for values in (prob, truth))
-            prob[:, 8:] = label[:, 8:]  # must not count for the brain
+            prob[:, 8:] = label[:, 8:]  # must not count for the foreground
             pred = MetaTensor(prob > 0.5, meta={"filename_or_obj": str(tmp_path / f"{i}_t1.nii")})
             found.append(
                 {
@@ -94,7 +94,7 @@ def fit(checkpoint, folder, evaluated):
     network.foreground_temperature.fill_(9)
     engine = SimpleNamespace(network=network, state=SimpleNamespace(output=evaluated))
     handler.started(engine)
-    assert (network.foreground_temperature == 1).all()  # an earlier fit does not enter the next
+    assert (network.foreground_temperature == 1).all()  # an earlier fit must not change this one
     handler.iteration_completed(engine)
     handler.completed(engine)
     return network
@@ -104,7 +104,7 @@ def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items):
     network = fit(checkpoint, tmp_path, items())
     load_weights(network, checkpoint, {"seed": 1})
     assert network.foreground_temperature.tolist() == pytest.approx([2, 2], rel=0.1)
-    # the voxels outside the brain, which are right, are among the lesion's alone
+    # the right and certain voxels outside the foreground belong to the lesion set only
     assert (network.lesion_temperature < network.foreground_temperature).all()
     assert network.grade_temperature != 1
     report = json.loads((tmp_path / "calibration.json").read_text())
@@ -115,7 +115,7 @@ def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items):
         assert scores["cross_fitted"]["ece"] == pytest.approx(scores["after"]["ece"], abs=0.02)
         assert scores["subjects"] == 6
     assert report["grade"]["after"]["log_loss"] <= report["grade"]["before"]["log_loss"]
-    assert read_checkpoint(checkpoint)["settings"] == {"seed": 1}  # all else is kept
+    assert read_checkpoint(checkpoint)["settings"] == {"seed": 1}  # the rest of the checkpoint is kept
 
 
 def test_one_class_leaves_the_grade_alone(checkpoint, tmp_path, caplog, items):

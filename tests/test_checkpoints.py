@@ -21,7 +21,7 @@ def network(width=8, **kwargs):
 
 
 def train(tmp_path, best_epochs, max_epochs=3):
-    """Run an engine whose validation is best at ``best_epochs``; epoch e sets every weight to e."""
+    """Run an engine whose validation score improves at ``best_epochs``. Epoch e sets every weight to e."""
     net = network()
     evaluator = SimpleNamespace(state=SimpleNamespace(best_metric=0.5, best_metric_epoch=-1))
 
@@ -112,7 +112,7 @@ def test_judging_trained_subjects_is_refused(tmp_path, caplog):
     train(tmp_path, best_epochs=[3])
     file = str(tmp_path / "model.pt")
     check_unseen(file, [{"subject": "s3"}], "validation")
-    for seen in ("s1", "BraTS-GLI-00005-101"):  # the latter is a later scan of a patient trained on
+    for seen in ("s1", "BraTS-GLI-00005-101"):  # the second is another scan of a training patient
         with pytest.raises(InputError, match=rf"1 of 2 subjects, such as \['{seen}'\], were trained on"):
             check_unseen(file, [{"subject": seen}, {"subject": "s3"}], "validation")
     with pytest.raises(InputError, match="were trained on"):

@@ -34,17 +34,17 @@ def test_a_fresh_ff_parser_is_identity_at_any_size(size):
 
 
 def test_ff_parser_multiplies_the_spectrum():
-    """At the size of its own grid, weights are applied as they are: here all but the mean is removed."""
+    """At the size of the module's own grid, the weights multiply the spectrum. These weights keep only the mean."""
     parser, x = FFParser(2, grid=8), torch.randn(1, 2, 16, 16)
     with torch.no_grad():
         parser.weight.zero_()
-        parser.weight[0, :, 8, 0] = 1  # rows run from -Nyquist to Nyquist, so the middle one is 0
+        parser.weight[0, :, 8, 0] = 1  # rows run from -Nyquist to Nyquist: row 8 is frequency 0
     assert torch.allclose(parser(x), x.mean(dim=(2, 3), keepdim=True).expand_as(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [8, 16, 31, 64])
 def test_ff_parser_is_the_same_filter_at_every_size(size):
-    """A low pass that ends at half of Nyquist removes a fast wave and keeps a slow one."""
+    """A low-pass filter with its cutoff at half the Nyquist frequency removes a fast wave and keeps a slow one."""
     parser = FFParser(1, grid=8)
     rows, columns = torch.arange(17) - 8, torch.arange(9)
     with torch.no_grad():

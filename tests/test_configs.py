@@ -1,4 +1,4 @@
-"""The configurations themselves: they parse, fit together and declare what MONAI expects."""
+"""The configuration files: they can be parsed, agree with each other and declare what MONAI expects."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_overlays_only_override(name):
     assert {key.split("::")[0].removeprefix("+") for key in overlay} <= base.keys()
     assert [
         key for key in overlay if key in base and overlay[key] == base[key] and key != "run"
-    ] == []  # none repeats it
+    ] == []  # no overlay repeats the base
     assert len((CONFIGS / name).read_text().splitlines()) <= 80
 
 
@@ -72,11 +72,11 @@ def test_numbers_are_numbers(name):
 
     for text in texts(load(name)):
         with pytest.raises(ValueError, match="could not convert"):
-            float(text)  # YAML reads 1e-4 as a string
+            float(text)  # YAML reads 1e-4 as a string, 1.0e-4 as a number
 
 
 def test_both_bases_prepare_images_alike():
-    """Inference is one file for MONAI Label, so its chain stands twice; the data sets of both must agree."""
+    """MONAI Label needs inference in one file, so the preprocessing is written twice. Both must be equal."""
     train, inference = parsed("train.yaml"), parsed("inference.yaml", settings=settings_of("train.yaml"))
     chains = [
         train.get_parsed_content("validate::preprocessing").transforms,
@@ -108,7 +108,7 @@ def test_the_weights_are_those_of_the_demo_and_inference_needs_no_other_setting(
 
 def test_every_setting_is_a_public_key_and_an_argument():
     assert set(SETTINGS) <= load("train.yaml").keys()
-    assert not set(SETTINGS) & load("inference.yaml").keys()  # they are in the checkpoint
+    assert not set(SETTINGS) & load("inference.yaml").keys()  # inference reads them from the checkpoint
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_overlays_build_networks(overlay):
 
 
 def test_seed_settings_train_a_step_and_sample_a_slice():
-    """A13 at its full size; only the width of the tensors in the batch (one slice) is less."""
+    """seed_settings.yaml at full size, except for the batch, which is one slice."""
     parser = parsed("train.yaml", "seed_settings.yaml", alpha=[1.0, 1.0], device="cpu", amp=False)
     content = parser.get_parsed_content
     expected = {"image_size": 256, "num_train_timesteps": 1000, "schedule": "linear", "batch_size": 4}
@@ -140,7 +140,7 @@ def test_seed_settings_train_a_step_and_sample_a_slice():
     assert not network.denoiser.out[-1].conv.weight.any()
     loss(content("train::inferer")(image, network, **kwargs), targets).backward()
     optimizer.step()
-    assert network.denoiser.out[-1].conv.weight.any()  # it starts at zero
+    assert network.denoiser.out[-1].conv.weight.any()  # it is initialised with zeros
     prob = content("validate::inferer").predict(image[..., None], network.eval())["pred"]
     assert prob.shape == (1, 1, 256, 256, 1)
     assert prob.isfinite().all()

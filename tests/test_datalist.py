@@ -14,7 +14,7 @@ GRADES = {"LGG": 0, "HGG": 1}
 
 
 def test_slices_are_counted_from_foot_to_head(tmp_path, make_subject_folder, volumes):
-    affine = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], float)  # stored A, S, R
+    affine = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], float)  # the axes are A, S, R
     make_subject_folder(tmp_path, "s1", volumes, affine=affine)
     assert "slices=8" in datalist.describe({"all": subjects.load_subjects(str(tmp_path), MODALITIES)}, [1, 1], GRADES)
 

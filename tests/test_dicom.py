@@ -1,4 +1,4 @@
-"""DICOM series in: found, checked, read and segmented as the same volumes in NIfTI are."""
+"""DICOM series are found, checked and read, and give the same masks as the same volumes in NIfTI."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_series_is_the_volume_it_was_written_from(tmp_path, affine):
     images = write_subject(tmp_path / "case1", affine)
     (item,) = find_subjects(str(tmp_path), MODALITIES, require_label=False)
     assert item["subject"] == "case1"
-    assert subject_of(str(tmp_path / "case1"), MODALITIES) == item  # as MONAI Label names it
+    assert subject_of(str(tmp_path / "case1"), MODALITIES) == item  # MONAI Label gives the folder
     read = LoadVolumesd("image", MODALITIES)(item)["image"]
     for channel, (modality, file) in enumerate(zip(MODALITIES, item["image"], strict=True)):
         grid = read_grid(file)
@@ -72,7 +72,7 @@ def volume(slices: int = 6, seed: int = 0) -> np.ndarray:
 
 
 def test_a_series_may_lie_anywhere(tmp_path):
-    """Sub-folders of the subject, all in one folder by their descriptions, or the data set is the subject itself."""
+    """Series in sub-folders, series in one folder (told apart by description), and a data set that is one subject."""
     write_subject(tmp_path / "a" / "case1", seed=1)
     for modality in MODALITIES:
         write_series(tmp_path / "a" / "case2", volume(), AXIAL, f"Sag_{modality}", "1.2.3.2")
@@ -100,7 +100,7 @@ def test_nifti_and_dicom_subjects_side_by_side(tmp_path, make_subject_folder, vo
     write_subject(tmp_path / "case1")
     assert [item["subject"] for item in find(tmp_path)] == ["case1", "case2"]
     with pytest.raises(InputError, match="no subject found"):
-        find_subjects(str(tmp_path / "case1"), MODALITIES)  # training wants labels
+        find_subjects(str(tmp_path / "case1"), MODALITIES)  # training needs labels
 
 
 def test_each_slice_has_a_scale_of_its_own(tmp_path):

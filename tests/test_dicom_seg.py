@@ -1,4 +1,4 @@
-"""Masks as DICOM segmentations: opened again and compared with the NIfTI masks."""
+"""DICOM segmentations are read again and compared with the NIfTI masks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_segments_are_the_regions_of_the_mask(tmp_path, three_regions, affine):
         np.testing.assert_array_equal(pixels[..., number].transpose(2, 1, 0), truth)
         assert seg.get_segment_description(number + 1).segment_label == region
     assert pixels.any()
-    assert (pixels.sum(axis=-1) > 1).any()  # they overlap
+    assert (pixels.sum(axis=-1) > 1).any()  # the regions overlap
     assert (seg.FrameOfReferenceUID, seg.StudyInstanceUID) == ("1.2.3.4", sources[0].StudyInstanceUID)
     assert {uid for *_, uid in seg.get_source_image_uids()} == set(uids)
     positions = {source.SOPInstanceUID: source.ImagePositionPatient for source in sources}
@@ -56,7 +56,7 @@ def writer(out, item, regions=("WT",), **settings) -> DicomSegWriter:
 
 
 def test_an_empty_mask_of_an_anonymised_subject(tmp_path):
-    """No voxel is segmented, and attributes that DICOM demands are gone."""
+    """No voxel is segmented, and attributes that DICOM requires are missing."""
     for file in write_series(tmp_path / "case1", np.ones((8, 10, 4), np.int16), AXIAL):
         image = pydicom.dcmread(file)
         del image.PatientName, image.PatientID

@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun do what one does."""
+"""Two gloo processes under torchrun give the same results as one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def together(configs: list[str], **settings) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(phantoms, tmp_path_factory) -> Path:
-    """Output folder of two epochs by two processes."""
+    """Output folder of a training of two epochs by two processes."""
     folder = tmp_path_factory.mktemp("together")
     run = together(["train.yaml"], dataset_dir=str(phantoms), **folders(folder))
     subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
@@ -53,10 +53,10 @@ def test_shares_of_two_processes(even, shares, monkeypatch):
 
 def test_two_processes_train_one_network(trained):
     table = pd.read_csv(trained / "metrics.csv")
-    assert table["split"].tolist() == ["train", "validation"] * 2  # written once
+    assert table["split"].tolist() == ["train", "validation"] * 2  # written by one process only
     last = torch.load(trained / "last.pt", weights_only=True)
     steps = {int(part["step"]) for part in last["optimizer"]["state"].values()}
-    assert steps == {2}  # 8 subjects x 2 slices in batches of 8, shared: one step an epoch
+    assert steps == {2}  # 4 subjects x 2 slices per process in batches of 8: one step per epoch
     assert table["sigma_seg"].nunique() == 2
 
 
@@ -75,7 +75,7 @@ def test_evaluation_and_inference_are_those_of_one_process(trained, phantoms, ru
 
 
 def test_validation_scores_of_the_epoch_table_are_gathered(trained, phantoms, run_bundle, tmp_path):
-    """The table's validation row against an evaluation of the same weights by one process."""
+    """The validation row of the table equals an evaluation of the same weights by one process."""
     common = {"dataset_dir": str(phantoms), "ckpt_path": str(trained / "last.pt")}
     run_bundle(["train.yaml", "evaluate.yaml"], **common, output_dir=str(tmp_path))
     subjects = pd.read_csv(tmp_path / "subjects.csv")

@@ -13,7 +13,7 @@ def test_mean_and_majority():
 
 
 def test_staple_recovers_planted_performance():
-    """Warfield et al. 2004, section III: raters of known sensitivity and specificity on one truth."""
+    """Warfield et al. 2004, section III: raters with known sensitivity and specificity segment one true mask."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.zeros(32, 32, 16, dtype=torch.bool)
     truth[8:24, 8:26, 3:13] = True
@@ -28,7 +28,7 @@ def test_staple_recovers_planted_performance():
         assert q_found == pytest.approx(q, abs=0.02)
     agreed = ((prob > 0.5) == truth).float().mean()
     majority = ((torch.stack(raters).float().mean(dim=0) > 0.5) == truth).float().mean()
-    assert agreed > majority  # it weighs raters by what they are worth
+    assert agreed > majority  # better raters have more weight
 
 
 def test_staple_keeps_the_axes():
@@ -52,8 +52,8 @@ def test_pairwise_dice():
     samples = torch.zeros(3, 2, 4, 4, 1)
     samples[0, 0, :2] = 1  # 8 voxels
     samples[1, 0, :2] = 1
-    samples[2, 0, 1:3] = 1  # half of them in common
+    samples[2, 0, 1:3] = 1  # half of these voxels in common with the others
     dice = pairwise_dice(samples)
     assert dice[0].item() == pytest.approx((1 + 0.5 + 0.5) / 3)
-    assert dice[1].item() == 1  # all empty
+    assert dice[1].item() == 1  # all samples are empty
     assert pairwise_dice(samples[:1]).isnan().all()

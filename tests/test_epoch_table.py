@@ -64,7 +64,7 @@ def test_console_rows_show_undefined_as_a_dash():
 
 
 def test_columns_of_another_task(tmp_path):
-    """Nothing of the table knows segmentation or grading."""
+    """The table also works for a task other than segmentation and grading."""
 
     def step(engine, batch):
         engine.state.metrics |= {"psnr": 20.0 + engine.state.epoch}

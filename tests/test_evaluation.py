@@ -39,7 +39,7 @@ def test_evaluation_files(tmp_path, item):
 
 def test_evaluation_judges_uncertainty(tmp_path, item):
     wrong = item["pred"].clone()
-    wrong[:, 2, 3, 1:3] = 0  # 2 voxels are missed, with full uncertainty
+    wrong[:, 2, 3, 1:3] = 0  # 2 voxels are missed and have uncertainty 1
     unsure = item["uncertainty"].clone()
     unsure[:, 2, 3, 1:3] = 1
     report = SubjectReport(str(tmp_path / "out"), ["WT"], GRADES, {}, results(tmp_path))
@@ -48,16 +48,16 @@ def test_evaluation_judges_uncertainty(tmp_path, item):
     report.iteration_completed(engine)
     row = report.rows[0]
     assert row["error_auroc_WT"] == 1
-    share = share_of_lesion(item)  # it has probability 0.92, all else 0.02
+    share = share_of_lesion(item)  # its probability is 0.92, that of the other voxels 0.02
     assert row["ece_lesion_WT"] == pytest.approx(0.08 * share + 0.02 * (1 - share), abs=1e-3)
-    assert row["volume_low_ml_WT"] == 0  # no voxel is as sure as 0.95
+    assert row["volume_low_ml_WT"] == 0  # no probability exceeds 0.95
     assert row["volume_high_ml_WT"] == pytest.approx(row["true_volume_ml_WT"])
     assert row["sample_dice_WT"] == 0.75
     report.completed(engine)
     scores = json.loads((tmp_path / "out" / "summary.json").read_text())["uncertainty"]["WT"]
     assert scores["volume_coverage"]["value"] == 1
     assert scores["ece_lesion"]["value"] == pytest.approx(row["ece_lesion_WT"])
-    assert scores["quality_rank"]["value"] is None  # one subject has no rank
+    assert scores["quality_rank"]["value"] is None  # undefined for one subject
 
 
 def share_of_lesion(item):
@@ -85,3 +85,19 @@ def test_summary_of_several_regions():
     assert summary["grading"]["auc"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     cell = summary["segmentation"]["WT"]["dice"]["mean"]
     assert cell["low"] < cell["value"] < cell["high"]
+
+
+def test_a_task_without_grades(tmp_path, item):
+    """Columns and scores come from the task: an item needs no grade."""
+    report = SubjectReport(str(tmp_path / "out"), ["WT"], None, {}, results(tmp_path))
+    for key in ("grade", "grade_prob"):
+        del item[key]
+    engine = SimpleNamespace(state=SimpleNamespace(output=[item]))
+    report.started(engine)
+    report.iteration_completed(engine)
+    report.completed(engine)
+    table = pd.read_csv(tmp_path / "out" / "subjects.csv")
+    assert not [name for name in table if "grade" in name or "prob" in name]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["grading"] == {}
+    assert summary["segmentation"]["WT"]["dice"]["mean"]["value"] == 1

@@ -1,4 +1,4 @@
-"""Training that is left alone: killed, resumed, out of disk, with damaged files and dying processes."""
+"""Faults during training: it is killed, the disk is full, files are damaged or processes die."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, tiny_settings
 from scripts.config import InputError
 
-# everything that has a state of its own
+# options whose state a resumed training must restore
 STATEFUL = {
     "max_epochs": 4,
     "val_interval": 2,
@@ -56,7 +56,7 @@ def state(file: Path) -> dict:
 def assert_same(ours, theirs) -> None:
     if isinstance(ours, dict):
         assert ours.keys() == theirs.keys()
-        for key in ours.keys() - {"rows"}:  # they hold the seconds
+        for key in ours.keys() - {"rows"}:  # the rows hold times
             assert_same(ours[key], theirs[key])
     elif isinstance(ours, (list, tuple)):
         for pair in zip(ours, theirs, strict=True):
@@ -73,7 +73,7 @@ def test_killed_training_resumes_to_the_same_weights(phantoms, run_bundle, tmp_p
     run_bundle(FILES, **settings, **folders(whole))
     run = command([*FILES, "resume.yaml"], **settings, **folders(killed))
     with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: (killed / "last.pt").is_file(), process)  # at some moment of the second epoch, or later
+        wait_for(lambda: (killed / "last.pt").is_file(), process)  # in the second epoch or later
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert 1 <= state(killed / "last.pt")["epoch"] < 4
@@ -152,7 +152,7 @@ saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=2), scaler=Non
 
 @pytest.mark.parametrize(("fault", "returncode"), [("killed", -signal.SIGKILL), ("full", 1)])
 def test_the_old_checkpoint_outlives_a_failed_save(fault, returncode, tmp_path):
-    """A SIGKILL half way through the file, and a file that cannot grow any further, as on a full disk."""
+    """Either a SIGKILL while the file is written, or a file that cannot grow, as on a full disk."""
     script = SAVER.format(root=str(ROOT), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script, fault], capture_output=True, text=True, check=False)
     assert done.returncode == returncode, done.stderr
@@ -177,7 +177,7 @@ def test_a_killed_loader_process_is_explained(phantoms, tmp_path):
 
 @pytest.fixture
 def alone():
-    """torchrun's variables must not leak from one test into the next."""
+    """Restore the environment: the variables of torchrun must not remain for the next test."""
     before = dict(os.environ)
     yield
     os.environ.clear()

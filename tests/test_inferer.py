@@ -10,7 +10,6 @@ from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
 from scripts.networks.baselines import PlainUNet
 from scripts.sampling.inferer import VolumeInferer
-from scripts.sampling.probability import area_weighted_mean
 from test_net import TINY, randomise
 
 
@@ -83,7 +82,7 @@ def test_the_mean_of_samples_and_their_spread(network, volume):
     votes = (samples > 0.5).float().mean(dim=1).movedim(0, -1)
     fused = inferer.predict(volume[..., :4], network)
     assert torch.allclose(fused["pred"][0, ..., 1:], votes)
-    assert torch.equal(fused["prob"], result["prob"])  # volumes and uncertainty are those of the mean
+    assert torch.equal(fused["prob"], result["prob"])  # the fusion changes only pred
     assert "variance" not in VolumeInferer().predict(volume, network)
 
 
@@ -123,7 +122,7 @@ def test_temperatures_are_applied(network, volume):
     assert torch.allclose(after["pred"][filled].logit(), before["pred"][filled].logit() / 2, atol=1e-3)
     logits = [result["grade_prob"][:, 1].logit() for result in (after, before)]
     assert torch.allclose(logits[0], logits[1] / 3, atol=1e-3)
-    assert not after["pred"][..., 0].any()  # an empty slice has no probability
+    assert not after["pred"][..., 0].any()  # empty slices stay 0
     assert after["volume_temperature"].tolist() == [[1.0]]
     lesion = VolumeInferer(calibrated_for="lesion").predict(volume, network)
     assert torch.allclose(lesion["pred"][filled].logit(), before["pred"][filled].logit() / 4, atol=1e-3)
@@ -135,7 +134,7 @@ def test_image_branch_runs_once_per_slice(network, volume):
     seen = []
     network.calibrator.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
     VolumeInferer(num_inference_steps=5, num_samples=3).predict(volume, network)
-    assert sum(seen) == 5  # the slices that are not empty
+    assert sum(seen) == 5  # one slice of six is empty
 
 
 def test_batches_stay_within_the_bound(network, volume):

@@ -14,7 +14,7 @@ from scripts.training.losses import MIN_SIGMA, MultiTaskLoss, UncertaintyWeighti
 def batch(regions=1):
     torch.manual_seed(0)
     label = (torch.rand(4, regions, 8, 8) > 0.7).float()
-    label[3] = 0  # a slice without tumour
+    label[3] = 0  # a slice without foreground
     outputs = (torch.randn(4, regions, 8, 8), torch.randn(4, 2), torch.randn(4, regions, 8, 8))
     targets = {"label": label, "grade": torch.tensor([0, 1, -1, 1]), "timesteps": torch.tensor([1, 10, 500, 999])}
     return tuple(out.requires_grad_() for out in outputs), targets
@@ -44,7 +44,7 @@ def test_grading_loss_in_closed_form_with_weights():
     loss = MultiTaskLoss(GaussianDiffusion(), alpha=[2.4276, 0.6297])
     loss((seg, cls, calib), targets)
     p = cls.softmax(dim=1)
-    # items 2 (no grade) and 3 (no tumour) take no part
+    # slices 2 (no grade) and 3 (no foreground) do not count
     expected = sum(a * (1 - q) ** 2 * -q.log() for a, q in ((2.4276, p[0, 0]), (0.6297, p[1, 1]))) / 2
     assert loss.components["L_cls"] == pytest.approx(expected.item(), rel=1e-5)
 
@@ -139,7 +139,7 @@ def test_a_single_task_is_its_loss_alone(task):
     names = ("L_seg", "L_calib") if task == "segmentation" else ("L_cls",)
     assert total.item() == pytest.approx(sum(loss.components[name].item() for name in names))
     learns = {"segmentation": [True, False, True], "grading": [False, True, False]}[task]
-    assert [bool(leaf.grad.any()) for leaf in leaves] == learns  # the others get zeros, not nothing
+    assert [bool(leaf.grad.any()) for leaf in leaves] == learns  # the other gradients are zero, not None
     assert not loss.weighting.log_sigma.requires_grad
 
 

@@ -23,7 +23,7 @@ TWO = {"LGG": 0, "HGG": 1}
 
 
 def two(*positive):
-    """Probabilities of two grades."""
+    """Probabilities of two grades from those of the second grade."""
     return [[1 - p, p] for p in positive]
 
 
@@ -76,13 +76,13 @@ def test_one_class_or_none_is_undefined_not_a_crash():
 def test_three_grades_one_against_the_rest():
     grade, prob = [0, 1, 2, 2], [[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.5, 0.4], [0.1, 0.1, 0.8]]
     scores = grading_scores(grade, prob, ["G2", "G3", "G4"])
-    # G2: 0.6 above all; G3: 0.4 above 2 of 3; G4: both above both
+    # AUC of G2: 0.6 exceeds all others; G3: 0.4 exceeds 2 of 3; G4: both exceed both others
     assert scores["auc"] == pytest.approx((1 + 2 / 3 + 1) / 3)
     assert scores["accuracy"] == 0.5
     assert [scores[f"f1_{name}"] for name in ("G2", "G3", "G4")] == pytest.approx([2 / 3, 0, 2 / 3])
     assert scores["f1"] == pytest.approx(4 / 9)
     absent = grading_scores(grade[:2], prob[:2], ["G2", "G3", "G4"])
-    assert absent["auc"] == pytest.approx(1.0)  # the mean of the two grades that are there
+    assert absent["auc"] == pytest.approx(1.0)  # the mean of the two grades that are present
     assert math.isnan(absent["f1_G4"])
 
 
@@ -99,7 +99,7 @@ def test_columns_follow_the_grades():
 
 def test_slices_are_averaged_by_area_before_any_score():
     metric = SubjectGrades(TWO)
-    # subject a: large slices say HGG, a small one says LGG; b: LGG; c: unknown grade
+    # a: HGG in a slice with a large area, LGG in one with a small area; b: LGG; c: unknown grade
     metric.update(
         (["a", "b", "c"], torch.tensor(two(0.9, 0.2, 0.0)), torch.tensor([1, 0, -1]), torch.tensor([9, 5, 5]))
     )

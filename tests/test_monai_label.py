@@ -1,4 +1,4 @@
-"""What MONAI Label overrides in train.yaml, without its server (acceptance/test_label.py has that)."""
+"""Training with the keys that MONAI Label overrides, without its server. acceptance/test_label.py uses the server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts.config import InputError
 
 @pytest.fixture
 def request_of(phantoms, tmp_path, run_bundle):
-    """Train for an epoch as MONAI Label asks for it: a function of the numbers of subjects on both sides."""
+    """Function that trains for one epoch as MONAI Label does, given the numbers of training and validation subjects."""
     studies = tmp_path / "studies"
     studies.mkdir()
     for file in [*phantoms.glob("*/*.nii.gz"), *phantoms.glob("*.csv")]:
@@ -43,7 +43,7 @@ def test_one_file_of_each_subject_trains(request_of):
     assert [[item["subject"][-3:] for item in split[part]] for part in split] == [["001", "002", "003"], ["004"]]
     first = split["training"][0]
     assert [name.rsplit("_", 1)[1] for name in first["image"]] == [f"{modality}.nii.gz" for modality in MODALITIES]
-    assert {item["grade"] for part in split.values() for item in part} == {0, 1}  # of name_mapping.csv beside them
+    assert {item["grade"] for part in split.values() for item in part} == {0, 1}  # from name_mapping.csv
     assert checkpoint["training_subjects"] == [f"BraTS20_Training_{number:03d}" for number in (1, 2, 3)]
 
 
@@ -59,7 +59,7 @@ def test_without_validation_the_last_weights_are_kept(request_of):
 
 
 def test_a_subject_does_not_train_and_validate(request_of, capsys):
-    """MONAI Label splits by file: two labelled files of one subject may come to lie on both sides."""
+    """MONAI Label splits by file, so two labelled files of a subject can be in training and in validation."""
     _, out = request_of([1, 2], [2, 3])
     split = json.loads((out / "datalist.json").read_text())
     assert [item["subject"][-3:] for item in split["validation"]] == ["003"]

@@ -9,7 +9,7 @@ from scripts.training.moving_average import MovingAverage
 
 
 def averaged(steps, decay=0.9, accumulation=1, start=None):
-    """The average of a weight that is set to i at iteration i."""
+    """Moving average of a weight that is set to i at iteration i."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.register_buffer("temperature", torch.ones(1))
     average = MovingAverage(model, decay)
@@ -33,7 +33,7 @@ def averaged(steps, decay=0.9, accumulation=1, start=None):
 
 def test_follows_the_formula_after_the_first_step():
     average = averaged(3)
-    expected = 1.0  # the first average is the first weight
+    expected = 1.0  # the average starts with the first weight
     for weight in (2.0, 3.0):
         expected = 0.9 * expected + 0.1 * weight
     assert average.network.weight.item() == pytest.approx(expected)

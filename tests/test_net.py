@@ -63,7 +63,7 @@ def test_every_variant_builds(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_trains_a_step_and_samples(variant):
-    """At 64 px and their full width."""
+    """Images have 64 pixels, the network has its full width."""
     network = MedSegDiff(GaussianDiffusion(), variant=variant)
     before = network.denoiser.out[-1].conv.weight.clone()
     targets = {
@@ -100,7 +100,7 @@ def test_channels_override_all_of_the_variant_but_its_conditioning():
 
 
 def test_seed_settings_build():
-    """A13: 256 x 256, 128 channels, 2 residual blocks."""
+    """The network of seed_settings.yaml: 128 channels in the first level, 2 residual blocks per level."""
     with torch.device("meta"):
         network = MedSegDiff(GaussianDiffusion(), channels=[128, 128, 256, 256, 512], num_res_blocks=2)
     assert network.denoiser.num_res_blocks == (2, 2, 2, 2, 2)
@@ -171,7 +171,7 @@ def test_condition_sees_only_the_image_and_can_be_reused():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_changes_the_answer(module):
-    """The other network has the same weights and lacks the module."""
+    """The network without the module has the same weights otherwise."""
     network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=["highway", module], **TINY))
     without = MedSegDiff(GaussianDiffusion(), conditioning=["highway"], **TINY).eval()
     without.load_state_dict(
@@ -183,7 +183,7 @@ def test_every_module_changes_the_answer(module):
 
 
 def test_conditioning_on_an_image_that_the_denoiser_does_not_see():
-    """The modules alone carry the image: with it hidden from the denoiser, its answer still changes with it."""
+    """Each module uses its own part of the condition: if the part changes, the logits change."""
     network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=CONDITIONING, **TINY))
     image, x_t, t = inputs()
     condition = network.condition(image)

@@ -1,4 +1,4 @@
-"""Exports give what the network gives, alone and as what is sampled."""
+"""An export gives the same logits, volumes and masks as the network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NETWORKS = {
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def pair(request, tmp_path_factory):
-    """A network and what its export reads as."""
+    """A network and its export, read again."""
     network = NETWORKS[request.param]()
     for name, buffer in network.named_buffers():
         if "temperature" in name:
@@ -124,13 +124,13 @@ TRAINED_FOR = settings_of("train.yaml", **TINY_TRAINING)
 
 
 def tiny_network():
-    """The network of the tiny configuration, fresh."""
+    """The network of the tiny configuration with initial weights."""
     return MedSegDiff(GaussianDiffusion(), **{key: TRAINED_FOR[key] for key in ("channels", "calib_channels")}).eval()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folder with a checkpoint of a network with weights that matter, and its export."""
+    """Folder with a checkpoint of a network with random weights, and its export."""
     folder = tmp_path_factory.mktemp("trained")
     network = randomise(tiny_network())
     torch.save({"model": network.state_dict(), "settings": TRAINED_FOR}, folder / "model.pt")
@@ -156,7 +156,7 @@ def test_a_subject_through_onnxruntime_has_the_same_mask(trained, phantoms, run_
 
 
 def test_a_wrong_graph_replaces_nothing(trained, tmp_path, monkeypatch):
-    def write(graph, inputs, facts, file):
+    def write(graph, inputs, metadata, file):
         shutil.copy(trained / "onnx" / (DENOISER if "x_t" in inputs else CONDITION), file)
 
     monkeypatch.setattr("scripts.tools.onnx_network._write", write)
@@ -193,8 +193,8 @@ def foreign(folder: Path) -> None:
 
 def mix(folder: Path) -> None:
     model = onnx.load(folder / CONDITION)
-    facts = json.loads(model.metadata_props[0].value) | {"export": "another"}
-    model.metadata_props[0].value = json.dumps(facts)
+    metadata = json.loads(model.metadata_props[0].value) | {"export": "another"}
+    model.metadata_props[0].value = json.dumps(metadata)
     onnx.save(model, folder / CONDITION)
 
 

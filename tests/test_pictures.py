@@ -1,4 +1,4 @@
-"""Data sets of pictures: made-up ones in their public layouts, end to end; what is converted and what is refused."""
+"""Data sets of pictures: synthetic ones in the layouts of public data sets, end to end; conversions and refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DISC_CUP = {"disc": [128, 0], "cup": [0]}
 
 
 def ellipses(rng, values, shape=(40, 32)) -> np.ndarray:
-    """Nested ellipses ``[H, W]``, off the centre: ``values`` from outside to inside, the first of the background."""
+    """Nested ellipses ``[H, W]`` away from the centre. ``values`` go from the background to the innermost ellipse."""
     rows, columns = np.indices(shape)
     centre, size = np.array(shape) * rng.uniform(0.3, 0.5, 2), np.array(shape) * rng.uniform(0.25, 0.3, 2)
     radius = ((rows - centre[0]) / size[0]) ** 2 + ((columns - centre[1]) / size[1]) ** 2
@@ -88,7 +88,7 @@ def make_own(root: Path) -> None:
 
 
 def train_evaluate_infer(run_bundle, overlays, root: Path, out: Path, **keys) -> pd.DataFrame:
-    """One epoch on ``Train``; all of ``Test`` evaluated and inferred. The table of the evaluation."""
+    """Train an epoch on ``Train``, evaluate and infer ``Test``, and return the table of the evaluation."""
     keys = {"ckpt_dir": str(out / "model"), **keys}
     train = {"dataset_dir": str(root / "Train"), "max_epochs": 1, "num_folds": 2}
     augmented = [*overlays, "augment.yaml", "augment_pictures.yaml"]
@@ -180,7 +180,7 @@ def test_a_mask_comes_back_pixel_by_pixel(tmp_path, suffix, saved):
 
 
 def test_inference_saves_a_mask_where_the_picture_shows_it(tmp_path):
-    """The transforms of inference alone: what is predicted on the network's grid is the bright ellipse itself."""
+    """Only the transforms of inference are run. The prediction on the network's grid is the bright ellipse."""
     mask = ellipses(np.random.default_rng(0), (0, 255), (32, 32))
     file = save(np.where(mask, 200, 50).astype(np.uint8), tmp_path / "images" / "a.bmp")
     parser = ConfigParser()
@@ -206,13 +206,13 @@ def test_training_does_not_shift_masks(tmp_path):
     parser.update({"image_size": 32})
     item = parser.get_parsed_content("train::preprocessing")(files | {"subject": "a"})
     centre = (np.argwhere(item["label"][0, :, :, 0].numpy()) + 0.5).mean(axis=0) / 32
-    true = 1 - (np.argwhere(mask.T) + 0.5).mean(axis=0) / mask.T.shape  # turned to R, A, S
+    true = 1 - (np.argwhere(mask.T) + 0.5).mean(axis=0) / mask.T.shape  # the label's axes are R, A, S
     assert np.abs(centre - true).max() < 0.2 / 32
 
 
 def test_overlays_show_a_picture_upright(tmp_path):
     affine = read_grid(str(save(np.zeros((4, 6), np.uint8), tmp_path / "a.png"))).affine
-    assert nib.aff2axcodes(affine) == ("L", "P", "S")  # an overlay has the patient's left at its right, the back below
+    assert nib.aff2axcodes(affine) == ("L", "P", "S")  # an overlay shows left at its right and back at its bottom
 
 
 @pytest.mark.parametrize("kind", ["png", "tif"])
@@ -411,7 +411,7 @@ def test_levels_that_no_region_has_are_listed(tmp_path, name):
 
 
 def test_real_pairs_have_the_formats_that_the_overlays_say(shared_data):
-    """The disc holds the cup, and is a few hundredths of a fundus photograph."""
+    """The disc contains the cup and covers 0.5 to 5 % of a fundus photograph."""
     folders = {"image_dir": "Disc_Cup_Fovea_Illustration", "mask_dir": "Disc_Cup_Masks"}
     (item,) = find(shared_data / "refuge2" / "Train", RGB, **folders)
     item = LoadVolumesd("image", ["red", "green", "blue"])(LoadVolumesd("label")(item))

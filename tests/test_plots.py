@@ -12,7 +12,7 @@ def test_overlay_shows_the_patients_left_on_the_right(tmp_path):
     shape = (32, 32, 3)
     image, mask = np.zeros(shape), np.zeros(shape)
     image[:, :, :] = 0.1
-    image[2:6, 24:30, 1] = 1  # axes point right, anterior, superior: this is left, anterior
+    image[2:6, 24:30, 1] = 1  # axes are R, A, S: this is left and anterior
     mask[2:6, 24:30, 1] = 1
     plot_overlay(image, mask[None], mask, None, "s", tmp_path / "o.png")
     picture = mpimg.imread(tmp_path / "o.png")[..., :3]
@@ -56,4 +56,4 @@ def test_ablation_has_a_dot_for_each_seed(tmp_path):
     rows, columns = np.nonzero(orange)  # the bar of the arm with two seeds
     assert len(rows) > 10
     assert rows.max() < picture.shape[0] / 2
-    assert columns.max() < picture.shape[1] / 2  # no AUC
+    assert columns.max() < picture.shape[1] / 2  # the right half is the AUC, which is missing

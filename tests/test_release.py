@@ -1,4 +1,4 @@
-"""The archive of a release; acceptance/test_conformance.py unpacks and runs it."""
+"""The archive of a release. acceptance/test_conformance.py unpacks and runs it."""
 
 from __future__ import annotations
 

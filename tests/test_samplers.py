@@ -35,10 +35,10 @@ def sample_gaussian(sampler, diffusion, pairs, seed=0, num=200_000):
 
 
 def derived_moments(diffusion, pairs, eta):
-    """Mean and standard deviation of the result, from d_t = x_t - sqrt(abar_t) mu, which is Gaussian at every step.
+    """Mean and standard deviation of the result. They follow from d_t = x_t - sqrt(abar_t) mu, which is Gaussian.
 
     A step maps d_t to a d_t + sigma z, with a = sqrt(abar_prev) k + sqrt(1 - abar_prev - sigma^2) (1 - sqrt(abar) k) /
-    sqrt(1 - abar); at the start d_T ~ N(-sqrt(abar_T) mu, 1); the last step is the denoiser alone, a = k.
+    sqrt(1 - abar). The start is d_T ~ N(-sqrt(abar_T) mu, 1). The last step is the denoiser alone: a = k, sigma = 0.
     """
     mean, variance = -math.sqrt(diffusion.alphas_cumprod[pairs[0][0]].item()) * MU, 1.0
     for t, t_prev in pairs:
@@ -97,7 +97,7 @@ def test_full_eta_is_ddpm():
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
 def test_solvers_equal_diffusers_used_directly(name, scheduler, options, steps, schedule):
     diffusers = pytest.importorskip("diffusers")
-    # diffusers' own schedules: its `linear` and `scaled_linear` are Ho's and Rombach's
+    # diffusers has the same schedules: `linear` (Ho et al. 2020) and `scaled_linear` (Rombach et al. 2022)
     start, end = (1e-4, 2e-2) if schedule == "linear" else (8.5e-4, 1.2e-2)
     ours = GaussianDiffusion(1000, schedule)
     abar = ours.alphas_cumprod.double()
@@ -115,7 +115,7 @@ def test_solvers_equal_diffusers_used_directly(name, scheduler, options, steps, 
     x = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
 
     def denoise(x_t, t):
-        return torch.tanh(x_t + t / 1000)  # not linear, and within [-1, 1] as masks are
+        return torch.tanh(x_t + t / 1000)  # nonlinear, with values in [-1, 1] like masks
 
     expected = x
     for t in theirs.timesteps:
@@ -125,7 +125,7 @@ def test_solvers_equal_diffusers_used_directly(name, scheduler, options, steps, 
 
 
 def test_multistep_solvers_need_fewer_steps_than_ddim():
-    """What they are for: closer to the Gaussian's deviation at ten steps."""
+    """With ten steps, the standard deviation is closer to that of the Gaussian than with DDIM."""
     pytest.importorskip("diffusers")
     diffusion, pairs = GaussianDiffusion(1000, "cosine"), timestep_pairs(1000, 10)
     errors = {name: abs(sample_gaussian(make_sampler(name), diffusion, pairs).std().item() - S) for name in SAMPLERS}
@@ -171,7 +171,7 @@ def test_unusable_settings(settings, message):
 
 
 def test_ddpm_moments_agree_with_numpy_for_a_single_step():
-    """Equation 7 of Ho et al. by hand, from t = 1 to t = 0 of T = 2."""
+    """Equation 7 of Ho et al. (2020) computed by hand for the step from t = 1 to t = 0, with T = 2."""
     diffusion = GaussianDiffusion(2)
     abar = diffusion.alphas_cumprod.double().numpy()
     beta = 1 - abar[1] / abar[0]

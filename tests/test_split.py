@@ -33,7 +33,7 @@ def test_split_depends_on_the_seed_alone():
 
 
 def test_split_is_the_same_in_every_scikit_learn():
-    # scikit-learn's own shuffle gave other folds in 1.7 and 1.9
+    # scikit-learn's own shuffle gives different folds in 1.7 and 1.9
     validation = split(cohort((3, 5, 2)), 0, 5, seed=0)["validation"]
     assert names(validation) == {"s001", "s007"}
 

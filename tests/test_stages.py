@@ -22,7 +22,7 @@ def same(ours: dict, theirs: dict, part: str) -> bool:
 
 @pytest.fixture(scope="module")
 def staged(phantoms, tmp_path_factory):
-    """Folder of the three stages, with a moving average of the weights, which must not blur what is frozen."""
+    """Folder of the three stages, trained with a moving average, which must not change frozen weights."""
     from conftest import run_configs
 
     folder = tmp_path_factory.mktemp("staged")
@@ -38,20 +38,20 @@ def test_stages_train_what_they_name(staged):
         weights(staged / name) for name in ("stage1_segmentation", "stage2_grading", "stage3_joint")
     )
     trunk = ("calibrator", "denoiser")
-    assert all(same(first, second, part) for part in trunk)  # every bit, norms included
+    assert all(same(first, second, part) for part in trunk)  # bit for bit, including the norms
     assert not same(first, second, "cls_head")
     assert not any(same(second, third, part) for part in (*trunk, "cls_head"))
     tables = [pd.read_csv(staged / name / "metrics.csv") for name in ("stage1_segmentation", "stage2_grading")]
     dice = [table.query("split == 'validation'")["dice"] for table in tables]
     assert dice[1].nunique() == 1
-    assert dice[1].iloc[0] == dice[0].max()  # to the last of six digits
+    assert dice[1].iloc[0] == dice[0].max()  # in all six digits
     rates = [pd.read_csv(path / "metrics.csv")["learning_rate"].iloc[0] for path in sorted(staged.iterdir())]
     assert rates == pytest.approx([5e-4, 5e-3, 5e-5])
 
 
 def test_stage_one_leaves_the_head_and_stage_two_optimises_nothing_else(staged):
     last = torch.load(staged / "stage1_segmentation" / "last.pt", weights_only=True)
-    assert same(last["network"], last["model"], "cls_head.3")  # the average of what never moved
+    assert same(last["network"], last["model"], "cls_head.3")  # the average of weights that did not change
     optimised = [
         torch.load(staged / stage / "last.pt", weights_only=True)["optimizer"]["state"]
         for stage in ("stage1_segmentation", "stage2_grading", "stage3_joint")
@@ -62,7 +62,7 @@ def test_stage_one_leaves_the_head_and_stage_two_optimises_nothing_else(staged):
 
 def test_the_last_head_of_stage_two_is_kept(staged):
     checkpoint = torch.load(staged / "stage2_grading" / "model.pt", weights_only=True)
-    assert checkpoint["epoch"] == 3  # Dice cannot choose
+    assert checkpoint["epoch"] == 3  # Dice is constant in this stage, so the last epoch is kept
 
 
 def test_a_stage_without_the_one_before_says_so(phantoms, run_bundle, tmp_path):
@@ -107,7 +107,7 @@ ACCUMULATE = "train::trainer::accumulation_steps"
     ("overlays", "settings", "steps"),
     [
         ([], {ACCUMULATE: 2, "batch_size": 4, "max_epochs": 1}, 2),  # 8 subjects x 2 slices: 4 batches
-        ([], {ACCUMULATE: 3, "batch_size": 4, "max_epochs": 1}, 2),  # the rest of an epoch is a step too
+        ([], {ACCUMULATE: 3, "batch_size": 4, "max_epochs": 1}, 2),  # the last batch of an epoch is a step of its own
         (["lr_plateau.yaml"], {"lr_scheduler::patience": 1, "learning_rate": 1e-7, "max_epochs": 3}, 6),
         (["lr_restarts.yaml"], {"lr_scheduler::T_0": 1}, 4),
         (["lr_constant.yaml"], {"self_conditioning": True, "amp": True}, 4),
@@ -126,9 +126,9 @@ def test_options_run(overlays, settings, steps, phantoms, run_bundle, tmp_path):
     if steps:
         assert {int(part["step"]) for part in last["optimizer"]["state"].values()} == {steps}
     if "lr_plateau.yaml" in overlays:
-        assert last["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.5e-7)  # no Dice was better
+        assert last["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.5e-7)  # Dice did not improve
     if "lr_restarts.yaml" in overlays:
-        assert table["learning_rate"].nunique() == 1  # it restarts every epoch
+        assert table["learning_rate"].nunique() == 1  # the schedule restarts every epoch
     if "lr_warmup.yaml" in overlays:
         assert table["learning_rate"].iloc[0] == pytest.approx(table["learning_rate"].max() / 10)
 
@@ -138,14 +138,14 @@ def test_early_stopping_stays_stopped(phantoms, run_bundle, tmp_path):
     settings = {"train::early_stopping": 2, "learning_rate": 1e-9, "max_epochs": 8}
     for files in (["train.yaml"], ["train.yaml", "resume.yaml"]):
         run_bundle(files, **folders, **settings)
-        assert pd.read_csv(tmp_path / "metrics.csv")["epoch"].max() == 3  # the first is the best
+        assert pd.read_csv(tmp_path / "metrics.csv")["epoch"].max() == 3  # the first epoch is the best
 
 
 def test_the_parts_with_weights_are_compiled(phantoms, run_bundle, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda part: compiled.append(part)
-    )  # what compiling does is test_steps's
+    )  # tests/test_steps.py tests the compiled network
     folders = {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "dataset_dir": str(phantoms)}
     run_bundle(["train.yaml"], **folders, max_epochs=1, **{"train::compile": True})
     assert [type(part).__name__ for part in compiled] == ["ImageUNet", "Denoiser", "GradingHead"]

@@ -23,7 +23,7 @@ def batch(size):
 
 
 def seen_by_denoiser(network, noised_mask, data):
-    """What training hands the network: ``(x_t, timesteps, condition, estimate)`` and the noise."""
+    """Run a training step. Return the arguments of each call of the network, the outputs and the drawn noise."""
     image, _, _, kwargs = DrawNoise(1000)(data)
     calls = []
     forward = network.forward
@@ -71,7 +71,7 @@ def test_noises_what_the_network_says_and_nothing_of_the_truth(noised_mask):
         noised.append(calls[-1][0])
         assert len(calls) == (2 if noised_mask == "prediction" else 1)
         if noised_mask == "prediction":
-            assert (calls[0][1] == 999).all()  # from pure noise
+            assert (calls[0][1] == 999).all()  # the prediction starts from pure noise
         outputs[0].sum().backward()
         assert network.denoiser.conv_in.conv.weight.grad.abs().sum() > 0
         assert network.calibrator.input_block.conv1.conv.weight.grad.abs().sum() > 0
@@ -93,7 +93,7 @@ def test_self_conditioning_sees_its_own_estimate_in_half_of_the_slices():
     network = randomise(MedSegDiff(GaussianDiffusion(), self_conditioning=True, **TINY))
     calls, outputs, _ = seen_by_denoiser(network, "truth", batch(64))
     first, second = calls
-    assert len(first) == 3  # no estimate of an estimate
+    assert len(first) == 3  # the first call gets no estimate
     assert torch.equal(first[0], second[0])
     used = second[3].flatten(1).any(dim=1)
     assert 16 < used.sum() < 48
@@ -130,7 +130,7 @@ def test_unknown_noised_mask():
 
 
 def step_losses(network, data, **options):
-    """Loss and gradients of a training step under the options of precision and speed."""
+    """Loss and gradient of a training step with options of precision."""
     torch.manual_seed(0)
     prepare = DrawNoise(1000)
     image, targets, _, kwargs = prepare(data)
@@ -146,7 +146,7 @@ def learner(seed=0):
     torch.manual_seed(seed)
     network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
     (dropout,) = (module for module in network.cls_head if isinstance(module, torch.nn.Dropout))
-    dropout.p = 0.0  # it draws other numbers under another precision
+    dropout.p = 0.0  # dropout draws other numbers with another precision
     return network
 
 
@@ -155,7 +155,7 @@ def test_compiled_steps_are_the_plain_step():
     loss, gradient = step_losses(learner(), data)
     compiled = learner()
     for part in compiled.children():
-        part.compile(backend="aot_eager")  # as the key does, but for the C++ compiler
+        part.compile(backend="aot_eager")  # as train::compile does, but without the C++ compiler
     names = compiled.state_dict().keys()
     compiled_loss, compiled_gradient = step_losses(compiled, data)
     assert compiled_loss == pytest.approx(loss, rel=1e-4)

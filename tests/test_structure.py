@@ -1,4 +1,4 @@
-"""The architecture: packages import downwards only, and nothing grows past its bounds."""
+"""The architecture: a package imports only from lower layers, and files stay within their bounds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_bounds(figure, bound):
 
 
 def test_settings_of_the_network_are_named_once():
-    """Neither inference nor an overlay repeats what the checkpoint or train.yaml says."""
+    """Inference does not repeat settings that it reads from the checkpoint."""
     text = (ROOT / "configs" / "inference.yaml").read_text()
     for name in ("variant", "channels", "conditioning", "use_cls_head", "prediction_type", "self_conditioning"):
         assert f"{name}:" not in text
@@ -72,8 +72,8 @@ def test_settings_of_the_network_are_named_once():
 
 @pytest.mark.parametrize("word", ["LGG", "HGG", "hgg", "tumour"])
 def test_general_code_knows_no_tumours(word):
-    """But for the default names of the grades and the phantom, which makes brains."""
-    known = {"scripts/data/grades.py", "scripts/tools/phantom.py"}
+    """Exceptions are the default names of the grades, and the phantom, which makes brains."""
+    exceptions = {"scripts/data/grades.py", "scripts/tools/phantom.py"}
     code = {str(file.relative_to(ROOT)): ast.parse(file.read_text()) for file in FILES}
     found = {
         name
@@ -82,4 +82,4 @@ def test_general_code_knows_no_tumours(word):
         if (isinstance(node, ast.Name) and word in node.id)
         or (isinstance(node, ast.Constant) and isinstance(node.value, str) and word == node.value)
     }
-    assert found <= known
+    assert found <= exceptions

@@ -154,7 +154,7 @@ def test_one_of_four_files_stands_for_its_subject(tmp_path, make_subject_folder,
     (folder / "BraTS20_1_t2.nii.gz").rename(folder / "BraTS20_1_T2.nii.gz")
     make_subject_folder(tmp_path, "BraTS20_10", volumes)
     for file in (tmp_path / "BraTS20_10").iterdir():
-        file.rename(folder / file.name)  # all in one folder, as MONAI Label keeps them
+        file.rename(folder / file.name)  # all in one folder, as in MONAI Label
     item = subjects.subject_of(str(folder / "BraTS20_1_t1ce.nii.gz"), MODALITIES)
     assert item["subject"] == "BraTS20_1"
     assert [file.rsplit("/", 1)[1] for file in item["image"]] == [

@@ -33,7 +33,7 @@ def test_grades_csv(tmp_path, item):
 
 
 def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeypatch):
-    """Whatever values they have: here 255 is background."""
+    """The label values do not matter: here 255 is the background."""
     drawn = []
     monkeypatch.setattr("scripts.report.overlays.plot_overlay", lambda image, pred, *rest: drawn.append(pred))
     label = item.pop("label")

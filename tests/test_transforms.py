@@ -15,7 +15,7 @@ def test_slice_indices_drive_monais_crop():
     label = torch.zeros(1, 6, 6, 5)
     label[0, 1, 1, 3] = 1
     image = torch.ones(2, 6, 6, 5)
-    image[..., 0] = 0  # no brain
+    image[..., 0] = 0  # an empty slice
     data = SliceIndicesd("label")({"image": image, "label": label})
     crop = RandCropByPosNegLabeld(
         ["image", "label"],

@@ -38,7 +38,7 @@ def test_true_probabilities_are_calibrated(voxels):
 
 
 def test_subjects_are_pooled_by_voxels():
-    # two subjects whose errors cancel: pooled, the frequency is right
+    # the errors of the two subjects cancel if their voxels are pooled
     bins = np.stack([calibration_bins(np.full(100, 0.5), np.full(100, v)) for v in (True, False)])
     assert expected_calibration_error(bins) == pytest.approx(0)
     assert expected_calibration_error(bins[:1]) == pytest.approx(0.5)
@@ -74,25 +74,25 @@ def test_risk_coverage():
 
 def test_volume_of_a_certain_mask():
     prob = np.zeros((10, 10, 10))
-    prob[:] = 0.01  # faint everywhere
+    prob[:] = 0.01  # a low probability everywhere
     prob[2:6, 2:6, 2:6] = 1
-    known = volume_estimate(prob, 0.5)
-    assert known["volume_expected_ml"] == known["volume_low_ml"] == known["volume_high_ml"] == 32
-    assert known["expected_dice"] == 1
+    estimate = volume_estimate(prob, 0.5)
+    assert estimate["volume_expected_ml"] == estimate["volume_low_ml"] == estimate["volume_high_ml"] == 32
+    assert estimate["expected_dice"] == 1
     assert volume_estimate(np.zeros((4, 4, 4)), 1.0) == {
         "volume_expected_ml": 0, "volume_low_ml": 0, "volume_high_ml": 0, "expected_dice": 1
     }  # fmt: skip
 
 
 def test_volume_and_dice_are_those_of_drawn_truths():
-    """Truths {prob > u} with one u for the whole lesion: moments, quantiles and Dice follow by drawing them."""
+    """Mean, quantiles and Dice agree with those of true masks {prob > u}, where u is drawn for each mask."""
     rng = np.random.default_rng(0)
     prob = np.linspace(0, 1, 2001)[1:-1]
-    known = volume_estimate(prob, 1.0)
+    estimate = volume_estimate(prob, 1.0)
     drawn = np.array([(prob > u).sum() for u in rng.random(5000)])
     mask = (prob > 0.5).sum()
     dice = 2 * np.minimum(drawn, mask) / (drawn + mask)
-    assert known["volume_expected_ml"] == pytest.approx(drawn.mean(), rel=0.03)
-    assert known["volume_low_ml"] == pytest.approx(np.quantile(drawn, 0.05), abs=20)
-    assert known["volume_high_ml"] == pytest.approx(np.quantile(drawn, 0.95), abs=20)
-    assert known["expected_dice"] == pytest.approx(dice.mean(), abs=0.02)
+    assert estimate["volume_expected_ml"] == pytest.approx(drawn.mean(), rel=0.03)
+    assert estimate["volume_low_ml"] == pytest.approx(np.quantile(drawn, 0.05), abs=20)
+    assert estimate["volume_high_ml"] == pytest.approx(np.quantile(drawn, 0.95), abs=20)
+    assert estimate["expected_dice"] == pytest.approx(dice.mean(), abs=0.02)

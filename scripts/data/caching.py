@@ -89,7 +89,7 @@ class VolumeCache(PersistentDataset):
 
 def hash_item(item: dict[str, Any]) -> bytes:
     """Cache key of an item: a hash of its subject, its grade and the content of its files."""
-    return pickle_hashing([item["subject"], item["grade"], [fingerprint(file) for file in item_files(item)]])
+    return pickle_hashing([item["subject"], item.get("grade"), [fingerprint(file) for file in item_files(item)]])
 
 
 def fingerprint(file: str) -> tuple[int, bytes]:
@@ -136,8 +136,8 @@ class SliceSampler(Sampler[int]):
     """Draw every volume ``slices_per_volume`` times per epoch, in random order. Each time gives one slice of it.
 
     An epoch is a sequence of ``slices_per_volume`` permutations of the volumes, so that each batch mixes subjects.
-    torch's RandomSampler with ``num_samples`` is not used: it draws one more permutation when its iterator ends. That
-    happens in the next epoch, after the generators are seeded.
+    torch's RandomSampler is not used: it draws one more permutation when its iterator ends. That happens in the next
+    epoch, after the generators are seeded, and would make the order depend on the epoch before.
 
     Args:
         data_source: data set of volumes.

@@ -137,17 +137,20 @@ def read_datalist(
     return subsets
 
 
-def describe(subsets: Mapping[str, Sequence[Item]], alpha: Sequence[float], grade_labels: Mapping[str, int]) -> str:
-    """Summary for the log: number of subjects, slices and each grade (``n_LGG``) per subset, and the class weights."""
-    names = grade_names(grade_labels)
+def describe(
+    subsets: Mapping[str, Sequence[Item]], alpha: Sequence[float] = (), grade_labels: Mapping[str, int] | None = None
+) -> str:
+    """Summary for the log: numbers of subjects, slices and grades (``n_<grade>``) per subset, and the class weights."""
+    names = grade_names(grade_labels) if grade_labels else []
     lines = []
     for name, items in subsets.items():
-        counts = Counter(item["grade"] for item in items)
+        counts = Counter(item.get("grade", UNKNOWN_GRADE) for item in items)
         slices = sum(_num_slices(item["image"][0]) for item in items)
-        graded = " ".join(f"n_{grade}={counts[index]}" for index, grade in enumerate(names))
-        lines.append(f"{name:<11} subjects={len(items)} slices={slices} {graded} ungraded={counts[UNKNOWN_GRADE]}")
-    weights = " ".join(f"alpha_{grade}={value:.4f}" for grade, value in zip(names, alpha, strict=True))
-    return "\n".join([*lines, weights])
+        graded = [f"n_{grade}={counts[index]}" for index, grade in enumerate(names)]
+        graded += [f"ungraded={counts[UNKNOWN_GRADE]}"] if names else []
+        lines.append(" ".join([f"{name:<11} subjects={len(items)} slices={slices}", *graded]))
+    weights = [f"alpha_{grade}={value:.4f}" for grade, value in zip(names, alpha, strict=True)]
+    return "\n".join([*lines, *([" ".join(weights)] if weights else [])])
 
 
 def _num_slices(file: str) -> int:

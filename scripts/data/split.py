@@ -31,7 +31,9 @@ def patient(subject: str, pattern: str = PATIENT_PATTERN) -> str:
 def split(
     items: Sequence[Mapping[str, Any]], fold: int, num_folds: int, seed: int, patient_pattern: str = PATIENT_PATTERN
 ) -> dict[str, list]:
-    """Seeded split by patient, stratified by grade. Fold ``fold`` is for validation, the other folds for training.
+    """Seeded split by patient, stratified by grade where there is one.
+
+    Fold ``fold`` is for validation, the other folds for training.
 
     Raises:
         InputError: if there are fewer patients than folds, or ``fold`` is out of range.
@@ -52,7 +54,7 @@ def split(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
         try:
-            indices = list(folds.split(items, [item["grade"] for item in items], groups))
+            indices = list(folds.split(items, [item.get("grade", -1) for item in items], groups))
         except ValueError:  # every grade has fewer subjects than folds: nothing to stratify
             indices = list(folds.split(items, [0] * len(items), groups))
     train, validation = indices[fold]

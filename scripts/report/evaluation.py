@@ -48,7 +48,7 @@ class SubjectReport:
     Args:
         output_dir: folder of the files.
         regions: names of the region channels.
-        grade_labels: class index of each grade.
+        grade_labels: class index of each grade; None for a task without grades.
         settings: settings that are saved in the summary with the scores.
         results: file of the mean scores, which may hold those of other models.
         seed: seed of the bootstrap.
@@ -58,14 +58,14 @@ class SubjectReport:
         self,
         output_dir: str,
         regions: Sequence[str],
-        grade_labels: Mapping[str, int],
+        grade_labels: Mapping[str, int] | None,
         settings: Mapping[str, Any],
         results: ResultsFile,
         seed: int = 0,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.regions = list(regions)
-        self.grades = grade_names(grade_labels)
+        self.grades = grade_names(grade_labels) if grade_labels else []
         self.settings = dict(settings)
         self.results = results
         self.seed = seed
@@ -85,7 +85,9 @@ class SubjectReport:
         for item in engine.state.output:
             background = read_background(item)
             spacing = item["label"].pixdim.tolist()
-            row = {"subject": item["subject"], "grade": int(item["grade"]), **grade_columns(item, self.grades)}
+            row = {"subject": item["subject"]}
+            if self.grades:
+                row |= {"grade": int(item["grade"]), **grade_columns(item, self.grades)}
             row |= mask_scores(item["pred"], item["label"], spacing, self.regions)
             voxel_volume = float(np.prod(spacing)) / 1000
             self.bins.append({})
@@ -155,11 +157,12 @@ def summarise(
         for region in regions
     }
     columns = [f"prob_{name}" for name in grades]
-    graded = table.reindex(columns=["grade", *columns])[table["grade"] >= 0].dropna()
-    truth, prob = graded["grade"].to_numpy(), graded[columns].to_numpy()
-    grading = with_intervals(
-        lambda rows: grading_scores(truth[rows], prob[rows], grades), np.arange(len(graded)), seed=seed
-    )
+    graded = table.reindex(columns=["grade", *columns]).dropna().query("grade >= 0")
+    truth, prob = graded["grade"].to_numpy(int), graded[columns].to_numpy()
+    grading = {}
+    if grades:
+        everyone = np.arange(len(graded))
+        grading = with_intervals(lambda rows: grading_scores(truth[rows], prob[rows], grades), everyone, seed=seed)
     uncertainty = {
         region: with_intervals(_uncertainty_scores(table, region, bins), range(len(table)), seed=seed)
         for region in regions

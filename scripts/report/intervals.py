@@ -9,7 +9,10 @@ from scipy.stats import bootstrap
 
 
 def with_intervals(
-    statistic: Callable[..., Mapping[str, float]], *columns: Sequence[float], seed: int = 0, resamples: int = 1000
+    statistic: Callable[..., Mapping[str, float]],
+    *columns: Sequence[float] | np.ndarray,
+    seed: int = 0,
+    resamples: int = 1000,
 ) -> dict[str, dict[str, float | None]]:
     """Named statistics of paired columns, each with its 95 % bootstrap interval over subjects (percentile method).
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, wilcoxon
+from sklearn.model_selection import ParameterGrid
 
 from scripts.config import BUNDLE_ROOT, InputError, TrainingError, atomic_path, check_keys
 from scripts.report.plots import plot_ablation
@@ -165,10 +166,7 @@ class Ablation:
 
 def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and keys of every combination of the grid's values."""
-    if not grid:
-        return
-    for values in itertools.product(*grid.values()):
-        keys = dict(zip(grid, values, strict=True))
+    for keys in ParameterGrid(dict(grid)) if grid else ():
         yield ", ".join(f"{key} {_readable(value)}" for key, value in keys.items()), keys
 
 
@@ -302,8 +300,7 @@ def to_markdown(table: pd.DataFrame) -> str:
             "-" if np.isnan(difference) else f"{difference:+.3f} ({p:.2g})"
             for difference, p in zip(table[f"{name}_difference"], table[f"{name}_p"], strict=True)
         ]
-    rows = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True) + "\n"
 
 
 def _digest(content: Any) -> str:

@@ -33,6 +33,7 @@ class DicomSegWriter:
         to_regions: transform that converts the label map ``pred`` of an item to region channels, which may overlap.
         data: all items of the run; their headers are checked before inference starts.
         property_type: type of the segments, as a name in pydicom's SNOMED codes (``codes.SCT``).
+        property_category: category of the segments, likewise, such as ``AnatomicalStructure`` for organs.
 
     Raises:
         InputError: if highdicom is not installed, ``property_type`` is unknown, or a subject (which the message names)
@@ -46,6 +47,7 @@ class DicomSegWriter:
         to_regions: Callable[[Mapping[str, Any]], dict[str, Any]],
         data: Sequence[Mapping[str, Any]],
         property_type: str = "Neoplasm",
+        property_category: str = "MorphologicallyAbnormalStructure",
     ) -> None:
         try:
             self.highdicom, self.pydicom = (importlib.import_module(name) for name in ("highdicom", "pydicom"))
@@ -53,7 +55,7 @@ class DicomSegWriter:
             raise InputError("DICOM segmentations need highdicom: pip install -e '.[dicom]'") from error
         self.output_dir = Path(output_dir)
         self.to_regions = to_regions
-        self.segments = self._describe(regions, property_type)
+        self.segments = self._describe(regions, property_type, property_category)
         for item in data:
             file = item["image"][0]
             if not is_dicom(file):
@@ -77,16 +79,18 @@ class DicomSegWriter:
             with atomic_path(self.output_dir / f"{item['subject']}_seg.dcm") as path:
                 segmentation.save_as(path)
 
-    def _describe(self, regions: Sequence[str], property_type: str) -> list:
+    def _describe(self, regions: Sequence[str], property_type: str, property_category: str) -> list:
         codes = importlib.import_module("pydicom.sr.codedict").codes
         metadata = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text(encoding="utf-8"))
         self.name, self.version = metadata["name"], metadata["version"]
-        try:
-            kind = getattr(codes.SCT, property_type)
-        except AttributeError as error:
-            raise InputError(
-                f"property_type='{property_type}' is not a name in pydicom's codes.SCT; set it to one such as Neoplasm"
-            ) from error
+        found = {}
+        for key, name in (("property_type", property_type), ("property_category", property_category)):
+            try:
+                found[key] = getattr(codes.SCT, name)
+            except AttributeError as error:
+                raise InputError(
+                    f"{key}='{name}' is not a name in pydicom's codes.SCT; set it to one such as Neoplasm"
+                ) from error
         algorithm = self.highdicom.AlgorithmIdentificationSequence(
             name=self.name, version=self.version, family=codes.DCM.ArtificialIntelligence
         )
@@ -94,8 +98,8 @@ class DicomSegWriter:
             self.highdicom.seg.SegmentDescription(
                 segment_number=number,
                 segment_label=region,
-                segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-                segmented_property_type=kind,
+                segmented_property_category=found["property_category"],
+                segmented_property_type=found["property_type"],
                 algorithm_type="AUTOMATIC",
                 algorithm_identification=algorithm,
             )
