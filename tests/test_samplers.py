@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scripts.config import InputError
-from scripts.diffusion.samplers import DDIM, DDPM, SAMPLERS, make_sampler
+from scripts.diffusion.samplers import DDIM, SAMPLERS, make_sampler
 from scripts.diffusion.schedule import GaussianDiffusion, timestep_pairs
 
 MU, S = 0.7, 0.5
@@ -57,7 +57,7 @@ def derived_moments(diffusion, pairs, eta):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 50, 1000])
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
-@pytest.mark.parametrize(("sampler", "eta"), [(DDIM(), 0), (DDIM(0.5), 0.5), (DDIM(1), 1), (DDPM(), 1)])
+@pytest.mark.parametrize(("sampler", "eta"), [(DDIM(), 0), (DDIM(0.5), 0.5), (DDIM(1), 1), (make_sampler("ddpm"), 1)])
 def test_a_gaussian_gives_the_moments_derived_on_paper(steps, schedule, sampler, eta):
     diffusion = GaussianDiffusion(1000, schedule)
     pairs = timestep_pairs(1000, steps)
@@ -80,10 +80,22 @@ def test_every_sampler_finds_the_gaussian_at_any_number_of_train_timesteps(name,
     assert x.mean().item() == pytest.approx(MU, abs=0.03)
 
 
-def test_full_eta_is_ddpm():
-    diffusion, pairs = GaussianDiffusion(), timestep_pairs(1000, 20)
-    ours = sample_gaussian(DDPM(), diffusion, pairs, num=1000)
-    assert torch.allclose(ours, sample_gaussian(DDIM(1.0), diffusion, pairs, num=1000), atol=1e-4)
+def ancestral(denoise, x_t, pairs, alphas_cumprod, draw):
+    """Ancestral sampling as published: equations 6 and 7 of Ho et al. (2020), for the chain of the listed timesteps."""
+    for t, t_prev in pairs[:-1]:
+        abar, abar_prev = alphas_cumprod[t], alphas_cumprod[t_prev]
+        alpha = abar / abar_prev
+        mean = abar_prev.sqrt() * (1 - alpha) * denoise(x_t, t) + alpha.sqrt() * (1 - abar_prev) * x_t
+        variance = (1 - abar_prev) / (1 - abar) * (1 - alpha)
+        x_t = mean / (1 - abar) + variance.sqrt() * draw()
+    return denoise(x_t, pairs[-1][0])
+
+
+@pytest.mark.parametrize("steps", [20, 1000])
+def test_ddpm_is_the_published_ancestral_sampling(steps):
+    diffusion, pairs = GaussianDiffusion(), timestep_pairs(1000, steps)
+    ours = sample_gaussian(make_sampler("ddpm"), diffusion, pairs, num=1000)
+    assert torch.allclose(ours, sample_gaussian(ancestral, diffusion, pairs, num=1000), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -182,5 +194,6 @@ def test_ddpm_moments_agree_with_numpy_for_a_single_step():
         seen.append(x_t.item())
         return torch.tensor([0.3])
 
-    DDPM()(denoise, torch.tensor([1.1]), [(1, 0), (0, -1)], diffusion.alphas_cumprod, lambda: torch.zeros(1))
+    sampler = make_sampler("ddpm")
+    sampler(denoise, torch.tensor([1.1]), [(1, 0), (0, -1)], diffusion.alphas_cumprod, lambda: torch.zeros(1))
     assert seen[1] == pytest.approx(mean, abs=1e-6)

@@ -35,32 +35,14 @@ class Sampler(Protocol):
         """Return the predicted clean masks ``[B, R, H, W]``."""
 
 
-class DDPM:
-    """Ancestral sampling, equations 6 and 7 of Ho et al. (2020), on the listed timesteps.
-
-    With all T timesteps this is the published method. With fewer, it uses the same posterior q(x_s | x_t, x_0) for the
-    shorter chain, in which the step from s to t has alpha_t = abar_t / abar_s.
-    """
-
-    def __call__(
-        self, denoise: Denoise, x_t: torch.Tensor, pairs: Pairs, alphas_cumprod: torch.Tensor, draw: Draw
-    ) -> torch.Tensor:
-        for t, t_prev in pairs[:-1]:
-            abar, abar_prev = alphas_cumprod[t], alphas_cumprod[t_prev]
-            alpha = abar / abar_prev
-            beta = 1 - alpha
-            x_0 = denoise(x_t, t)
-            mean = (abar_prev.sqrt() * beta * x_0 + alpha.sqrt() * (1 - abar_prev) * x_t) / (1 - abar)
-            beta_tilde = (1 - abar_prev) / (1 - abar) * beta
-            x_t = mean + beta_tilde.sqrt() * draw()
-        return denoise(x_t, pairs[-1][0])  # the posterior of the last step is x_0 itself
-
-
 class DDIM:
     """Denoising diffusion implicit model, equations 12 and 16 of Song et al. (2021).
 
+    With eta = 1 it is DDPM, the ancestral sampling of Ho et al. (2020), equations 6 and 7: on all T timesteps the
+    published method, on fewer the posterior of the shorter chain.
+
     Args:
-        eta: 0 is deterministic, 1 adds as much noise as DDPM.
+        eta: noise that is added at each step, 0 (none) to 1 (as in DDPM).
 
     Raises:
         InputError: unless 0 <= eta <= 1.
@@ -129,7 +111,7 @@ class DiffusersSampler:
 
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "ddpm": DDPM,
+    "ddpm": lambda: DDIM(eta=1.0),
     "ddim": DDIM,
     "dpm_solver": lambda: DiffusersSampler("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++"),
     "unipc": lambda: DiffusersSampler("UniPCMultistepScheduler"),
