@@ -57,7 +57,7 @@ class DDIM:
         self, denoise: Denoise, x_t: torch.Tensor, pairs: Pairs, alphas_cumprod: torch.Tensor, draw: Draw
     ) -> torch.Tensor:
         for t, t_prev in pairs[:-1]:
-            abar, abar_prev = alphas_cumprod[[t, t_prev]].double()  # with eta = 1 small differences count
+            abar, abar_prev = alphas_cumprod[[t, t_prev]].cpu().double()  # with eta = 1 small differences count
             x_0 = denoise(x_t, t)
             noise = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()  # the noise that x_t and x_0 imply
             sigma = self.eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
@@ -86,8 +86,7 @@ class DiffusersSampler:
             import diffusers
         except ImportError as error:
             raise InputError(
-                "the samplers dpm_solver and unipc need diffusers: pip install 'medsegdiff-bundle[solvers]', "
-                "or set sampler=ddim"
+                "the samplers dpm_solver and unipc need diffusers: pip install -e '.[solvers]', or set sampler=ddim"
             ) from error
         self.scheduler = getattr(diffusers, scheduler)
         self.options = options
