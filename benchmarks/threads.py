@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def steps_per_second(seconds: float) -> float:
-    """Training steps of the demo's network on made-up slices, after three that do not count."""
+    """Training steps of the demo's network on synthetic slices, after three that do not count."""
     import torch
     from monai.bundle import ConfigParser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
 import json
 import logging
@@ -75,13 +76,20 @@ def start_run(*bases: str) -> ConfigParser:
     return parser
 
 
+@functools.lru_cache
+def read_config(name: str) -> dict[str, Any]:
+    """Content of ``configs/<name>`` (YAML)."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
+    return yaml.load((BUNDLE_ROOT / "configs" / name).read_text(encoding="utf-8"), loader)
+
+
 def check_keys(config: dict, *bases: str) -> None:
     """Refuse top-level keys of ``config`` that no ``configs/<base>`` declares.
 
     Raises:
         InputError: naming each unknown key and the nearest known one.
     """
-    known = {key for base in bases for key in ConfigParser.load_config_file(str(BUNDLE_ROOT / "configs" / base))}
+    known = {key for base in bases for key in read_config(base)}
     unknown = [key for key in config if key not in known | ADDED_BY_MONAI]
     if unknown:
         hints = ", ".join(_with_hint(key, known) for key in unknown)
@@ -96,7 +104,7 @@ def check_addresses(parser: ConfigParser) -> None:
     """
     known: dict[str, set[str]] = {"train": set(), "validate": set()}
     for file in sorted((BUNDLE_ROOT / "configs").glob("*.yaml")):
-        for key, value in ConfigParser.load_config_file(str(file)).items():
+        for key, value in read_config(file.name).items():
             group, _, rest = key.partition("::")
             if group in known:
                 known[group] |= {rest.split("::")[0]} if rest else set(value)
@@ -142,7 +150,7 @@ def check_values(config: dict, *bases: str) -> None:
     Raises:
         InputError: naming the key, its value and what it should be.
     """
-    defaults = ConfigParser.load_config_files([str(BUNDLE_ROOT / "configs" / base) for base in bases])
+    defaults = {key: value for base in bases for key, value in read_config(base).items()}
     for key, default in defaults.items():
         if key in config and not isinstance(default, str) and default is not None:
             _check_value(key, config[key], default)

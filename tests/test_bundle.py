@@ -14,18 +14,25 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import MODALITIES, ROOT
+from conftest import MODALITIES, ROOT, run_configs
 from scripts.config import InputError, TrainingError
 from scripts.data.regions import LabelToRegionsd, RegionCoding
 from scripts.networks.conditioning import CONDITIONING
 from scripts.report.metrics import mask_scores
 
 
+@pytest.fixture(scope="module")
+def trained_once(phantoms, tmp_path_factory) -> Path:
+    """Output folder of two epochs on the phantoms; tests must not write here."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_configs(["train.yaml"], dataset_dir=str(phantoms), output_dir=str(folder), ckpt_dir=str(folder))
+    return folder
+
+
 @pytest.fixture
-def trained(phantoms, tmp_path, run_bundle):
-    """Output folder of a training of two epochs on the phantoms."""
-    run_bundle(["train.yaml"], dataset_dir=str(phantoms), output_dir=str(tmp_path), ckpt_dir=str(tmp_path))
-    return tmp_path
+def trained(trained_once, tmp_path):
+    """A copy of this folder that a test may change."""
+    return Path(shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True))
 
 
 @pytest.fixture

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 import yaml
 
-from conftest import ROOT, tiny_settings
-from scripts.config import InputError
+from conftest import ROOT, run_configs, tiny_settings
+from scripts.config import InputError, TrainingError
+from scripts.training.checkpoints import SaveCheckpoints
 
 # options whose state a resumed training must restore
 STATEFUL = {
@@ -96,6 +101,14 @@ def test_a_complete_training_is_left_as_it_is(phantoms, run_bundle, tmp_path, ca
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+@pytest.fixture(scope="module")
+def trained(phantoms, tmp_path_factory) -> Path:
+    """Folder of two epochs; tests must not write here."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_configs(["train.yaml"], dataset_dir=str(phantoms), **folders(folder))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -111,9 +124,11 @@ def test_a_complete_training_is_left_as_it_is(phantoms, run_bundle, tmp_path, ca
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_resume_with_another_network_plan_or_data_is_refused(override, message, phantoms, run_bundle, tmp_path):
+def test_resume_with_another_network_plan_or_data_is_refused(
+    override, message, trained, phantoms, run_bundle, tmp_path
+):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     settings = {"dataset_dir": str(phantoms), **folders(tmp_path)}
-    run_bundle(["train.yaml"], **settings)
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
     with pytest.raises(InputError, match=message):
         run_bundle(["train.yaml", "resume.yaml"], **settings | override)
@@ -127,40 +142,43 @@ def test_a_damaged_checkpoint_is_named(phantoms, run_bundle, tmp_path):
         run_bundle(["train.yaml", "resume.yaml"], dataset_dir=str(phantoms), **folders(tmp_path))
 
 
-SAVER = """
-import os, resource, signal, sys, torch
-from types import SimpleNamespace
-sys.path.insert(0, {root!r})
-from scripts.training.checkpoints import SaveCheckpoints
-save, fault = torch.save, sys.argv[1]
-def killed(content, path):
-    save(content, path)
-    os.truncate(path, os.path.getsize(path) // 2)
-    os.kill(os.getpid(), signal.SIGKILL)
-evaluator = SimpleNamespace(state=SimpleNamespace(best_metric=0.5, best_metric_epoch=0))
-network = torch.nn.Linear(300, 300)
-saver = SaveCheckpoints({folder!r}, {{"model": network}}, ["model"], evaluator, {{}}, ["s1"])
-saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=1), scaler=None))
-if fault == "killed":
-    torch.save = killed
-else:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=2), scaler=None))
-"""
+def save_twice(folder: Path, fault: str) -> None:
+    """Save two epochs in this process; the second save is interrupted."""
+    evaluator = SimpleNamespace(state=SimpleNamespace(best_metric=0.5, best_metric_epoch=0))
+    saver = SaveCheckpoints(str(folder), {"model": torch.nn.Linear(300, 300)}, ["model"], evaluator, {}, ["s1"])
+    saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=1), scaler=None))
+    save = torch.save
+
+    def killed(content, path):
+        save(content, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if fault == "killed":
+        torch.save = killed
+    else:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=2), scaler=None))
+    except TrainingError as error:
+        (folder / "message.txt").write_text(str(error))
+        raise SystemExit(1) from error
 
 
-@pytest.mark.parametrize(("fault", "returncode"), [("killed", -signal.SIGKILL), ("full", 1)])
-def test_the_old_checkpoint_outlives_a_failed_save(fault, returncode, tmp_path):
-    """Either a SIGKILL while the file is written, or a file that cannot grow, as on a full disk."""
-    script = SAVER.format(root=str(ROOT), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script, fault], capture_output=True, text=True, check=False)
-    assert done.returncode == returncode, done.stderr
+@pytest.mark.parametrize(("fault", "exitcode"), [("killed", -signal.SIGKILL), ("full", 1)])
+def test_the_old_checkpoint_outlives_a_failed_save(fault, exitcode, tmp_path):
+    """A SIGKILL half way through the file, and a file that cannot grow any further, as on a full disk."""
+    process = multiprocessing.get_context("fork").Process(target=save_twice, args=(tmp_path, fault))
+    process.start()
+    process.join(60)
+    assert process.exitcode == exitcode
     assert state(tmp_path / "last.pt")["epoch"] == 1
     if fault == "full":
-        assert f"TrainingError: cannot write {tmp_path / 'last.pt'}" in done.stderr
-        assert "Free some space" in done.stderr
-        assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+        message = (tmp_path / "message.txt").read_text()
+        assert message.startswith(f"cannot write {tmp_path / 'last.pt'}")
+        assert "Free some space" in message
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt", "message.txt"]
 
 
 def test_a_killed_loader_process_is_explained(phantoms, tmp_path):

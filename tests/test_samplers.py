@@ -163,7 +163,7 @@ def test_one_evaluation_per_step_at_the_listed_timesteps(name):
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     for name in ("dpm_solver", "unipc"):
-        with pytest.raises(InputError, match=r"medsegdiff-bundle\[solvers\]"):
+        with pytest.raises(InputError, match=r"pip install -e '.\[solvers\]'"):
             make_sampler(name)
     assert isinstance(make_sampler("ddim"), DDIM)
 

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 KEYS = ("epoch", "split")
 TIMING = ("learning_rate", "seconds")
+FIRST_DRAWING = 10  # seconds of training before the curves are drawn; shorter trainings draw them at the end
 
 
 class EpochTable:
@@ -85,7 +86,7 @@ class EpochTable:
 
     @idist.one_rank_only()
     def started(self, engine: SupervisedTrainer) -> None:
-        self.next_drawing, self.max_epochs = 0.0, engine.state.max_epochs
+        self.next_drawing, self.max_epochs = time.monotonic() + FIRST_DRAWING, engine.state.max_epochs
         # an interrupted run may have logged epochs after its last checkpoint; they are logged again
         self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=engine.state.epoch + 1)
 
