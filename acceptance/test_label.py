@@ -208,15 +208,16 @@ def write_series(folder: Path, nifti: Path) -> None:
 
 
 def test_a_folder_of_dicom_series_is_segmented_and_a_gap_is_told(server, phantoms, inferred, tmp_path):
+    study = Path(server.log.parent, "studies", "dicom")
     for modality in ("t1", "t1ce", "t2", "flair"):
-        write_series(tmp_path / "dicom" / modality, phantoms / SUBJECT / f"{SUBJECT}_{modality}.nii.gz")
-    (tmp_path / "dicom" / "notes.txt").write_text("no image")
-    mask = volume_of(server.infer(str(tmp_path / "dicom")), tmp_path)
+        write_series(study / modality, phantoms / SUBJECT / f"{SUBJECT}_{modality}.nii.gz")
+    (study / "notes.txt").write_text("no image")
+    mask = volume_of(server.infer(str(study)), tmp_path)
     expected = nib.load(inferred / f"{SUBJECT}_seg.nii.gz")
     np.testing.assert_allclose(mask.affine, expected.affine, atol=1e-4)
     assert np.array_equal(np.asarray(mask.dataobj), np.asarray(expected.dataobj))
-    (tmp_path / "dicom" / "flair" / "014.dcm").unlink()
-    answer, message = server.infer(str(tmp_path / "dicom")), "add the missing slice, or remove the extra one"
+    (study / "flair" / "014.dcm").unlink()
+    answer, message = server.infer(str(study)), "add the missing slice, or remove the extra one"
     if is_stock(server):
         wait_for(lambda: message in server.log.read_text(), 10)
     else:
@@ -262,6 +263,49 @@ def test_bad_input_is_told_and_the_server_stays_up(server, phantoms, tmp_path, k
     else:
         assert answer.status_code in (404, 422)
         assert message in answer.json()["detail"]
+    assert server.alive()
+
+
+TOUCH = "__import__('pathlib').Path({marker!r}).touch()"
+HOSTILE = {  # by the option; {code} would create a file
+    "sampler": ["${code}", "$import antigravity", "@device", "%/etc/passwd", ["${code}"], {"_target_": "os.getpid"}, 7],
+    "fusion": ["${code}", "mean; {code}", None],
+    "num_samples": ["${code}", -1, 10**9, 1.5, True, "3"],
+    "num_inference_steps": ["${code}", -1, 10**9, "$import this"],
+    "model_filename": ["${code}", "../../../etc/passwd", "last.pt\x00"],
+    "result_extension": ["${code}", "/../../x", ".sh"],
+    "device": ["${code}", "cuda; {code}"],
+    "label_tag": ["${code}"],
+}
+CASES = [(option, value) for option, values in HOSTILE.items() for value in values]
+
+
+@pytest.mark.parametrize(("option", "value"), CASES, ids=str)
+def test_options_are_data(server, tmp_path, option, value):
+    """Whatever an option holds, nothing of it is executed, and the server stays up."""
+    marker = tmp_path / "executed"
+    code = TOUCH.format(marker=str(marker))
+    hostile = json.loads(json.dumps(value).replace("{code}", json.dumps(code)[1:-1]))
+    answer = server.infer(f"{SUBJECT}_t1", "json", **{option: hostile})
+    again = server.infer(f"{SUBJECT}_t1", "json")  # what was written into the configuration is parsed again
+    assert not marker.exists()
+    assert server.alive()
+    assert again.status_code == 200, again.text
+    if not is_stock(server):
+        assert answer.status_code == 422, answer.text
+
+
+def test_only_images_of_the_studies_are_read(server, phantoms, tmp_path):
+    outside = phantoms / "BraTS20_Training_002" / "BraTS20_Training_002_t1.nii.gz"
+    link = Path(server.log.parent, "studies", "link_t1.nii.gz")
+    link.symlink_to(outside)
+    try:
+        answers = [server.infer(name) for name in (str(outside), "/etc/passwd", "link_t1")]
+    finally:
+        link.unlink()
+    if not is_stock(server):  # the stock app reads any file that its user may read; docs/monai_label.md says so
+        assert [answer.status_code for answer in answers[:2]] == [403, 403]
+        assert answers[2].status_code in (403, 404)
     assert server.alive()
 
 

@@ -5,14 +5,17 @@ Start the server with ``--app <repository>/label_app``. Nothing is copied or dow
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fastapi import HTTPException
 from monai.data import NibabelWriter
+from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
@@ -22,6 +25,16 @@ from monailabel.tasks.train.bundle import BundleTrainTask
 BUNDLE = str(Path(__file__).resolve().parents[1])
 MODEL = "medsegdiff_segmentation"
 VOLUMES = {"mask": "pred", "uncertainty": "uncertainty", "probability": "prob"}
+CHOICES = {
+    "sampler": ("ddim", "ddpm", "dpm_solver", "unipc"),
+    "fusion": ("mean", "majority", "staple"),
+    "volume": tuple(VOLUMES),
+    "result_extension": (".nii.gz", ".nii", ".nrrd", ".seg.nrrd"),
+}
+RANGES = {"num_inference_steps": (0, 1000), "num_samples": (1, 32)}
+DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+UPLOADS = tempfile.mkdtemp(prefix="medsegdiff_label_")  # MONAI Label writes what clients upload to the temporary folder
+tempfile.tempdir = UPLOADS
 
 
 class SegmentAndGrade(BundleInferTask):
@@ -30,13 +43,18 @@ class SegmentAndGrade(BundleInferTask):
     The option ``volume`` selects the volume of the answer: the mask, the uncertainty (bits) or the probability.
     """
 
-    def __init__(self, conf: dict[str, str]) -> None:
+    def __init__(self, conf: dict[str, str], studies: str) -> None:
         super().__init__(BUNDLE, conf)
         self._config["volume"] = list(VOLUMES)
+        own = (settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_DATASTORE_CACHE_PATH)
+        folders = (studies, UPLOADS, Path.home() / ".cache" / "monailabel", *filter(None, own))
+        self.folders = [Path(folder).resolve() for folder in folders]
 
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict]:
         if not request.get("image"):
             raise HTTPException(404, "the studies folder has no image of this name")
+        check_options(request, self._config.get("device", []))
+        check_path(request["image"], self.folders)
         try:
             return super().__call__(request, callbacks)
         except Exception as error:
@@ -60,14 +78,47 @@ class SegmentAndGrade(BundleInferTask):
         from scripts.report.tables import grade_row
 
         name = data["volume"] if isinstance(data["volume"], str) else data["volume"][0]
-        if name not in VOLUMES:
-            raise HTTPException(422, f"volume '{name}' is not one of {list(VOLUMES)}")
         settings = self.bundle_config.get_parsed_content("settings")
         row = grade_row(data, settings["regions"], grade_names(settings["grade_labels"]))
         row = {key: None if value != value else value for key, value in row.items()}  # JSON has no NaN
         if name != "mask":
             return write_volume(data[VOLUMES[name]]), row
         return super().writer(data | {self.output_json_key: row}, extension, dtype)
+
+
+def check_options(request: dict[str, Any], devices: Sequence[str]) -> None:
+    """Answer 422 unless every option of a request has the right type and one of its values.
+
+    MONAI Label writes options into the configuration, whose text is code, and into names of files.
+
+    Args:
+        request: of a client.
+        devices: names that the server offers.
+    """
+    weights = tuple(file.name for file in Path(BUNDLE, "models").glob("*.pt"))
+    for name, allowed in {**CHOICES, "model_filename": weights}.items():
+        value = request.get(name, [])
+        for choice in value if isinstance(value, list) else [value]:
+            if choice not in allowed:
+                raise HTTPException(422, f"{name} '{choice}' is not one of {list(allowed)}")
+    for name, (low, high) in RANGES.items():
+        value = request.get(name, low)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise HTTPException(422, f"{name}={value!r} must be a whole number from {low} to {high}")
+    device = request.get("device", "cpu")
+    for value in device if isinstance(device, list) else [device]:
+        if value and value not in devices and not (isinstance(value, str) and DEVICE.fullmatch(value)):
+            names = [*devices, "cpu", "mps", "cuda", "cuda:<number>"]
+            raise HTTPException(422, f"device {value!r} is not one of {names}")
+    for name, value in request.items():
+        if isinstance(value, str) and name != "image" and value.startswith(("$", "@", "%")):
+            raise HTTPException(422, f"{name}: text that starts with '$', '@' or '%' is refused")
+
+
+def check_path(image: Any, folders: list[Path]) -> None:
+    """Answer 403 unless the file of a request lies in one of the folders, symbolic links resolved."""
+    if isinstance(image, str) and not any(Path(image).resolve().is_relative_to(folder) for folder in folders):
+        raise HTTPException(403, "the image is not in the studies folder")
 
 
 def write_volume(volume: Any) -> str:
@@ -94,7 +145,7 @@ class MedSegDiffApp(MONAILabelApp):
         super().__init__(app_dir, studies, conf, "MedSegDiff", "Segmentation and grading with calibrated uncertainty")
 
     def init_infers(self) -> dict:
-        return {MODEL: SegmentAndGrade(self.conf)}
+        return {MODEL: SegmentAndGrade(self.conf, self.studies)}
 
     def init_trainers(self) -> dict:
         return {MODEL: TrainOnOneDevice(BUNDLE, self.conf)}

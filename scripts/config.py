@@ -245,6 +245,25 @@ def warn_some(what: str, names: Sequence[str]) -> None:
         logger.warning(f"{len(names)} {what}: {list(names[:5])}{' ...' if len(names) > 5 else ''}")
 
 
+def check_plain(value: Any, where: str) -> Any:
+    """Return data that comes from outside, if nothing in it would be parsed when it reached a configuration.
+
+    Args:
+        value: strings, numbers, lists and dictionaries.
+        where: where it comes from, for the message.
+
+    Raises:
+        InputError: for text that MONAI's parser would evaluate (``$``), look up (``@``) or read from a file (``%``).
+    """
+    if isinstance(value, str) and value.lstrip("+").startswith(("$", "@", "%")):
+        raise InputError(f"{where}: text that starts with '$', '@' or '%' is refused: {value[:80]!r}")
+    nested = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    if isinstance(nested, (list, tuple)):
+        for item in nested:
+            check_plain(item, where)
+    return value
+
+
 def running_parser() -> ConfigParser:
     """The parser of the running configuration, found on the call stack: MONAI offers no other way to get it."""
     frame = inspect.currentframe()

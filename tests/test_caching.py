@@ -255,3 +255,25 @@ def test_sampler_visits_every_volume_equally_often():
     assert visits != list(SliceSampler(data, slices_per_volume=3, seed=1))
     with pytest.raises(InputError, match="slices_per_volume=0"):
         SliceSampler(data, slices_per_volume=0, seed=0)
+
+
+class Payload:
+    """Unpickling it would create a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_foreign_entry_runs_no_code(phantoms, tmp_path, caplog):
+    items = load_subjects(str(phantoms), MODALITIES)[:2]
+    for _ in range(2):
+        shape = cached(items, phantoms, tmp_path)[0][0]["image"].shape
+    assert "is damaged" not in caplog.text  # our own entries can be read without running code
+    for entry in tmp_path.glob("*.pt"):
+        torch.save({"image": Payload(tmp_path / "executed")}, entry)
+    assert cached(items, phantoms, tmp_path)[0][0]["image"].shape == shape
+    assert not (tmp_path / "executed").exists()
+    assert "is damaged" in caplog.text

@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
-from conftest import MODALITIES
+from conftest import MODALITIES, ROOT
 from scripts.config import InputError
+from scripts.training.checkpoints import trained_settings
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def request_of(phantoms, tmp_path, run_bundle):
 
     def run(training, validation, modality="t1ce", **overrides):
         def items(numbers):
-            stems = [studies / f"BraTS20_Training_{number:03d}" for number in numbers]
+            stems = [studies / (n if isinstance(n, str) else f"BraTS20_Training_{n:03d}") for n in numbers]
             return [{"image": f"{stem}_{modality}.nii.gz", "label": f"{stem}_seg.nii.gz"} for stem in stems]
 
         set_by_server = {
@@ -76,3 +78,38 @@ def test_a_missing_sibling_stops_before_anything_is_written(request_of, tmp_path
     with pytest.raises(InputError, match=r"002_t1ce.nii.gz has no file for \['flair'\] beside it"):
         request_of([1, 2], [3])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["$__import__('os').getpid()", "$import this", "@device", "%/etc/passwd", ["$1"]])
+def test_options_of_a_request_are_never_evaluated(value, tmp_path):
+    """What MONAI Label does: read the options once, write those of a request into them, parse again."""
+    parser = ConfigParser()
+    parser.read_config(str(ROOT / "configs" / "inference.yaml"))
+    assert parser.get_parsed_content("displayable_configs")["sampler"] == "ddim"
+    parser["displayable_configs"].update({"num_samples": 3})
+    parser.parse()
+    assert parser.get_parsed_content("inferer").num_samples == 3
+    for option in ("sampler", "model_filename"):
+        with pytest.raises(InputError, match="is refused"):
+            parser["displayable_configs"].update({option: value})
+
+
+@pytest.mark.parametrize("value", ["$__import__('os').getpid()", "@device", "%file", {"WT": ["$1"]}])
+def test_settings_of_a_checkpoint_are_data(value, tmp_path):
+    checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
+    checkpoint["settings"]["regions"] = value
+    torch.save(checkpoint, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model.pt': text that starts with '\$', '@' or '%' is refused"):
+        trained_settings(str(tmp_path / "model.pt"))
+
+
+def test_hostile_names_of_files_are_subjects_like_any_other(request_of, tmp_path):
+    """A file may be called like an expression; its subject trains, and nothing is evaluated."""
+    marker = tmp_path / "executed"
+    hostile = f"$__import__('pathlib').Path({str(marker)!r}.replace('|', chr(47))).touch()".replace("/", "|")
+    studies = tmp_path / "studies"
+    for file in sorted(studies.glob("BraTS20_Training_001_*")):
+        file.rename(studies / file.name.replace("BraTS20_Training_001", hostile))
+    checkpoint, _ = request_of([hostile], [])
+    assert checkpoint["training_subjects"] == [hostile]
+    assert not marker.exists()

@@ -12,10 +12,12 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose
+from monai.utils import TraceKeys
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
@@ -24,6 +26,18 @@ from scripts.data.pictures import read_volume
 from scripts.data.subjects import item_files
 
 logger = logging.getLogger(__name__)
+
+# data that cache entries hold beside tensors; MONAI allows its MetaTensor itself
+torch.serialization.add_safe_globals(
+    [
+        np.ndarray,
+        np.dtype,
+        np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+        np._core.multiarray.scalar,  # type: ignore[attr-defined]
+        *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+        TraceKeys,
+    ]
+)
 
 
 def cached_dataset(
@@ -61,6 +75,7 @@ class VolumeCache(PersistentDataset):
     deterministic transforms. A copied data set therefore reuses the entries; a changed file or setting does not.
     Volumes ``[C, H, W, S]`` are stored slice by slice and memory-mapped, so that drawing a slice reads only that slice.
     Each entry is written in one step, so that several processes can fill one folder and may be killed at any time.
+    Entries are read without pickle's code execution; one that holds anything but data counts as damaged.
     """
 
     def __init__(self, data: Sequence[dict], transform: Compose, cache_dir: str) -> None:
@@ -75,7 +90,7 @@ class VolumeCache(PersistentDataset):
         file = self.files[item["subject"]]
         if file.is_file():
             try:
-                return torch.load(file, mmap=True, weights_only=False)
+                return torch.load(file, mmap=True, weights_only=True)  # a foreign entry must not run code
             except Exception as error:
                 logger.warning(f"cache entry {file} of '{item['subject']}' is damaged ({error}) and is replaced")
         content = self._pre_transform(copy.deepcopy(item))

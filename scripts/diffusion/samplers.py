@@ -123,7 +123,7 @@ def make_sampler(name: str, eta: float = 0.0) -> Sampler:
     Raises:
         InputError: for an unknown name, an invalid ``eta``, or if diffusers is needed but not installed.
     """
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise InputError(f"sampler '{name}' is not one of {list(SAMPLERS)}")
     if name == "ddim":
         return DDIM(eta)

@@ -1,4 +1,4 @@
-"""Training for MONAI Label: it overrides data, epochs and handlers, and the rest of the configuration must follow."""
+"""MONAI Label: options of requests, and training, whose data, epochs and handlers it overrides."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from scripts.config import InputError, warn_some
+from scripts.config import InputError, check_plain, warn_some
 from scripts.data.split import patient
 from scripts.data.subjects import Item, attach_grades, check_headers, subject_of
 from scripts.net import SETTINGS
 
 TRAINED = {"_target_": "scripts.training.checkpoints.trained_settings", "ckpt_path": "@ckpt_path"}
 GRADE_KEYS = ("grade_csv", "subject_column", "grade_column", "grade_labels")
+
+
+class PlainOptions(dict):
+    """Options of MONAI Label, which it updates from requests; text that its parser would evaluate is refused."""
+
+    def update(self, *others: Any, **values: Any) -> None:
+        new = dict(*others, **values)
+        check_plain(new, "an option of the request")
+        super().update(new)
 
 
 def apply_label_request(parser: ConfigParser) -> None:
@@ -36,6 +45,9 @@ def apply_label_request(parser: ConfigParser) -> None:
         return
     if not training:
         raise InputError("no image has a submitted label (with the tag 'final') to train on")
+    for item in [*training, *(validation if isinstance(validation, list) else [])]:
+        for key in ("image", "label"):  # an absolute path is never an expression
+            item[key] = str(Path(item[key]).absolute())
     changes: dict[str, Any] = {}
     if Path(parser.get_parsed_content("ckpt_path")).is_file():
         changes |= {"settings": TRAINED} | {key: f"$@settings['{key}']" for key in SETTINGS}

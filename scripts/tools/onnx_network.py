@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scripts.config import InputError, atomic_path
+from scripts.config import InputError, atomic_path, check_plain
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.networks.base import Outputs, SegmentationNetwork
 from scripts.networks.conditioning import ConditioningModule
@@ -156,7 +156,7 @@ class OnnxNetwork(SegmentationNetwork):
 
     def __init__(self, onnx_dir: str, device: str | torch.device = "cpu") -> None:
         denoiser, metadata = _open(Path(onnx_dir, DENOISER), torch.device(device))
-        settings = metadata["settings"]
+        settings = check_plain(metadata["settings"], f"onnx_dir '{onnx_dir}'")
         diffusion = {name: settings[name] for name in inspect.signature(GaussianDiffusion).parameters}
         super().__init__(GaussianDiffusion(**diffusion), metadata["out_channels"], metadata["divisor"])
         self.settings: dict[str, Any] = settings

@@ -14,7 +14,7 @@ from monai.engines import SupervisedTrainer
 from monai.engines.workflow import Workflow
 from torch import nn
 
-from scripts.config import InputError, TrainingError, atomic_path
+from scripts.config import InputError, TrainingError, atomic_path, check_plain
 from scripts.data.split import PATIENT_PATTERN, patient
 
 logger = logging.getLogger(__name__)
@@ -177,12 +177,13 @@ def trained_settings(ckpt_path: str) -> dict[str, Any]:
     """The settings that a checkpoint was trained with; inference takes them from here.
 
     Raises:
-        InputError: if the file is missing, damaged, or older than version 0.6.
+        InputError: if the file is missing, damaged, or older than version 0.6, or holds text that a configuration would
+            evaluate.
     """
     checkpoint = read_checkpoint(ckpt_path)
     if not isinstance(checkpoint.get("settings"), dict):
         raise InputError(f"ckpt_path '{ckpt_path}' holds no settings: it is older than version 0.6; train it again")
-    return checkpoint["settings"]
+    return check_plain(checkpoint["settings"], f"ckpt_path '{ckpt_path}'")
 
 
 def store_in_model(ckpt_path: str, buffers: Mapping[str, torch.Tensor]) -> None:
