@@ -18,6 +18,7 @@ from scripts.config import BUNDLE_ROOT
 NAME = "medsegdiff_segmentation"  # MONAI Label takes the kind of task from the folder name
 PARTS = (
     "LICENSE",
+    "SECURITY.md",
     "configs/*.yaml",
     "configs/metadata.json",
     "configs/logging.conf",
