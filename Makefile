@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 LABEL_VENV ?= .venv-label
-# waiting OpenMP threads sleep: spinning ones make torch many times slower beside another busy process (docs/performance.md)
+# One thread: the same result on every machine, and fast beside other programs (docs/performance.md). Where there are
+# more, waiting ones sleep.
 export OMP_WAIT_POLICY = PASSIVE
-RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(VENV)/bin/python
+RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python
 DEMO = "['configs/train.yaml','configs/demo.yaml']"
 
 .PHONY: demo staged test conformance docs-test label-env label-test release lint clean
