@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pydoc import locate
@@ -226,14 +226,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = "".join(path.suffixes[-2:])  # writers choose the format by it
-    handle, name = tempfile.mkstemp(prefix=".partial_", suffix=suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    partial = path.parent / f".partial_{uuid.uuid4().hex}{suffix}"
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the permissions that umask leaves
     try:
         yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

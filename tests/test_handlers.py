@@ -38,6 +38,21 @@ def test_gradient_is_clipped_and_its_norm_logged():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_gradient_does_not_reach_the_weights(value):
+    weight = torch.nn.Parameter(torch.zeros(2))
+
+    def step(engine, batch):
+        weight.grad = torch.tensor([1.0, value if engine.state.iteration == 2 else 1.0])
+        engine.optimizer.step()
+
+    engine = engine_with(step, [weight])
+    GradientClipping(max_norm=1.0).attach(engine)
+    with pytest.raises(TrainingError, match=r"the gradient norm is (nan|inf) in epoch 1, iteration 2: lower"):
+        engine.run(range(3), max_epochs=1)
+    assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_loss_names_the_subjects(value):
     def step(engine, batch):
         engine.state.output = {"loss": torch.tensor(value if "s2" in batch["subject"] else 1.0)}

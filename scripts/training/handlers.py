@@ -69,6 +69,9 @@ class GradientClipping:
 
     Args:
         max_norm: upper bound of the norm.
+
+    Raises:
+        TrainingError: (in training) if the norm is NaN or infinite, before it reaches the weights.
     """
 
     def __init__(self, max_norm: float = 1.0) -> None:
@@ -81,6 +84,7 @@ class GradientClipping:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
 
     def started(self, engine: SupervisedTrainer) -> None:
+        self.state = engine.state
         engine.optimizer.register_step_pre_hook(self.clip)
 
     def epoch_started(self, engine: SupervisedTrainer) -> None:
@@ -88,7 +92,13 @@ class GradientClipping:
 
     def clip(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.max_norm).detach())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm).detach()
+        if not torch.isfinite(norm):  # clipping would turn every gradient into NaN
+            raise TrainingError(
+                f"the gradient norm is {norm.item()} in epoch {self.state.epoch}, iteration {self.state.iteration}: "
+                "lower learning_rate; the weights are those of the step before"
+            )
+        self.norms.append(norm)
 
     def epoch_completed(self, engine: SupervisedTrainer) -> None:
         engine.state.metrics["grad_norm"] = float(torch.stack(self.norms).mean()) if self.norms else float("nan")
