@@ -33,6 +33,7 @@ def counts() -> dict[str, int]:
         "imports of train.yaml": len(train["imports"]),
         "expressions in run of train.yaml": len(train["run"]),
         "lines of inference.yaml": len(files["inference"].splitlines()),
+        "lines of configs/": sum(len(file.read_text().splitlines()) for file in (ROOT / "configs").glob("*.yaml")),
         "longest line of configs/": max(
             len(line) for file in (ROOT / "configs").glob("*.yaml") for line in file.read_text().splitlines()
         ),
