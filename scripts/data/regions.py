@@ -117,17 +117,11 @@ class LabelToRegionsd(MapTransform):
         return d
 
 
-class RegionsToLabeld(MapTransform):
+class RegionsToLabeld(LabelToRegionsd):
     """Dictionary transform of :meth:`RegionCoding.to_label`, the inverse of :class:`LabelToRegionsd`.
 
-    Args:
-        keys: keys of the region channels.
-        coding: regions and their label values.
+    Its arguments are the same; the keys are those of the region channels.
     """
-
-    def __init__(self, keys: KeysCollection, coding: RegionCoding) -> None:
-        super().__init__(keys)
-        self.coding = coding
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         d = dict(data)
