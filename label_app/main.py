@@ -5,7 +5,9 @@ Start the server with ``--app <repository>/label_app``. Nothing is copied or dow
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,6 +37,7 @@ RANGES = {"num_inference_steps": (0, 1000), "num_samples": (1, 32)}
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 UPLOADS = tempfile.mkdtemp(prefix="medsegdiff_label_")  # MONAI Label writes what clients upload to the temporary folder
 tempfile.tempdir = UPLOADS
+atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
 
 class SegmentAndGrade(BundleInferTask):

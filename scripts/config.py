@@ -200,9 +200,9 @@ def resumable_config() -> dict[str, Any]:
             result = parser.get_parsed_content(key)
             config[key] = result if isinstance(result, (bool, int, float, str, list, dict)) else value
     config = json.loads(json.dumps(config, default=str))
-    config["train"]["handlers"] = [
-        handler for handler in config["train"]["handlers"] if "MLFlowHandler" not in str(handler)
-    ]
+    for group in ("train", "validate"):  # `--tracking mlflow` adds to both
+        handlers = config[group]["handlers"]
+        config[group]["handlers"] = [handler for handler in handlers if "MLFlowHandler" not in str(handler)]
     kept = {
         key: value
         for key, value in _flatten(config)

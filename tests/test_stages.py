@@ -166,3 +166,4 @@ def test_tracking_with_mlflow(phantoms, run_bundle, tmp_path):
     assert all("/" in name for name in run.data.metrics)
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"metrics.csv", "learning_curves.png", "config.yaml", "model.pt", "last.pt"} <= files
+    run_bundle(["train.yaml", "resume.yaml"], **folders)  # tracking is no part of what must stay the same
