@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import hardware, markdown  # noqa: E402
+from scripts.data.subjects import item_files  # noqa: E402
 from scripts.tools.phantom import make_dataset  # noqa: E402
 
 
@@ -36,14 +37,14 @@ def main() -> None:
     data = args.output_dir / "data"
     if not data.is_dir():
         make_dataset(data, args.num_subjects, shape=(240, 240, 155))
-    items = configured(data, args.image_size).get_parsed_content("datalist")["validation"]
+    items = configured(data, args.image_size).get_parsed_content("datalist")["judged"]
     rng = np.random.default_rng(0)
 
     def read_all(_: int) -> None:
         """What the public loader does: all five volumes, for one slice of each."""
         item = items[rng.integers(len(items))]
         index = rng.integers(155)
-        for file in [*item["image"], item["label"]]:
+        for file in item_files(item):
             nib.load(file).get_fdata()[..., index]
 
     rows = [rate("five volumes read per slice", read_all, 10)]
@@ -66,7 +67,7 @@ def configured(data: Path, image_size: int, **settings) -> ConfigParser:
     config = ConfigParser()
     config.read_config(str(ROOT / "configs" / "train.yaml"))
     config.update({"dataset_dir": str(data), "image_size": image_size, "datalist::subset": "all", **settings})
-    config.update({"train::dataset::data": "$@datalist['validation']"})
+    config.update({"train::dataset::data": "$@datalist['judged']"})
     return config
 
 

@@ -81,6 +81,7 @@ def steps_per_second(seconds: float) -> float:
         "image": torch.randn(batch_size, 4, size, size),
         "label": torch.rand(batch_size, 1, size, size).round(),
         "grade": torch.arange(batch_size) % 2,
+        "empty": torch.zeros(batch_size, dtype=torch.bool),
         "subject": ["s"] * batch_size,
     }
     steps, start = -3, time.perf_counter()

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from pydoc import locate
 from types import TracebackType
@@ -45,6 +45,10 @@ FREE_ON_RESUME = (
     "num_workers", "distributed", "resume", "subset", "num_eval_cases", "datalist_file", "grade_csv",
     "train::compile", "validate::inferer::sampling_batch_size",
 )  # fmt: skip
+
+
+NULLABLE = ("num_folds",)  # keys that may be null although their default is not
+MAX_REASONS = 20  # listed in one message
 
 
 class InputError(ValueError):
@@ -152,7 +156,8 @@ def check_values(config: dict, *bases: str) -> None:
     """
     defaults = {key: value for base in bases for key, value in read_config(base).items()}
     for key, default in defaults.items():
-        if key in config and not isinstance(default, str) and default is not None:
+        nullable = key in NULLABLE and config.get(key, default) is None
+        if key in config and not isinstance(default, str) and default is not None and not nullable:
             _check_value(key, config[key], default)
     given = dict(_flatten(config))
     for address, default in _flatten(defaults):
@@ -233,6 +238,27 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_all(items: Iterable[Any], check: Callable[[Any], Any]) -> list[Any]:
+    """Results of ``check`` for all items. If it refuses some of them, raise one InputError with all reasons."""
+    results, reasons = [], []
+    for item in items:
+        try:
+            results.append(check(item))
+        except InputError as error:
+            reasons.append(str(error))
+    refuse_all(reasons)
+    return results
+
+
+def refuse_all(reasons: Sequence[str]) -> None:
+    """Raise one InputError that lists the first 20 reasons; return if there is none."""
+    if len(reasons) == 1:
+        raise InputError(reasons[0])
+    if reasons:
+        rest = [f"... and {len(reasons) - MAX_REASONS} more"] if len(reasons) > MAX_REASONS else []
+        raise InputError("\n- ".join([f"{len(reasons)} errors in the data:", *reasons[:MAX_REASONS], *rest]))
 
 
 def warn_some(what: str, names: Sequence[str]) -> None:

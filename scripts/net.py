@@ -66,7 +66,8 @@ class MedSegDiff(SegmentationNetwork):
     ) -> None:
         resolved = resolve_variant(variant, channels, calib_channels, num_res_blocks, conditioning)
         image_channels = resolved.calib_channels or () if HIGHWAY in resolved.conditioning else ()
-        super().__init__(diffusion, out_channels, 2 ** (max(len(resolved.channels), len(image_channels)) - 1))
+        divisor = 2 ** (max(len(resolved.channels), len(image_channels)) - 1)
+        super().__init__(diffusion, out_channels, num_grades, divisor)
         self.self_conditioning = self_conditioning
         self.has_calib_map = bool(image_channels)
         self.calibrator = ImageUNet(in_channels, out_channels, image_channels) if image_channels else None
@@ -76,8 +77,8 @@ class MedSegDiff(SegmentationNetwork):
 
     @property
     def noised_mask(self) -> str:  # type: ignore[override]
-        """What training noises by default. For epsilon only the truth works: the loss is unbounded otherwise."""
-        if self.diffusion.prediction_type == "epsilon":
+        """What training noises by default. Only the truth gives ``epsilon`` and ``v_prediction`` a bounded target."""
+        if self.diffusion.prediction_type != "sample":
             return "truth"
         return "calibration" if self.has_calib_map else "prediction"
 
@@ -126,7 +127,15 @@ ARCHITECTURES: dict[str, type[SegmentationNetwork]] = {
     "PlainUNet": PlainUNet,
     "GradingResNet": GradingResNet,
 }
-DATA_SETTINGS = ("modalities", "regions", "region_labels", "background_label", "grade_labels", "image_size")
+DATA_SETTINGS = (
+    "modalities",
+    "regions",
+    "region_labels",
+    "background_label",
+    "grade_labels",
+    "image_size",
+    "normalise_nonzero",
+)
 DERIVED = ("diffusion", "in_channels", "out_channels", "num_grades")
 # names of the settings that give the weights their meaning; each is a public key of train.yaml
 SETTINGS = (

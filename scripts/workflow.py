@@ -16,6 +16,7 @@ from ignite.handlers import EarlyStopping
 from monai.bundle import ConfigParser
 from monai.engines import Evaluator, Trainer
 from monai.utils import set_determinism
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from scripts.config import InputError, check_plain, resumable_config, running_parser, save_config, start_run
 from scripts.data.datalist import describe, write_datalist
@@ -26,7 +27,8 @@ from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
 from scripts.tools.monai_label import PlainOptions, apply_label_request
 from scripts.tools.onnx_network import export_onnx
-from scripts.training.checkpoints import NAMING, check_resumable, check_settings, check_unseen, load_weights
+from scripts.training.checkpoints import NAMING, check_resumable, check_settings, load_weights
+from scripts.training.lineage import check_unseen
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +60,12 @@ def train() -> None:
     apply_label_request(parser)
     network, datalist = _check_training(value)
     if start := value("init_ckpt"):
-        check_unseen(start, datalist["validation"], "validation", value("patient_pattern"))
+        check_unseen(start, datalist["validation"] + datalist["test"], value("dataset_name"), value("patient_pattern"))
         load_weights(network, start, value("settings"))
     checkpoints = value("checkpoints")
     checkpoints.config = resumable_config()
     if value("resume"):
-        subjects = [item["subject"] for item in datalist["training"]]
-        check_resumable(value("ckpt_dir"), network, value("settings"), checkpoints.config, subjects)
+        check_resumable(value("ckpt_dir"), network, value("settings"), checkpoints.config, value("lineage"))
     value("optimizer")  # freezes parameters, which must be done before the network is wrapped for several processes
     if value("train::compile"):
         for child in network.children():
@@ -80,6 +81,8 @@ def train() -> None:
         checkpoints.full["early_stopping"] = stopping
     if value("resume"):
         checkpoints.resume(trainer)
+    for weights in (network, value("validated_network")):
+        weights.calibration.reset()  # it belongs to other weights
     write_datalist(datalist, str(output_dir / "datalist.json"), value("dataset_dir"))
     save_config(str(output_dir / "config.yaml"))
     if trainer.state.epoch < value("max_epochs") and not (stopping and stopping.counter >= stopping.patience):
@@ -89,12 +92,12 @@ def train() -> None:
 
 
 def evaluate() -> None:
-    """Score the weights of ``ckpt_path`` on subjects that they were not trained on."""
-    _, value = _start("train.yaml")
+    """Score or calibrate the weights of ``ckpt_path`` on subjects that they were not trained on."""
+    _, value = _start("train.yaml", "evaluate.yaml")
     network = value("network_def")
     value("validate::inferer").check(network, value("image_size"))
     load_weights(value("network"), value("ckpt_path"), value("settings"))
-    check_unseen(value("ckpt_path"), value("datalist")["validation"], value("subset"), value("patient_pattern"))
+    value("chosen_by")  # refuses subjects that the weights were trained on
     evaluator = value("validate::evaluator")
     save_config(value("output_dir") + "/evaluate.yaml")
     evaluator.run()
@@ -147,11 +150,16 @@ def _check_training(value: Callable[[str], Any]) -> tuple[SegmentationNetwork, d
     """Network and data list of a training, after they have been checked and described on the console."""
     network, datalist, alpha = value("network_def"), value("datalist"), value("alpha")
     check_alpha(alpha, value("grade_labels"))
+    if not datalist["validation"]:
+        logger.warning("there is no validation subject: model.pt will hold the last weights")
+        if value("train::early_stopping") or isinstance(value("lr_scheduler"), ReduceLROnPlateau):
+            raise InputError("early_stopping and lr_plateau.yaml need validation subjects: raise validation_share")
     value("validate::inferer").check(network, value("image_size"))
     value("train::inferer").check(network)
     value("loss").check(network, [item["grade"] for item in datalist["training"]])
     if idist.get_rank() == 0:
-        print(describe(datalist, alpha, value("grade_labels")), flush=True)
+        grades = value("grade_labels") if network.cls_head is not None else None
+        print(describe(datalist, value("patient_pattern"), alpha, grades), flush=True)
     return network, datalist
 
 

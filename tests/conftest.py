@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.data import MetaTensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,4 +146,20 @@ def item(tmp_path):
         "uncertainty": meta(0.5 * label),
         "sample_dice": torch.tensor([0.75]),
         "volume_temperature": torch.tensor([1.0]),
+        "volume_margin": torch.tensor([0.0]),
+        "grade_prior": torch.tensor([0.5, 0.5]),
     }
+
+
+@pytest.fixture
+def evaluate_items():
+    """Function that runs an ignite engine with a handler over evaluated items, one per iteration."""
+
+    def run(handler, items, **attributes) -> None:
+        engine = Engine(lambda engine, item: [item])
+        for name, value in attributes.items():
+            setattr(engine, name, value)
+        handler.attach(engine)
+        engine.run(items, max_epochs=1)
+
+    return run

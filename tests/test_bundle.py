@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import MODALITIES, ROOT, run_configs
+from conftest import MODALITIES, ROOT, TINY_TRAINING, run_configs
 from scripts.config import InputError, TrainingError
 from scripts.data.regions import LabelToRegionsd, RegionCoding
 from scripts.networks.conditioning import CONDITIONING
@@ -57,11 +57,13 @@ def test_training_writes_what_the_docs_name(trained):
     ]  # fmt: skip
     assert table["split"].tolist() == ["train", "validation"] * 2
     always = ["dice", "iou", "auc", "f1", "accuracy", "L_seg", "L_cls", "L_total", "sigma_seg", "sigma_cls"]
-    assert table[always].notna().all(axis=None)
+    assert table[[name for name in always if name != "auc"]].notna().all(axis=None)
+    assert table.loc[table["split"] == "train", "auc"].notna().all()  # the one validation subject has no AUC
+    assert table["L_calib"].notna().all()  # L_total contains it in both rows
     assert table.loc[table["split"] == "train", "grad_norm"].gt(0).all()
     assert table["sigma_seg"].nunique() > 1  # the sigma is optimised
     split = json.loads((trained / "datalist.json").read_text())
-    assert (len(split["training"]), len(split["validation"])) == (8, 2)
+    assert [len(split[name]) for name in ("training", "validation", "test")] == [7, 1, 2]
 
 
 def test_training_is_reproducible(trained, phantoms, run_bundle, tmp_path):
@@ -84,25 +86,54 @@ def test_saved_configuration_runs_again(trained, run_bundle, tmp_path, monkeypat
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "rerun" / "metrics.csv").drop(columns="seconds"), before)
 
 
-def test_evaluation_judges_the_held_out_subjects(trained, phantoms, run_bundle, tmp_path):
-    out = tmp_path / "eval"
-    run_bundle(["train.yaml", "evaluate.yaml"], dataset_dir=str(phantoms), output_dir=str(out), ckpt_dir=str(trained))
-    table = pd.read_csv(out / "subjects.csv")
-    held_out = {item["subject"] for item in json.loads((trained / "datalist.json").read_text())["validation"]}
-    assert set(table["subject"]) == held_out
-    summary = json.loads((out / "summary.json").read_text())
+def test_evaluation_judges_subjects_that_chose_nothing(trained, phantoms, run_bundle, tmp_path):
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained)}
+    split = json.loads((trained / "datalist.json").read_text())
+    summaries = {}
+    for subset in ("test", "validation"):
+        out = tmp_path / subset
+        run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(out), subset=subset, **common)
+        assert pd.read_csv(out / "subjects.csv")["subject"].tolist() == [item["subject"] for item in split[subset]]
+        summaries[subset] = json.loads((out / "summary.json").read_text())
+    assert summaries["test"]["settings"]["chosen_by"] == 0
+    assert summaries["validation"]["settings"]["chosen_by"] == len(split["validation"])
     best = pd.read_csv(trained / "metrics.csv").query("split == 'validation'")["dice"].max()
-    assert summary["segmentation"]["WT"]["dice"]["mean"]["value"] == pytest.approx(best, abs=1e-4)
-    assert {"auc", "accuracy", "f1", "f1_LGG", "f1_HGG"} == summary["grading"].keys()
-    assert len(list((out / "overlays").glob("*.png"))) == 2
+    dice = summaries["validation"]["segmentation"]["WT"]["dice"]["mean"]["value"]
+    assert dice == pytest.approx(best, abs=1e-4)
+    names = {"auc", "accuracy", "f1", "f1_LGG", "f1_HGG", "brier", "log_loss", "log_loss_of_prior"}
+    assert names == summaries["test"]["grading"].keys()
+    assert len(list((tmp_path / "test" / "overlays").glob("*.png"))) == 2
+
+
+def test_a_two_way_split_says_that_the_judged_subjects_chose(phantoms, run_bundle, tmp_path, capsys):
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(tmp_path), "validation_share": 0}
+    run_bundle(["train.yaml"], output_dir=str(tmp_path / "out"), **common)
+    run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / "eval"), **common)
+    assert json.loads((tmp_path / "eval" / "summary.json").read_text())["settings"]["chosen_by"] == 2
+    assert "2 of them chose the weights or the calibration" in capsys.readouterr().out
+
+
+def test_training_on_all_subjects(phantoms, run_bundle, tmp_path):
+    common = {"dataset_dir": str(phantoms), "ckpt_dir": str(tmp_path), "validation_share": 0}
+    run_bundle(["train.yaml", "all_subjects.yaml"], output_dir=str(tmp_path / "out"), **common)
+    checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert len(checkpoint["lineage"]["training"][phantoms.name]) == 10
+    assert checkpoint["epoch"] == TINY_TRAINING["max_epochs"]  # the last weights: nothing could choose
+    assert set(pd.read_csv(tmp_path / "out" / "metrics.csv")["split"]) == {"train"}
+    for stop in ({"train::early_stopping": 1}, {"configs": "lr_plateau.yaml"}):
+        files = ["train.yaml", "all_subjects.yaml", *([stop.pop("configs")] if "configs" in stop else [])]
+        with pytest.raises(InputError, match="need validation subjects"):
+            run_bundle(files, output_dir=str(tmp_path / "out"), **common, **stop)
 
 
 def test_calibration_is_stored_and_applied(trained, phantoms, run_bundle, tmp_path):
     common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained)}
-    files = ["train.yaml", "evaluate.yaml", "calibrate.yaml"]
-    run_bundle(files[:2], output_dir=str(tmp_path / "before"), **common)
+    shutil.copy(trained / "model.pt", tmp_path / "copy.pt")
+    common["ckpt_path"] = str(tmp_path / "copy.pt")
+    files, judge = ["train.yaml", "evaluate.yaml", "calibrate.yaml"], {"subset": "validation", **common}
+    run_bundle(files[:2], output_dir=str(tmp_path / "before"), **judge)
     run_bundle(files, output_dir=str(tmp_path / "calibrate"), **common)
-    run_bundle(files[:2], output_dir=str(tmp_path / "after"), **common)
+    run_bundle(files[:2], output_dir=str(tmp_path / "after"), **judge)
     fitted = json.loads((tmp_path / "calibrate" / "calibration.json").read_text())
     before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("before", "after"))
     assert fitted["WT"]["foreground"]["temperature"] != pytest.approx(1, abs=0.05)
@@ -211,7 +242,7 @@ def test_three_regions_are_judged_as_they_are_saved(phantoms, run_bundle, tmp_pa
     common = {"dataset_dir": str(phantoms), "ckpt_dir": str(tmp_path), "regions": regions}
     run_bundle(["train.yaml"], output_dir=str(tmp_path / "out"), learning_rate=0.01, **common)
     best = pd.read_csv(tmp_path / "out" / "metrics.csv").query("split == 'validation'")["dice"].max()
-    run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / "eval"), **common)
+    run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / "eval"), subset="validation", **common)
     run_bundle(["inference.yaml"], output_dir=str(tmp_path / "pred"), **common)
     table = pd.read_csv(tmp_path / "eval" / "subjects.csv").set_index("subject")
     assert table[[f"dice_{region}" for region in regions]].mean(axis=None) == pytest.approx(best, abs=1e-4)
@@ -387,7 +418,7 @@ def test_three_grades(copied, run_bundle, tmp_path):
         more = {"output_dir": str(tmp_path / kind), "grade_labels": labels, "num_folds": 2}
         run_bundle([*files, *(["calibrate.yaml"] if kind == "calibrate" else [])], **more, **common)
     summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
-    assert list(summary["grading"]) == ["auc", "f1", "f1_G2", "f1_G3", "f1_G4", "accuracy"]
+    assert list(summary["grading"])[:6] == ["auc", "f1", "f1_G2", "f1_G3", "f1_G4", "accuracy"]
     run_bundle(["inference.yaml"], output_dir=str(tmp_path / "inference"), **common)
     grades = pd.read_csv(tmp_path / "inference" / "grades.csv")
     prob = grades[["prob_G2", "prob_G3", "prob_G4"]]
@@ -422,11 +453,9 @@ def test_inference_does_not_write_among_the_volumes(trained, copied, run_bundle)
         run_bundle(["inference.yaml"], dataset_dir=folder, output_dir=folder, ckpt_dir=str(trained))
 
 
-def test_training_is_not_judged_on_all_subjects(trained, phantoms, run_bundle, tmp_path):
-    """`subset` and `num_eval_cases` are keys of evaluation; training does not use them."""
-    out = {"output_dir": str(tmp_path / "o"), "ckpt_dir": str(tmp_path / "o")}
-    run_bundle(["train.yaml"], dataset_dir=str(phantoms), subset="all", num_eval_cases=1, max_epochs=1, **out)
-    assert (tmp_path / "o" / "datalist.json").read_text() == (trained / "datalist.json").read_text()
+def test_training_has_no_key_of_evaluation(phantoms, run_bundle):
+    with pytest.raises(InputError, match="unknown configuration key 'subset'"):
+        run_bundle(["train.yaml"], dataset_dir=str(phantoms), subset="all")
 
 
 def test_command_line_from_another_folder_prints_the_error_alone(phantoms, tmp_path):
@@ -444,7 +473,7 @@ def test_real_brats2021_case_has_every_region(shared_data):
     from scripts.data.subjects import find_subjects
 
     (item,) = find_subjects(str(shared_data / "brats2021"), MODALITIES)
-    label = torch.as_tensor(np.asarray(nib.load(item["label"]).dataobj))[None]
+    label = torch.as_tensor(np.asarray(nib.load(item["label"][0]).dataobj))[None]
     tc, wt, et = LabelToRegionsd("label", RegionCoding(["TC", "WT", "ET"], {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}))(
         {"label": label}
     )["label"]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -12,9 +11,23 @@ from monai.data import MetaTensor
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
-from scripts.report.calibration import TemperatureFit, cross_fitted, fit_temperature, to_classes
+from scripts.report.calibration import (
+    COVERAGE,
+    CalibrationFit,
+    calibrate,
+    conformal_margin,
+    cross_fitted,
+    fit_grades,
+    fit_temperature,
+    to_classes,
+    volume_at,
+    volume_curve,
+)
+from scripts.report.metrics import grade_losses
+from scripts.sampling.inferer import VolumeInferer
 from scripts.sampling.probability import temperature_scaled
 from scripts.training.checkpoints import load_weights, read_checkpoint
+from scripts.training.losses import MultiTaskLoss
 from test_net import TINY
 
 
@@ -28,7 +41,7 @@ def overconfident(temperature, num=100_000, seed=0):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_is_found(temperature):
     prob, truth = overconfident(temperature)
-    assert fit_temperature(to_classes(prob), truth) == pytest.approx(temperature, rel=0.03)
+    assert fit_temperature(to_classes(prob), truth)[0] == pytest.approx(temperature, rel=0.03)
 
 
 def test_scaling_keeps_masks_and_orders():
@@ -42,21 +55,78 @@ def test_scaling_keeps_masks_and_orders():
     assert temperature_scaled(torch.tensor(torch.nan), torch.tensor(2.0)).isnan()
 
 
-def test_cross_fitting_uses_the_others():
-    # nine subjects need temperature 2, the tenth needs 1: the tenth must be scaled by the temperature of the nine
-    subjects = [overconfident(2.0, 5000, seed) for seed in range(9)] + [overconfident(1.0, 5000, 9)]
+def test_cross_fitting_uses_other_patients():
+    # eight subjects need temperature 2; the ninth and tenth, of one patient, need 1 and are scaled by that of the eight
+    subjects = [overconfident(2.0, 5000, seed) for seed in range(8)] + [overconfident(1.0, 5000, 8 + i) for i in (0, 1)]
     probs = [to_classes(prob) for prob, _ in subjects]
     truths = [truth for _, truth in subjects]
-    scaled = cross_fitted(probs, truths)
-    expected = temperature_scaled(torch.tensor(subjects[9][0]), torch.tensor(2.0)).numpy()
-    assert np.abs(scaled[9][:, 1] - expected).max() < 0.02
-    assert cross_fitted(probs[:1], truths[:1])[0] is probs[0]
+    scaled = cross_fitted(probs, truths, [*"abcdefghii"], fit_temperature)
+    for i in (8, 9):
+        expected = temperature_scaled(torch.tensor(subjects[i][0]), torch.tensor(2.0)).numpy()
+        assert np.abs(scaled[i][:, 1] - expected).max() < 0.02
+    assert cross_fitted(probs[8:], truths[8:], ["i", "i"], fit_temperature)[0] is probs[8]
+
+
+def graded(count, seed, share=0.79):
+    """Grades, and the probabilities of a network that was trained with equal weight on both, twice too sure."""
+    rng = np.random.default_rng(seed)
+    truth = (rng.random(count) < share).astype(int)
+    logit = rng.normal(2 * truth - 1, 1)  # the log likelihood ratio is twice this value
+    return to_classes(1 / (1 + np.exp(-4 * logit))), truth
+
+
+def test_the_grade_gets_the_prior_of_its_patients():
+    """A temperature alone leaves the mean probability of the frequent grade too low, and the log loss too high."""
+    prior_bias = np.log([0.21, 0.79])
+    prob, truth = graded(100, 0)
+    new, new_truth = graded(20_000, 1)
+    temperature, bias = fit_grades(prob, truth, prior_bias)
+    both = grade_losses(calibrate(new, temperature, bias), new_truth)["log_loss"]
+    alone = grade_losses(calibrate(new, *fit_temperature(prob, truth)), new_truth)["log_loss"]
+    ideal = grade_losses(calibrate(new, 2.0, prior_bias), new_truth)["log_loss"]
+    assert ideal < both < ideal + 0.01
+    assert both < alone - 0.03
+    assert calibrate(new, temperature, bias)[:, 1].mean() == pytest.approx(0.79, abs=0.04)
+
+
+def test_few_patients_change_little():
+    temperature, bias = fit_grades(np.array([[0.999, 0.001]]), np.array([1]), np.log([0.5, 0.5]))
+    assert 1 < temperature < 5
+    assert abs(bias[1] - bias[0]) < 2
+
+
+@pytest.mark.parametrize("patients", [9, 30, 100])
+def test_margins_cover_the_next_patient(patients):
+    """The coverage of split conformal prediction, over many draws: 90 % to 90 % + 1 / (n + 1)."""
+    rng = np.random.default_rng(0)
+    names = [str(i) for i in range(patients)]
+    covered = [rng.normal() <= conformal_margin(rng.normal(size=patients), names) for _ in range(4000)]
+    assert COVERAGE - 0.015 < np.mean(covered) < COVERAGE + 1 / (patients + 1) + 0.015
+
+
+def test_patients_with_many_subjects_count_once():
+    """Of ten patients, one has a hundred subjects with large scores: its weight is that of one patient."""
+    scores, names = [*range(9), *([50.0] * 100)], [*"abcdefghi", *("j" * 100)]
+    assert conformal_margin(scores, names) == 50
+    assert conformal_margin([*scores, *range(20)], [*names, *map(str, range(20))]) < 50
+    assert np.isinf(conformal_margin([1.0] * 50, ["a"] * 43 + [*"bcdefgh"]))
+
+
+def test_volumes_at_any_temperature():
+    prob = np.random.default_rng(0).random((20, 20, 20)).astype(np.float32)
+    curve = volume_curve(prob)
+    for temperature in (0.5, 1.0, 3.0):
+        scaled = temperature_scaled(torch.tensor(prob), torch.tensor(temperature))
+        for level in (0.05, 0.5, 0.95):
+            assert volume_at(curve, level, temperature) == pytest.approx((scaled > level).sum().item(), abs=100)
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
-    torch.save({"model": network.state_dict(), "settings": {"seed": 1}}, tmp_path / "model.pt")
+    loss = MultiTaskLoss(network.diffusion, alpha=[1.0, 1.0])
+    content = {"model": network.state_dict(), "loss": loss.state_dict(), "settings": {"seed": 1}}
+    torch.save(content | {"lineage": {"training": {}, "validation": {}}}, tmp_path / "model.pt")
     return str(tmp_path / "model.pt")
 
 
@@ -71,11 +141,12 @@ def items(tmp_path):
             background[8:] = 0
             nib.save(nib.Nifti1Image(background, np.eye(4)), tmp_path / f"{i}_t1.nii")
             prob, truth = overconfident(2.0, 2 * 16**3, i)
-            prob, label = (torch.tensor(values, dtype=torch.float32).reshape(2, 16, 16, 16) for values in (prob, truth))
+            prob, label = (MetaTensor(values, dtype=torch.float32).reshape(2, 16, 16, 16) for values in (prob, truth))
             prob[:, 8:] = label[:, 8:]  # must not count for the foreground
             pred = MetaTensor(prob > 0.5, meta={"filename_or_obj": str(tmp_path / f"{i}_t1.nii")})
             found.append(
                 {
+                    "subject": f"s{i}",
                     "prob": prob,
                     "label": label,
                     "pred": pred,
@@ -88,46 +159,65 @@ def items(tmp_path):
     return make
 
 
-def fit(checkpoint, folder, evaluated):
-    handler = TemperatureFit(checkpoint, str(folder), ["TC", "WT"])
-    network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
-    network.foreground_temperature.fill_(9)
-    engine = SimpleNamespace(network=network, state=SimpleNamespace(output=evaluated))
-    handler.started(engine)
-    assert (network.foreground_temperature == 1).all()  # an earlier fit must not change this one
-    handler.iteration_completed(engine)
-    handler.completed(engine)
-    return network
+@pytest.fixture
+def fit(checkpoint, tmp_path, evaluate_items):
+    """Function that fits the calibration to evaluated items, and returns the network with the result."""
+
+    def run(evaluated):
+        names = [item["subject"] for item in evaluated]
+        labels = {"LGG": 0, "HGG": 1}
+        handler = CalibrationFit(checkpoint, str(tmp_path), ["TC", "WT"], labels, "(.+)", evaluated, {"d": names})
+        network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
+        network.calibration.foreground_temperature.fill_(9)  # an earlier fit must not change this one
+        evaluate_items(handler, evaluated, network=network, inferer=VolumeInferer(num_samples=3))
+        assert (network.calibration.foreground_temperature == 1).all()
+        load_weights(network, checkpoint, {"seed": 1})
+        return network.calibration
+
+    return run
 
 
-def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items):
-    network = fit(checkpoint, tmp_path, items())
-    load_weights(network, checkpoint, {"seed": 1})
-    assert network.foreground_temperature.tolist() == pytest.approx([2, 2], rel=0.1)
+def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items, fit, caplog):
+    calibration = fit(items())
+    assert calibration.foreground_temperature.tolist() == pytest.approx([2, 2], rel=0.1)
     # the right and certain voxels outside the foreground belong to the lesion set only
-    assert (network.lesion_temperature < network.foreground_temperature).all()
-    assert network.grade_temperature != 1
+    assert (calibration.lesion_temperature < calibration.foreground_temperature).all()
+    assert calibration.grade_temperature != 1
+    assert calibration.sampling == VolumeInferer(num_samples=3).sampling
+    assert calibration.grade_prior.tolist() == [0.5, 0.5]
     report = json.loads((tmp_path / "calibration.json").read_text())
     for region in ("TC", "WT"):
         scores = report[region]["foreground"]
         assert scores["after"]["ece"] < 0.03 < scores["before"]["ece"]
         assert scores["after"]["brier"] < scores["before"]["brier"]
         assert scores["cross_fitted"]["ece"] == pytest.approx(scores["after"]["ece"], abs=0.02)
-        assert scores["subjects"] == 6
+        assert scores["subjects"] == scores["patients"] == 6
+        assert report[region]["volume_margin"] is None
+    assert calibration.volume_margin.isinf().all()
+    assert "6 patients are too few for intervals of the volume" in caplog.text
     assert report["grade"]["after"]["log_loss"] <= report["grade"]["before"]["log_loss"]
     assert read_checkpoint(checkpoint)["settings"] == {"seed": 1}  # the rest of the checkpoint is kept
+    assert read_checkpoint(checkpoint)["lineage"]["validation"] == {"d": [f"s{i}" for i in range(6)]}
 
 
-def test_one_class_leaves_the_grade_alone(checkpoint, tmp_path, caplog, items):
-    network = fit(checkpoint, tmp_path, items(grades=(1, 1)))
-    load_weights(network, checkpoint, {"seed": 1})
-    assert network.grade_temperature == 1
+def test_volumes_are_calibrated_with_enough_patients(tmp_path, items, fit):
+    found = [item | {"subject": f"{name}{item['subject']}"} for name in "ab" for item in items()]
+    calibration = fit(found)
+    assert calibration.volume_margin.isfinite().all()
+    # 11 of 12 volumes must lie inside; those of this model differ little from what it expects
+    assert (calibration.volume_margin < 0).all()
+
+
+def test_one_class_leaves_the_grade_alone(caplog, items, fit):
+    calibration = fit(items(grades=(1, 1)))
+    assert calibration.grade_temperature == 1
+    assert not calibration.grade_bias.any()
     assert "fewer than two grades" in caplog.text
 
 
-def test_nothing_to_calibrate_leaves_the_checkpoint(checkpoint, tmp_path, items):
-    empty = [item | {"label": torch.zeros(2, 16, 16, 16)} for item in items()]
+def test_nothing_to_calibrate_leaves_the_checkpoint(checkpoint, tmp_path, items, fit):
+    empty = [item | {"label": MetaTensor(torch.zeros(2, 16, 16, 16))} for item in items()]
     with pytest.raises(InputError, match="region 'TC' has no voxel in any true mask"):
-        fit(checkpoint, tmp_path, empty)
-    assert (read_checkpoint(checkpoint)["model"]["foreground_temperature"] == 1).all()
+        fit(empty)
+    assert (read_checkpoint(checkpoint)["model"]["calibration.foreground_temperature"] == 1).all()
     assert not (tmp_path / "calibration.json").exists()

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import logging
-from types import SimpleNamespace
-
 import pytest
 import torch
 from ignite.engine import Engine
@@ -10,9 +7,18 @@ from ignite.engine import Engine
 from scripts.config import InputError, TrainingError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
-from scripts.training.checkpoints import SaveCheckpoints, check_resumable, check_unseen, load_weights, trained_settings
+from scripts.networks.calibration import Calibration
+from scripts.training.checkpoints import (
+    SaveCheckpoints,
+    check_resumable,
+    load_weights,
+    store_calibration,
+    trained_settings,
+)
+from scripts.training.lineage import check_unseen, make_lineage
 from scripts.training.losses import MultiTaskLoss
 
+LINEAGE = {"training": {"brats": ["s1", "BraTS-GLI-00005-100"]}, "validation": {"brats": ["s2"]}}
 SETTINGS = {"modalities": ["t1", "t2"], "image_size": 32, "grade_labels": {"G2": 0, "G3": 1}}
 
 
@@ -23,7 +29,8 @@ def network(width=8, **kwargs):
 def train(tmp_path, best_epochs, max_epochs=3):
     """Run an engine whose validation score improves at ``best_epochs``. Epoch e sets every weight to e."""
     net = network()
-    evaluator = SimpleNamespace(state=SimpleNamespace(best_metric=0.5, best_metric_epoch=-1))
+    evaluator = Engine(lambda engine, batch: None)
+    evaluator.state.best_metric, evaluator.state.best_metric_epoch = 0.5, -1
 
     def step(engine, batch):
         if engine.state.epoch in best_epochs:
@@ -34,9 +41,7 @@ def train(tmp_path, best_epochs, max_epochs=3):
     engine = Engine(step)
     parts = {"model": net, "loss": MultiTaskLoss(net.diffusion), "optimizer": torch.optim.AdamW(net.parameters())}
     engine.scaler = None
-    SaveCheckpoints(str(tmp_path), parts, ["model", "loss"], evaluator, SETTINGS, ["s1", "BraTS-GLI-00005-100"]).attach(
-        engine
-    )
+    SaveCheckpoints(str(tmp_path), parts, ["model", "loss"], evaluator, SETTINGS, LINEAGE).attach(engine)
     engine.run([0], max_epochs=max_epochs)
     return net
 
@@ -50,7 +55,7 @@ def test_last_and_best(tmp_path):
     assert weight(tmp_path / "model.pt") == 2
     assert weight(tmp_path / "last.pt") == 3
     last = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert {"model", "loss", "optimizer", "epoch", "best_metric", "training_subjects"} <= last.keys()
+    assert {"model", "loss", "optimizer", "epoch", "best_metric", "lineage"} <= last.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.pt"]
 
 
@@ -111,15 +116,46 @@ def test_absent_and_damaged_checkpoints_are_named(tmp_path):
 def test_judging_trained_subjects_is_refused(tmp_path, caplog):
     train(tmp_path, best_epochs=[3])
     file = str(tmp_path / "model.pt")
-    check_unseen(file, [{"subject": "s3"}], "validation")
+    assert check_unseen(file, [{"subject": "s3"}], "brats") == []
+    assert check_unseen(file, [{"subject": "s3"}, {"subject": "s2"}], "brats") == ["s2"]  # it chose the weights
     for seen in ("s1", "BraTS-GLI-00005-101"):  # the second is another scan of a training patient
         with pytest.raises(InputError, match=rf"1 of 2 subjects, such as \['{seen}'\], were trained on"):
-            check_unseen(file, [{"subject": seen}, {"subject": "s3"}], "validation")
+            check_unseen(file, [{"subject": seen}, {"subject": "s3"}], "brats")
     with pytest.raises(InputError, match="were trained on"):
-        check_unseen(file, [{"subject": "s1_2"}], "validation", r"(s\d+)_\d+")
-    with caplog.at_level(logging.WARNING):
-        check_unseen(file, [{"subject": "s1"}], "all")
+        check_unseen(file, [{"subject": "s1_2"}], "brats", r"(s\d+)_\d+")
+    check_unseen(file, [{"subject": "s1"}], "brats", refuse=False)
     assert "not of unseen subjects" in caplog.text
+    caplog.clear()
+    check_unseen(file, [{"subject": "s1"}], "phantoms")  # two data sets may use the same names
+    assert "have the names of subjects of another data set (brats)" in caplog.text
+
+
+def test_the_lineage_goes_through_every_start(tmp_path):
+    """Training in three data sets, one after the other: the last weights have seen all of them."""
+    train(tmp_path, best_epochs=[3])
+    lineage = make_lineage({"training": [{"subject": "p1"}], "validation": []}, "phantoms", str(tmp_path / "model.pt"))
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    torch.save(content | {"lineage": lineage}, tmp_path / "second.pt")
+    datalist = {"training": [{"subject": "s2"}], "validation": [{"subject": "s3"}]}
+    assert make_lineage(datalist, "brats", str(tmp_path / "second.pt")) == {
+        "training": {"brats": ["BraTS-GLI-00005-100", "s1", "s2"], "phantoms": ["p1"]},
+        "validation": {"brats": ["s2", "s3"], "phantoms": []},
+    }
+
+
+def test_a_calibration_is_stored_with_the_subjects_that_it_was_fitted_to(tmp_path):
+    train(tmp_path, best_epochs=[3])
+    fitted = Calibration(1, 2)
+    fitted.foreground_temperature.fill_(2)
+    fitted.sampling = {"sampler": "a longer text than that of the checkpoint"}
+    store_calibration(str(tmp_path / "model.pt"), fitted.state_dict(), {"brats": ["s2", "s9"], "other": ["t1"]})
+    loaded = network()
+    load_weights(loaded, str(tmp_path / "model.pt"), SETTINGS)
+    assert loaded.calibration.foreground_temperature == 2
+    assert loaded.calibration.sampling == fitted.sampling
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert content["lineage"]["validation"] == {"brats": ["s2", "s9"], "other": ["t1"]}
+    assert content["lineage"]["training"] == LINEAGE["training"]
 
 
 def test_inference_finds_its_settings_in_the_checkpoint(tmp_path):
@@ -129,7 +165,7 @@ def test_inference_finds_its_settings_in_the_checkpoint(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         trained_settings(str(tmp_path / "typo.pt"))
     torch.save({"model": {}}, file)
-    with pytest.raises(InputError, match="older than version 0.6"):
+    with pytest.raises(InputError, match="older than version 0.7"):
         trained_settings(str(file))
 
 
@@ -150,9 +186,10 @@ def test_resuming_compares_the_whole_configuration(tmp_path, other, message):
     config = {"loss::lambda_focal": 0.5, "amp": False}
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     torch.save(content | {"config": config}, tmp_path / "last.pt")
-    subjects = content["training_subjects"]
-    check_resumable(str(tmp_path), network(), SETTINGS, config, subjects)
+    renamed = {name: {"moved": sets["brats"]} for name, sets in LINEAGE.items()}
+    check_resumable(str(tmp_path), network(), SETTINGS, config, renamed)
     with pytest.raises(InputError, match=message):
-        check_resumable(str(tmp_path), network(), SETTINGS, config | other, subjects)
-    with pytest.raises(InputError, match="was trained on 2 subjects"):
-        check_resumable(str(tmp_path), network(), SETTINGS, config, subjects[:1])
+        check_resumable(str(tmp_path), network(), SETTINGS, config | other, LINEAGE)
+    for name in ("training", "validation"):
+        with pytest.raises(InputError, match=f"has . {name} subjects, and these are not the 1 of now"):
+            check_resumable(str(tmp_path), network(), SETTINGS, config, LINEAGE | {name: {"brats": ["s7"]}})

@@ -22,7 +22,7 @@ PUBLIC_KEYS = {
     "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "device", "seed", "amp", "modalities", "regions",
     "grade_csv", "subject_column", "grade_column", "grade_labels", "use_cls_head", "image_size", "variant", "channels",
     "batch_size", "slices_per_volume", "max_epochs", "val_interval", "learning_rate", "fold", "num_folds",
-    "num_train_timesteps", "num_inference_steps", "num_samples", "num_eval_cases", "subset", "cache_dir", "num_workers",
+    "num_train_timesteps", "num_inference_steps", "num_samples", "validation_share", "cache_dir", "num_workers",
 }  # fmt: skip
 
 
@@ -45,6 +45,8 @@ def test_base_declares_the_public_keys():
 def test_overlays_only_override(name):
     overlay = load(name)
     base = load("inference.yaml") | load("train.yaml")
+    if name in ("evaluate.yaml", "calibrate.yaml"):  # evaluate.yaml has keys of its own, which calibrate.yaml sets
+        base |= dict.fromkeys(("subset", "num_eval_cases", "chosen_by", "grade_prior"), ...)
     assert {key.split("::")[0].removeprefix("+") for key in overlay} <= base.keys()
     assert [
         key for key in overlay if key in base and overlay[key] == base[key] and key != "run"
@@ -133,6 +135,7 @@ def test_seed_settings_train_a_step_and_sample_a_slice():
         "image": torch.randn(1, 4, 128, 128),
         "label": (torch.rand(1, 1, 128, 128) > 0.9).float(),
         "grade": torch.tensor([1]),
+        "empty": torch.tensor([False]),
         "subject": ["s"],
     }
     prepare = content("train::trainer::prepare_batch")

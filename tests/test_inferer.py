@@ -63,7 +63,7 @@ def noise_of(seed, index, draws=1, shape=(1, 1, 16, 16)):
 
 def test_samples_differ_by_their_noise_alone(network, volume):
     image = volume[0].movedim(-1, 0)[1:2]
-    samples, _ = VolumeInferer(num_samples=4).sample(image, network, [1])
+    samples, _, _ = VolumeInferer(num_samples=4).sample(image, network, [1])
     (noise,) = noise_of(0, 1, shape=(4, 1, 16, 16))
     expected = network(image.expand(4, -1, -1, -1), noise, torch.full((4,), 999))[0].sigmoid()
     assert torch.allclose(samples, expected[None], atol=1e-6)
@@ -72,7 +72,7 @@ def test_samples_differ_by_their_noise_alone(network, volume):
 def test_the_mean_of_samples_and_their_spread(network, volume):
     samples = torch.rand(3, 5, 1, 16, 16)
     inferer = VolumeInferer(num_samples=5, sampling_batch_size=15)
-    inferer.sample = lambda image, network, indices: (samples[: len(indices)], None)
+    inferer.sample = lambda image, network, indices: (samples[: len(indices)], samples[: len(indices), 0], None)
     result = inferer.predict(volume[..., :4], network)
     mean, variance = samples.mean(dim=1).movedim(0, -1), samples.var(dim=1).movedim(0, -1)
     assert torch.allclose(result["pred"][0, ..., 1:], mean, atol=1e-6)
@@ -114,9 +114,9 @@ def test_self_conditioning_hands_the_estimate_on(volume):
 
 def test_temperatures_are_applied(network, volume):
     before = VolumeInferer().predict(volume, network)
-    network.foreground_temperature.fill_(2.0)
-    network.lesion_temperature.fill_(4.0)
-    network.grade_temperature.fill_(3.0)
+    network.calibration.foreground_temperature.fill_(2.0)
+    network.calibration.lesion_temperature.fill_(4.0)
+    network.calibration.grade_temperature.fill_(3.0)
     after = VolumeInferer().predict(volume, network)
     filled = (..., slice(1, None))
     assert torch.allclose(after["pred"][filled].logit(), before["pred"][filled].logit() / 2, atol=1e-3)
@@ -128,6 +128,33 @@ def test_temperatures_are_applied(network, volume):
     assert torch.allclose(lesion["pred"][filled].logit(), before["pred"][filled].logit() / 4, atol=1e-3)
     assert lesion["volume_temperature"].tolist() == [[0.5]]
     assert (after["uncertainty"][filled] > before["uncertainty"][filled]).float().mean() > 0.9
+
+
+def test_a_calibration_holds_for_its_sampling_settings_alone(network, volume, caplog):
+    before = VolumeInferer().predict(volume, network)
+    network.calibration.foreground_temperature.fill_(2.0)
+    network.calibration.grade_bias.copy_(torch.tensor([1.0, 0.0]))
+    network.calibration.sampling = VolumeInferer().sampling
+    assert not torch.allclose(VolumeInferer().predict(volume, network)["prob"], before["prob"])
+    assert not torch.allclose(VolumeInferer(fusion="majority").predict(volume, network)["prob"], before["prob"])
+    assert "not applied" not in caplog.text
+    other = VolumeInferer(eta=0.5)  # with one step it gives the same samples
+    for _ in range(2):
+        after = other.predict(volume, network)
+    assert torch.equal(after["prob"], before["prob"])
+    assert torch.equal(after["grade_prob"], before["grade_prob"])
+    assert caplog.text.count("the calibration is not applied") == 1
+
+
+def test_the_calibration_map_is_an_output(network, volume):
+    result = VolumeInferer(num_samples=2).predict(volume, network)
+    assert torch.allclose(result["calib_prob"], VolumeInferer(0).predict(volume, network)["prob"])
+
+
+@pytest.mark.parametrize("prior", [[0.5], [0.7, 0.7], [1.0, 0.0], "0.5", [0.2, 0.3, 0.5]])
+def test_impossible_priors(network, prior):
+    with pytest.raises(InputError, match="grade_prior="):
+        VolumeInferer(grade_prior=prior).check(network, 32)
 
 
 def test_image_branch_runs_once_per_slice(network, volume):

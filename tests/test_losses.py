@@ -56,6 +56,14 @@ def test_ungraded_and_empty_slices_get_no_grading_gradient():
     assert not gradient[2:].any()
 
 
+def test_a_subject_without_any_lesion_is_graded():
+    """A normal picture has an empty mask and a grade: all of its slices count."""
+    (seg, cls, calib), targets = batch()
+    targets["empty"] = torch.tensor([False, False, True, True])
+    gradient = torch.autograd.grad(MultiTaskLoss(GaussianDiffusion())((seg, cls, calib), targets), cls)[0]
+    assert gradient.abs().amax(dim=1).gt(0).tolist() == [True, True, False, True]  # slice 2 has no grade
+
+
 def test_batch_without_graded_tumour_leaves_sigma_cls_alone():
     (seg, cls, calib), targets = batch()
     targets["grade"] = torch.full((4,), -1)
@@ -66,13 +74,13 @@ def test_batch_without_graded_tumour_leaves_sigma_cls_alone():
     assert loss.weighting.log_sigma.grad[0] != 0
 
 
-def test_total_starts_as_half_the_sum():
+def test_total_starts_as_the_sum():
     (seg, cls, calib), targets = batch()
     loss = MultiTaskLoss(GaussianDiffusion())
     total = loss((seg, cls, calib), targets)
     parts = {name: value.item() for name, value in loss.components.items()}
     assert loss.sigmas == pytest.approx({"sigma_seg": 1.0, "sigma_cls": 1.0})
-    assert total.item() == pytest.approx((parts["L_seg"] + parts["L_calib"] + parts["L_cls"]) / 2, rel=1e-5)
+    assert total.item() == pytest.approx(parts["L_seg"] + parts["L_calib"] + parts["L_cls"], rel=1e-5)
     assert parts["L_total"] == pytest.approx(total.item())
 
 
@@ -91,29 +99,32 @@ def test_other_prediction_types_regress(prediction_type):
     loss((seg, cls, calib), targets)
     expected = diffusion.regression_loss(seg, 2 * targets["label"] - 1, targets["timesteps"])
     assert loss.components["L_seg"] == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.weighting.factor.tolist() == [0.5, 1.0]
 
 
 def test_weighting_is_kendalls_away_from_the_floor():
-    weighting = UncertaintyWeighting(2)
+    """Equation 10 of the paper: a regression counts 1 / (2 sigma^2), a classification 1 / sigma^2."""
+    weighting = UncertaintyWeighting([True, False])
     with torch.no_grad():
         weighting.log_sigma.copy_(torch.tensor([1.0, 2.0]))
     total = weighting([torch.tensor(3.0), torch.tensor(5.0)]).item()
-    kendall = 3 / (2 * math.exp(2)) + 1 + 5 / (2 * math.exp(4)) + 2
+    kendall = 3 / (2 * math.exp(2)) + 1 + 5 / math.exp(4) + 2
     assert total == pytest.approx(kendall, abs=0.01)
 
 
-def test_weighting_finds_sigma_squared_equal_to_the_loss():
-    weighting = UncertaintyWeighting(1)
+@pytest.mark.parametrize(("regression", "expected"), [(True, 0.3), (False, 0.6)])
+def test_weighting_finds_the_sigma_of_the_loss(regression, expected):
+    weighting = UncertaintyWeighting([regression])
     optimizer = torch.optim.Adam(weighting.parameters(), lr=0.05)
     for _ in range(400):
         optimizer.zero_grad()
         weighting([torch.tensor(0.3)]).backward()
         optimizer.step()
-    assert weighting.variance.item() == pytest.approx(0.3, rel=0.01)
+    assert weighting.variance.item() == pytest.approx(expected, rel=0.01)
 
 
 def test_weighting_stays_bounded_and_recovers_when_a_loss_reaches_zero():
-    weighting = UncertaintyWeighting(2)
+    weighting = UncertaintyWeighting([True, True])
     optimizer = torch.optim.Adam(weighting.parameters(), lr=0.05)
     for _ in range(2000):
         optimizer.zero_grad()

@@ -42,11 +42,12 @@ def request_of(phantoms, tmp_path, run_bundle):
 def test_one_file_of_each_subject_trains(request_of):
     checkpoint, out = request_of([1, 2, 3], [4])
     split = json.loads((out / "datalist.json").read_text())
-    assert [[item["subject"][-3:] for item in split[part]] for part in split] == [["001", "002", "003"], ["004"]]
+    assert [[item["subject"][-3:] for item in split[part]] for part in split] == [["001", "002", "003"], ["004"], []]
     first = split["training"][0]
     assert [name.rsplit("_", 1)[1] for name in first["image"]] == [f"{modality}.nii.gz" for modality in MODALITIES]
     assert {item["grade"] for part in split.values() for item in part} == {0, 1}  # from name_mapping.csv
-    assert checkpoint["training_subjects"] == [f"BraTS20_Training_{number:03d}" for number in (1, 2, 3)]
+    names = [f"BraTS20_Training_{number:03d}" for number in (1, 2, 3, 4)]
+    assert checkpoint["lineage"] == {"training": {"studies": names[:3]}, "validation": {"studies": names[3:]}}
 
 
 def test_the_served_network_is_trained_whatever_the_defaults_are(request_of):
@@ -64,8 +65,27 @@ def test_a_subject_does_not_train_and_validate(request_of, capsys):
     """MONAI Label splits by file, so two labelled files of a subject can be in training and in validation."""
     _, out = request_of([1, 2], [2, 3])
     split = json.loads((out / "datalist.json").read_text())
+    assert [item["subject"][-3:] for item in split["training"]] == ["001", "002"]
     assert [item["subject"][-3:] for item in split["validation"]] == ["003"]
-    assert "1 subjects are left out of validation" in capsys.readouterr().out
+    assert "1 validation subjects are used for training" in capsys.readouterr().out
+
+
+def test_training_goes_on_from_served_weights_without_a_leak(request_of, tmp_path, capsys):
+    """MONAI Label adds its own loader, and draws the validation files anew: what was trained on trains again."""
+    first, _ = request_of([1, 2], [3])
+    model = tmp_path / "models" / "model.pt"
+    first["model"]["calibration.foreground_temperature"].fill_(3)
+    torch.save(first, model)
+    loader = {"_target_": "CheckpointLoader", "load_path": str(model), "load_dict": {"model": "$@network"}}
+    config = ConfigParser.load_config_file(str(ROOT / "configs" / "train.yaml"))
+    handlers = [loader, *config["train"]["handlers"]]
+    second, out = request_of([3, 4], [1, 5], **{"train::handlers": handlers}, learning_rate=0.0)
+    split = json.loads((out / "datalist.json").read_text())
+    assert [[item["subject"][-3:] for item in split[part]] for part in split] == [["003", "004", "001"], ["005"], []]
+    assert [name[-3:] for name in second["lineage"]["training"]["studies"]] == ["001", "002", "003", "004"]
+    assert (second["model"]["calibration.foreground_temperature"] == 1).all()  # it was fitted to other weights
+    weights = [content["model"]["denoiser.conv_in.conv.weight"] for content in (first, second)]
+    assert torch.equal(*weights)
 
 
 def test_nothing_labelled_is_told(request_of):
@@ -111,5 +131,5 @@ def test_hostile_names_of_files_are_subjects_like_any_other(request_of, tmp_path
     for file in sorted(studies.glob("BraTS20_Training_001_*")):
         file.rename(studies / file.name.replace("BraTS20_Training_001", hostile))
     checkpoint, _ = request_of([hostile], [])
-    assert checkpoint["training_subjects"] == [hostile]
+    assert checkpoint["lineage"]["training"] == {"studies": [hostile]}
     assert not marker.exists()

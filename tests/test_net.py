@@ -69,6 +69,7 @@ def test_every_variant_trains_a_step_and_samples(variant):
     targets = {
         "label": torch.rand(2, 1, 64, 64).round(),
         "grade": torch.tensor([0, 1]),
+        "empty": torch.tensor([False, False]),
         "timesteps": torch.tensor([3, 999]),
     }
     image, x_t, t = inputs(size=64)

@@ -49,7 +49,7 @@ def pair(request, tmp_path_factory):
     """A network and its export, read again."""
     network = NETWORKS[request.param]()
     for name, buffer in network.named_buffers():
-        if "temperature" in name:
+        if "calibration" in name:
             buffer.fill_(2.5)
     folder = tmp_path_factory.mktemp("onnx")
     settings = SETTINGS | {"prediction_type": network.diffusion.prediction_type}
@@ -133,7 +133,8 @@ def trained(tmp_path_factory):
     """Folder with a checkpoint of a network with random weights, and its export."""
     folder = tmp_path_factory.mktemp("trained")
     network = randomise(tiny_network())
-    torch.save({"model": network.state_dict(), "settings": TRAINED_FOR}, folder / "model.pt")
+    lineage = {"training": {}, "validation": {}}
+    torch.save({"model": network.state_dict(), "settings": TRAINED_FOR, "lineage": lineage}, folder / "model.pt")
     run_configs(["inference.yaml", "export_onnx.yaml"], ckpt_dir=str(folder))
     return folder
 

@@ -131,8 +131,8 @@ def test_refuge2_end_to_end(run_bundle, tmp_path):
 
 
 def test_ddti_end_to_end(run_bundle, tmp_path):
-    make_ddti(tmp_path / "Train", ["1_1", "1_2", "2_1", "3", "4_1", "4_2"])
-    make_ddti(tmp_path / "Test", ["7_1", "8"])
+    make_ddti(tmp_path / "Train", ["1_1", "1_2", "2_1(1)", "3_1", "4_1", "4_2", "5_1"])
+    make_ddti(tmp_path / "Test", ["7_1", "8_1"])
     out = tmp_path / "out"
     table = train_evaluate_infer(run_bundle, ["data_images.yaml", "data_ddti.yaml"], tmp_path, out, image_size=16)
     parts = json.loads((out / "train" / "datalist.json").read_text())
@@ -280,7 +280,7 @@ def test_a_picture_that_breaks_off_stops_before_anything_is_written(ddti, run_bu
     file.write_bytes(file.read_bytes()[:-300])
     keys = {"dataset_dir": str(ddti), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "out")}
     with pytest.raises(InputError, match="cannot read .*2.PNG"):
-        run_bundle(["train.yaml", "data_images.yaml", "data_ddti.yaml"], num_folds=3, **keys)
+        run_bundle(["train.yaml", "data_images.yaml", "data_ddti.yaml"], num_folds=3, validation_share=0, **keys)
     assert not (tmp_path / "out").exists()
 
 
@@ -359,12 +359,30 @@ def test_masks_are_found_by_stem(ddti, caplog):
     (ddti / "images" / "notes.txt").write_text("")
     with caplog.at_level(logging.WARNING):
         items = find(ddti)
-    assert [Path(item["label"]).name for item in items] == ["1_mask.png", "2_segmentation.PNG", "3.PNG"]
+    assert [Path(item["label"][0]).name for item in items] == ["1_mask.png", "2_segmentation.PNG", "3.PNG"]
     assert "without an image are left out: ['9']" in caplog.text
     assert "label" not in find(ddti, require_label=False)[0]
-    assert "subjects=3 slices=3" in describe(
-        {"all": [item | {"grade": -1} for item in items]}, [1, 1], {"LGG": 0, "HGG": 1}
-    )
+    assert "subjects=3 patients=3 slices=3" in describe({"all": items})
+
+
+def test_further_lesions_are_united(ddti, tmp_path):
+    """BUSI names the masks of further lesions `_mask_1`, `_mask_2`; without them the truth would be incomplete."""
+    masks = ddti / "masks"
+    (masks / "1.PNG").rename(masks / "1_mask.PNG")
+    first = np.asarray(Image.open(masks / "1_mask.PNG"))
+    further = np.zeros_like(first)
+    further[:5, :5] = 255
+    Image.fromarray(further).save(masks / "1_mask_1.png")
+    item = find(ddti)[0]
+    assert [Path(file).name for file in item["label"]] == ["1_mask.PNG", "1_mask_1.png"]
+    loaded = LoadVolumesd("label")({"label": item["label"], "subject": "1"})
+    regions = LabelToRegionsd("label", RegionCoding(["nodule"], {"nodule": [255]}))(loaded)["label"]
+    assert regions.shape == (1, *first.T.shape, 1)
+    assert np.array_equal(regions[0, ..., 0].numpy() > 0, ((first > 0) | (further > 0)).T)
+    assert [Path(file).name for file in find(ddti)[1]["label"]] == ["2.PNG"]
+    Image.fromarray(further[:-1]).save(masks / "1_mask_1.png")
+    with pytest.raises(InputError, match="the mask .*1_mask_1.png has shape"):
+        find(ddti)
 
 
 def test_output_goes_neither_among_images_nor_masks(ddti):
@@ -386,7 +404,7 @@ def test_a_data_list_is_of_pictures(ddti):
 @pytest.mark.parametrize("pattern", ["(", r"\d+_\d+"])
 def test_a_pattern_without_a_patient(pattern):
     with pytest.raises(InputError, match="patient_pattern="):
-        split([{"subject": "1_1", "grade": 0}], 0, 2, 0, pattern)
+        split([{"subject": "1_1", "grade": 0}], 0, 2, 0, patient_pattern=pattern)
 
 
 def regions_of(mask, file, **options) -> torch.Tensor:

@@ -95,6 +95,7 @@ def test_average_is_validated_and_kept(phantoms, run_bundle, tmp_path):
         ["train.yaml", "evaluate.yaml"],
         **folders | {"output_dir": str(tmp_path / "e")},
         ckpt_path=str(tmp_path / "last.pt"),
+        subset="validation",
     )
     judged = json.loads((tmp_path / "e" / "summary.json").read_text())["segmentation"]["WT"]["dice"]["mean"]["value"]
     assert judged == pytest.approx(pd.read_csv(tmp_path / "metrics.csv")["dice"].iloc[-1], abs=1e-5)

@@ -18,6 +18,7 @@ def batch(size):
         "image": torch.randn(size, 4, 16, 16),
         "label": (torch.rand(size, 1, 16, 16) > 0.5).float(),
         "grade": torch.randint(-1, 2, (size,)),
+        "empty": torch.zeros(size, dtype=torch.bool),
         "subject": [f"s{i}" for i in range(size)],
     }
 

@@ -33,7 +33,7 @@ def test_finds_each_naming_scheme_in_channel_order(tmp_path, make_subject_folder
     assert item["subject"] == name
     for modality, file in zip(modalities, item["image"], strict=True):
         assert file.endswith(f"{modality}{extension}")
-    assert item["label"].endswith(f"seg{extension}")
+    assert item["label"][0].endswith(f"seg{extension}")
 
 
 def test_a_single_subject_folder_can_be_given(tmp_path, make_subject_folder, volumes):
@@ -45,7 +45,7 @@ def test_odd_segmentation_name_of_subject_355(tmp_path, make_subject_folder, vol
     folder = make_subject_folder(tmp_path, "BraTS20_Training_355", volumes)
     (folder / "BraTS20_Training_355_seg.nii.gz").rename(folder / "W39_1998.09.19_Segm.nii.gz")
     (item,) = subjects.find_subjects(str(tmp_path), MODALITIES)
-    assert item["label"].endswith("W39_1998.09.19_Segm.nii.gz")
+    assert item["label"][0].endswith("W39_1998.09.19_Segm.nii.gz")
 
 
 def test_uppercase_files_are_found_and_hidden_ones_are_not(tmp_path, make_subject_folder, volumes, caplog):

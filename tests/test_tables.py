@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pandas as pd
 import pytest
 import torch
@@ -14,25 +12,27 @@ from scripts.report.tables import GradeTable, grade_row
 TO_WT = LabelToRegionsd("pred", RegionCoding(["WT"], {"WT": [1]}))
 
 
-def test_grades_csv(tmp_path, item):
+def test_grades_csv(tmp_path, item, evaluate_items):
     table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], TO_WT)
-    table.started(None)
     del item["label"]
+    items = []
     for name, prob in (("s1", [0.3, 0.7]), ("s2", [0.8, 0.2]), ("s3", None)):
         found = {key: value for key, value in item.items() if key != "grade_prob"}
         found |= {"subject": name} | ({} if prob is None else {"grade_prob": torch.tensor(prob)})
-        table.iteration_completed(SimpleNamespace(state=SimpleNamespace(output=[found])))
+        items.append(found)
+    evaluate_items(table, items)
     written = pd.read_csv(tmp_path / "grades.csv", keep_default_na=False)
     assert written[["subject", "prob_LGG", "prob_HGG", "grade"]].to_numpy().tolist() == [
         ["s1", "0.3", "0.7", "HGG"], ["s2", "0.8", "0.2", "LGG"], ["s3", "", "", ""]
     ]  # fmt: skip
     assert list(written.columns[4:]) == [
-        "volume_expected_ml_WT", "volume_low_ml_WT", "volume_high_ml_WT", "expected_dice_WT", "sample_dice_WT"
+        "prior_LGG", "prior_HGG", "volume_expected_ml_WT", "volume_low_ml_WT", "volume_high_ml_WT",
+        "expected_dice_WT", "sample_dice_WT"
     ]  # fmt: skip
     assert written["volume_high_ml_WT"].tolist() == pytest.approx([4 * 4 * 2 * 8 / 1000] * 3)
 
 
-def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeypatch):
+def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeypatch, evaluate_items):
     """The label values do not matter: here 255 is the background."""
     drawn = []
     monkeypatch.setattr("scripts.report.overlays.plot_overlay", lambda image, pred, *rest: drawn.append(pred))
@@ -42,8 +42,7 @@ def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeyp
         "pred", RegionCoding(["disc", "cup"], {"disc": [128, 0], "cup": [0]}, background_label=255)
     )
     table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], to_regions)
-    table.started(None)
-    table.iteration_completed(SimpleNamespace(state=SimpleNamespace(output=[item])))
+    evaluate_items(table, [item])
     assert drawn[0].shape == (2, 16, 16, 4)
     assert drawn[0].sum(axis=(1, 2, 3)).tolist() == [32, 32]
 
@@ -56,6 +55,7 @@ def test_grades_that_share_a_class_are_named_together(item, prob, grade):
 
 
 def test_three_grades(item):
-    row = grade_row(item | {"grade_prob": torch.tensor([0.2, 0.3, 0.5])}, ["WT"], ["G2", "G3", "G4"])
+    three = {"grade_prob": torch.tensor([0.2, 0.3, 0.5]), "grade_prior": torch.ones(3) / 3}
+    row = grade_row(item | three, ["WT"], ["G2", "G3", "G4"])
     assert row["grade"] == "G4"
     assert [row[f"prob_{name}"] for name in ("G2", "G3", "G4")] == pytest.approx([0.2, 0.3, 0.5])

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.metrics import CalibrationErrorMetric
 
 from scripts.report.uncertainty import (
@@ -10,9 +13,12 @@ from scripts.report.uncertainty import (
     calibration_bins,
     error_auroc,
     expected_calibration_error,
+    nonconformity,
     region_of_interest,
     risk_coverage,
+    size_unit,
     volume_estimate,
+    volume_interval,
 )
 
 
@@ -76,23 +82,43 @@ def test_volume_of_a_certain_mask():
     prob = np.zeros((10, 10, 10))
     prob[:] = 0.01  # a low probability everywhere
     prob[2:6, 2:6, 2:6] = 1
-    estimate = volume_estimate(prob, 0.5)
-    assert estimate["volume_expected_ml"] == estimate["volume_low_ml"] == estimate["volume_high_ml"] == 32
-    assert estimate["expected_dice"] == 1
-    assert volume_estimate(np.zeros((4, 4, 4)), 1.0) == {
-        "volume_expected_ml": 0, "volume_low_ml": 0, "volume_high_ml": 0, "expected_dice": 1
-    }  # fmt: skip
+    estimate = volume_estimate(prob)
+    assert estimate["expected"] == estimate["low"] == estimate["high"] == 64
+    assert estimate["dice"] == 1
+    assert volume_estimate(np.zeros((4, 4, 4))) == {"expected": 0, "low": 0, "high": 0, "dice": 1}
 
 
 def test_volume_and_dice_are_those_of_drawn_truths():
     """Mean, quantiles and Dice agree with those of true masks {prob > u}, where u is drawn for each mask."""
     rng = np.random.default_rng(0)
     prob = np.linspace(0, 1, 2001)[1:-1]
-    estimate = volume_estimate(prob, 1.0)
+    estimate = volume_estimate(prob)
     drawn = np.array([(prob > u).sum() for u in rng.random(5000)])
     mask = (prob > 0.5).sum()
     dice = 2 * np.minimum(drawn, mask) / (drawn + mask)
-    assert estimate["volume_expected_ml"] == pytest.approx(drawn.mean(), rel=0.03)
-    assert estimate["volume_low_ml"] == pytest.approx(np.quantile(drawn, 0.05), abs=20)
-    assert estimate["volume_high_ml"] == pytest.approx(np.quantile(drawn, 0.95), abs=20)
-    assert estimate["expected_dice"] == pytest.approx(dice.mean(), abs=0.02)
+    assert estimate["expected"] == pytest.approx(drawn.mean(), rel=0.03)
+    assert estimate["low"] == pytest.approx(np.quantile(drawn, 0.05), abs=20)
+    assert estimate["high"] == pytest.approx(np.quantile(drawn, 0.95), abs=20)
+    assert estimate["dice"] == pytest.approx(dice.mean(), abs=0.02)
+
+
+def test_volume_intervals_are_widened_by_the_margin():
+    assert volume_interval(8.0, 27.0, 0.0) == pytest.approx((8, 27))
+    assert volume_interval(8.0, 27.0, 1.0) == pytest.approx((1, 64))
+    assert volume_interval(8.0, 27.0, 3.0) == pytest.approx((0, 216))  # no volume is below 0
+    assert all(map(np.isnan, volume_interval(8.0, 27.0, math.inf)))
+    for true in (1.0, 30.0):  # the margin that just covers a volume is its score
+        low, high = volume_interval(8.0, 27.0, nonconformity(8.0, 27.0, true))
+        assert true == pytest.approx(low) or true == pytest.approx(high)
+
+
+def test_sizes_of_pictures_are_in_pixels():
+    prob = MetaTensor(torch.zeros(1, 4, 4, 1), affine=np.diag([0.5, 0.5, 2.0, 1.0]))
+
+    def item(file):
+        return {"prob": prob, "pred": MetaTensor(torch.zeros(1), meta={"filename_or_obj": file})}
+
+    assert size_unit(item("a.nii.gz")).column("true", "", "WT") == "true_volume_ml_WT"
+    assert size_unit(item("a.nii.gz")).voxel == pytest.approx(0.0005)
+    assert size_unit(item("a.png")).column("", "low", "disc") == "area_low_px_disc"
+    assert size_unit(item("a.png")).voxel == 1

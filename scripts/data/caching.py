@@ -7,6 +7,7 @@ import copy
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -21,7 +22,7 @@ from monai.utils import TraceKeys
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from scripts.config import InputError, atomic_path
+from scripts.config import InputError, atomic_path, refuse_all
 from scripts.data.pictures import read_volume
 from scripts.data.subjects import item_files
 
@@ -52,20 +53,47 @@ def cached_dataset(
         num_workers: number of threads that fill the cache.
 
     Raises:
-        InputError: if ``data`` is empty, a file cannot be read or a subject is invalid. The message names the file or
-            the subject.
+        InputError: if a file cannot be read or a subject is invalid. The message names all of them.
     """
     if not data:
-        raise InputError("no subject is left to load: check fold, num_folds, datalist_file and subset")
-    with readable_errors(data):
-        if cache_dir is None:
-            # no deep copy of whole volumes: the first random transform is a crop, which makes its own copy
-            return CacheDataset(data, transform, num_workers=num_workers, copy_cache=False)
-        cached = VolumeCache(data, transform, cache_dir)
-        with ThreadPool(max(1, num_workers)) as pool:
-            for _ in tqdm(pool.imap_unordered(cached._cachecheck, cached.data), "Caching volumes", len(data)):
-                pass
-        return cached
+        return Dataset([])
+    if cache_dir is None:
+        memory = MemoryCache(data, transform, num_workers)
+        refuse_all(memory.reasons)
+        return memory
+    cached, reasons = VolumeCache(data, transform, cache_dir), []
+
+    def fill(item: dict) -> None:
+        try:
+            with readable_errors([item]):
+                cached._cachecheck(item)
+        except InputError as error:
+            reasons.append(str(error))
+
+    with ThreadPool(max(1, num_workers)) as pool:
+        for _ in tqdm(pool.imap_unordered(fill, cached.data), "Caching volumes", len(data), disable=None):
+            pass
+    refuse_all(reasons)
+    return cached
+
+
+class MemoryCache(CacheDataset):
+    """MONAI's CacheDataset, which goes on after an unusable subject; :attr:`reasons` holds all errors.
+
+    Entries are not copied when they are drawn, because whole volumes are large. No transform may write into them.
+    """
+
+    def __init__(self, data: Sequence[dict], transform: Compose, num_workers: int) -> None:
+        self.reasons: list[str] = []
+        super().__init__(data, transform, num_workers=num_workers, copy_cache=False, progress=sys.stderr.isatty())
+
+    def _load_cache_item(self, idx: int) -> Any:
+        try:
+            with readable_errors([self.data[idx]]):
+                return super()._load_cache_item(idx)
+        except InputError as error:
+            self.reasons.append(str(error))
+            return None
 
 
 class VolumeCache(PersistentDataset):

@@ -91,6 +91,20 @@ def class_weights(items: Sequence[Mapping], grade_labels: Mapping[str, int]) -> 
     return weights.tolist()
 
 
+def class_frequencies(items: Sequence[Mapping], grade_labels: Mapping[str, int]) -> np.ndarray:
+    """Share of each grade among the graded subjects ``[K]``, each counted once more than it occurs (Laplace).
+
+    NaN without graded subjects.
+    """
+    grades = [item["grade"] for item in items if item["grade"] != UNKNOWN_GRADE]
+    counts = (
+        np.bincount(grades, minlength=len(grade_names(grade_labels))) + 1.0
+        if grades
+        else np.full(len(grade_names(grade_labels)), np.nan)
+    )
+    return counts / counts.sum()
+
+
 def check_alpha(alpha: Sequence[float], grade_labels: Mapping[str, int]) -> None:
     """Raise InputError unless ``alpha`` holds one positive number per grade."""
     names = grade_names(grade_labels)

@@ -49,7 +49,8 @@ def find_images(dataset_dir: str, image_dir: str, mask_dir: str | None) -> list[
     """Items of a folder of images. Each image is a subject with the file stem as its name.
 
     If ``mask_dir`` is given, each item has a mask. The mask of ``7.jpg`` is called ``7``, ``7_mask``, ``7_seg`` or
-    ``7_segmentation``, with any supported extension.
+    ``7_segmentation``, with any supported extension. Masks of further lesions have a number, such as ``7_mask_1`` and
+    ``7_mask_2``; the label is then the list of all, which are united.
 
     Raises:
         InputError: if a folder is missing or empty, two files have the same stem, or an image has no mask.
@@ -66,8 +67,10 @@ def find_images(dataset_dir: str, image_dir: str, mask_dir: str | None) -> list[
         found = [masks.pop(item["subject"] + end) for end in MASK_ENDINGS if item["subject"] + end in masks]
         if len(found) > 1:
             raise InputError(f"image '{item['subject']}' has several masks: {[file.name for file in found]}; keep one")
+        further = re.compile(re.escape(item["subject"]) + r"(_mask|_seg|_segmentation)_\d+")
+        found += [masks.pop(stem) for stem in [stem for stem in masks if further.fullmatch(stem)]]
         if found:
-            item["label"] = str(found[0])
+            item["label"] = [str(file) for file in found]
         else:
             unmasked.append(item["subject"])
     if unmasked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,8 @@ class RegionCoding:
         background_label: label value outside all regions.
 
     Raises:
-        InputError: for an unknown or repeated region, or label values that are not whole numbers from 0 to 255.
+        InputError: for an unknown or repeated region, label values that are not whole numbers from 0 to 255, or
+            two regions that overlap although neither contains the other.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class RegionCoding:
         """Convert a label map ``[1, H, W, S]`` to region channels ``[R, H, W, S]``, floats of 0 and 1.
 
         Args:
-            label: label map.
+            label: label map. Several label maps ``[n, H, W, S]`` of one image are united, region by region.
             where: start of the error message, which names the subject.
             lossy: the label map is a JPEG file. Values between known ones become the nearest one, with a warning.
 
@@ -62,7 +64,8 @@ class RegionCoding:
                 f"{where}the segmentation has label values {unknown[:5]} outside {self.known_values}; set "
                 "'region_labels' and 'background_label' (BraTS 2023 uses 3 for ET: add configs/data_brats2023.yaml)"
             )
-        return torch.cat([torch.isin(label, label.new_tensor(values)) for values in self.values]).float()
+        regions = [torch.isin(label, label.new_tensor(values)).any(dim=0) for values in self.values]
+        return torch.stack(regions).float()
 
     def to_label(self, regions: torch.Tensor) -> torch.Tensor:
         """Convert region channels ``[R, H, W, S]`` to a uint8 label map ``[1, H, W, S]``.
@@ -139,4 +142,11 @@ def _check(regions: Sequence[str], region_labels: Mapping[str, Sequence[int]], b
             raise InputError(
                 f"region_labels: {region}={list(values)} must list whole numbers from 0 to 255 without "
                 f"background_label={background_label}"
+            )
+    for first, second in itertools.combinations(regions, 2):
+        one, other = set(region_labels[first]), set(region_labels[second])
+        if one & other and not (one <= other or other <= one):
+            raise InputError(
+                f"regions {first}={sorted(one)} and {second}={sorted(other)} overlap, but neither contains the other: "
+                "predicted masks could not be saved as one label map; choose regions that are nested or separate"
             )

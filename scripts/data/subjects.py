@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
-from scripts.config import InputError, warn_some
+from scripts.config import InputError, check_all, warn_some
 from scripts.data.dicom import Series, find_series, series_item, share_study
 from scripts.data.grades import GRADE_LABELS, UNKNOWN_GRADE, read_grades
 from scripts.data.pictures import Grid, check_channels, file_stem, find_images, is_picture, read_grid
 
 logger = logging.getLogger(__name__)
 
-Item = dict  # {"subject": str, "image": [file per modality], "label": file (if there is one), "grade": int}
+MAX_DISTANCE = 0.1  # between the same corner in two files of a subject, in voxels
+
+Item = dict  # {"subject": str, "image": [file per modality], "label": [masks, which are united] (if any), "grade": int}
 
 
 def load_subjects(
@@ -101,9 +105,7 @@ def find_subjects(
     if require_label and mask_dir is None:
         raise InputError(f"image_dir='{image_dir}' needs mask_dir, the folder of the masks below dataset_dir")
     items = find_images(dataset_dir, image_dir, mask_dir if require_label else None)
-    for item in items:
-        check_headers(item, modalities)
-    return items
+    return check_all(items, lambda item: check_headers(item, modalities))
 
 
 def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, require_label: bool) -> list[Item]:
@@ -114,12 +116,15 @@ def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, requ
         series, empty = {root.resolve(): find_series(root.resolve())}, []
     elif not volumes and not series:
         volumes, series = _contents([root.resolve()], require_label)
-    items = [
-        _subject_item(folder.name, files, modalities, label_suffix, require_label) for folder, files in volumes.items()
-    ]
-    items += [series_item(folder, found, modalities) for folder, found in series.items()]
-    for item in items:
-        check_headers(item, modalities)
+
+    def item_of(folder: Path) -> Item:
+        if folder in series:
+            item = series_item(folder, series[folder], modalities)
+        else:
+            item = _subject_item(folder.name, volumes[folder], modalities, label_suffix, require_label)
+        return check_headers(item, modalities)
+
+    items = check_all([*volumes, *series], item_of)
     if not items:
         files = [str(path.relative_to(root)) for path in islice(filter(Path.is_file, root.rglob("*")), 5)]
         raise InputError(
@@ -168,8 +173,7 @@ def subject_of(file: str, modalities: Sequence[str]) -> Item:
         if absent := [m for m, name in zip(modalities, expected, strict=True) if name not in in_folder]:
             raise InputError(f"{path.name} has no file for {absent} beside it; add {prefix}{absent[0]}.nii.gz")
         item = {"subject": prefix.rstrip("-_."), "image": [in_folder[name] for name in expected]}
-    check_headers(item, modalities)
-    return item
+    return check_headers(item, modalities)
 
 
 def _volumes(folder: Path) -> list[Path]:
@@ -200,7 +204,7 @@ def _subject_item(
             f"subject '{subject}': {'several segmentations' if labels else 'no segmentation'} "
             f"'*{label_suffix}.nii[.gz]' in {volumes[0].parent}; there must be exactly one"
         )
-    return item | {"label": str(labels[0])}
+    return item | {"label": [str(labels[0])]}
 
 
 def with_suffix(volumes: list[Path], suffix: str) -> list[Path]:
@@ -210,12 +214,17 @@ def with_suffix(volumes: list[Path], suffix: str) -> list[Path]:
 
 
 def item_files(item: Item) -> list[str]:
-    """All files of an item: the images, then the segmentation if there is one."""
-    return [*item["image"], *([item["label"]] if "label" in item else [])]
+    """All files of an item: the images, then those of the segmentation if there is one."""
+    return [*item["image"], *item.get("label", [])]
 
 
-def check_headers(item: Item, modalities: Sequence[str]) -> None:
+def check_headers(item: Item, modalities: Sequence[str]) -> Item:
     """Check that a subject has a channel for each modality and that its files share one grid. Only headers are read.
+
+    Affines may differ by a tenth of a voxel at the corners of the grid, as rounding does.
+
+    Returns:
+        The item itself.
 
     Raises:
         InputError: naming the subject and the file that cannot be read, or whose channels, shape or affine differ.
@@ -224,7 +233,7 @@ def check_headers(item: Item, modalities: Sequence[str]) -> None:
     reference, first = files[0], _read_header(item["subject"], files[0])
     for file in files:
         grid = _read_header(item["subject"], file)
-        kind = "mask" if file == item.get("label") else "modality"
+        kind = "mask" if file in item.get("label", []) else "modality"
         channels = len(modalities) if item["image"] == [file] else 1
         if not is_picture(file) and grid.channels != channels:
             raise InputError(
@@ -236,13 +245,22 @@ def check_headers(item: Item, modalities: Sequence[str]) -> None:
                 f"subject '{item['subject']}': the {kind} {file} has shape {grid.shape}, but {reference} has "
                 f"{first.shape}; resample them to one grid"
             )
-        if not np.allclose(grid.affine, first.affine, atol=1e-2):
+        distance = _largest_distance(grid, first)
+        if not distance <= MAX_DISTANCE * min(nib.affines.voxel_sizes(first.affine)):
             raise InputError(
-                f"subject '{item['subject']}': the {kind} {file} and {reference} have different affines; "
-                "register or resample them to one grid"
+                f"subject '{item['subject']}': the {kind} {file} and {reference} have different affines: a corner is "
+                f"{distance:.2f} mm off; register or resample them to one grid"
             )
     if len(item["image"]) == 1:
         check_channels(item, modalities)
+    return item
+
+
+def _largest_distance(grid: Grid, other: Grid) -> float:
+    """Largest distance (mm) between the same corners of two grids of one shape."""
+    corners = np.array(list(itertools.product(*[(0, side - 1) for side in grid.shape])))
+    shift = nib.affines.apply_affine(grid.affine, corners) - nib.affines.apply_affine(other.affine, corners)
+    return float(np.linalg.norm(shift, axis=1).max())
 
 
 def _read_header(subject: str, file: str) -> Grid:

@@ -1,18 +1,22 @@
-"""Dictionary transforms that MONAI lacks: loading of all formats, voxel checks, slice indices, modality dropout."""
+"""Dictionary transforms that MONAI lacks: loading of all formats, voxel checks, slices, modality dropout."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import LoadImaged, MapTransform, RandomizableTransform, ThreadUnsafe
+from monai.transforms import LoadImaged, MapTransform, RandomizableTransform, Resized, ThreadUnsafe
 
 from scripts.config import InputError
 from scripts.data.dicom import SeriesReader
 from scripts.data.pictures import PictureReader
 from scripts.data.subjects import subject_of
+
+logger = logging.getLogger(__name__)
 
 
 class LoadVolumesd(LoadImaged, ThreadUnsafe):
@@ -57,7 +61,7 @@ class LoadVolumesd(LoadImaged, ThreadUnsafe):
 class CheckVolumed(MapTransform):
     """Refuse volumes that would spoil training: NaN or infinite voxels, or a modality with a single value.
 
-    Each key holds ``[M, H, W, S]``, one channel per modality.
+    Each key holds ``[M, H, W, S]``, one channel per modality. Two modalities that are identical give a warning.
 
     Raises:
         InputError: naming the subject and the modality.
@@ -71,11 +75,19 @@ class CheckVolumed(MapTransform):
                     raise InputError(f"{where} has NaN or infinite voxels; repair or remove the subject")
                 if volume.min() == volume.max():
                     raise InputError(f"{where} is constant ({float(volume.min()):g}); repair or remove the subject")
+            for first, second in itertools.combinations(range(len(data[key])), 2):
+                if torch.equal(data[key][first], data[key][second]):
+                    logger.warning(
+                        f"subject '{data.get('subject', '?')}': modalities {first + 1} and {second + 1} are identical; "
+                        "if one is missing and was replaced by the other, the mask may be wrong although it looks sure"
+                    )
         return dict(data)
 
 
 class SliceIndicesd(MapTransform):
     """Add ``fg_indices`` and ``bg_indices`` for ``RandCropByPosNegLabeld``: one flat voxel index per axial slice.
+
+    ``empty`` says whether the whole label is empty, as that of a healthy subject is.
 
     ``fg_indices`` holds the centre voxel of every slice with foreground in the label ``[R, H, W, S]``. ``bg_indices``
     holds the centre voxel of every other slice in which the image ``[M, H, W, S]`` has a non-zero voxel. Each slice of
@@ -103,8 +115,36 @@ class SliceIndicesd(MapTransform):
                 (centre + torch.nonzero(slices).flatten()).numpy()
                 for slices in (has_foreground, has_image & ~has_foreground)
             )
+            d["empty"] = not len(foreground)
             d["fg_indices"] = foreground if len(foreground) else background
             d["bg_indices"] = background if len(background) else foreground
+        return d
+
+
+class ResizeSlicesd(Resized):
+    """MONAI's Resized in the plane of the slices, with torch's anti-aliasing instead of its own.
+
+    MONAI's anti-aliasing blurs in three dimensions by unfolded convolutions: a volume of 240 x 240 x 155 voxels with
+    four modalities takes 5.5 GB at 32 px (docs/monai_traps.md). It records the transform, so that it is inverted as
+    before.
+
+    Args:
+        keys: keys of volumes ``[C, H, W, S]``.
+        size: both sides of the slices (pixels).
+        mode: ``trilinear``, which is anti-aliased, or ``nearest-exact`` for masks.
+    """
+
+    def __init__(self, keys: KeysCollection, size: int, mode: Sequence[str] | str = "trilinear") -> None:
+        super().__init__(keys, spatial_size=(size, size, -1), mode=mode)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict:
+        d = super().__call__(data, lazy)
+        for key, mode in self.key_iterator(d, self.mode):
+            if mode == "trilinear" and d[key].shape != data[key].shape:
+                slices = torch.as_tensor(data[key]).movedim(-1, 0)
+                size = d[key].shape[1:3]
+                smooth = torch.nn.functional.interpolate(slices, size, mode="bilinear", antialias=True)
+                d[key].copy_(smooth.movedim(0, -1))
         return d
 
 

@@ -9,43 +9,38 @@ from torch import nn
 
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
+from scripts.networks.calibration import Calibration
 
 Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # seg_logits, cls_logits, calib_map
 
 
 class SegmentationNetwork(nn.Module):
-    """Base class: attributes, fitted temperatures, and the two calls of training and sampling.
-
-    The temperatures are 1 until they are fitted. As buffers they are saved and loaded with the weights:
-    ``foreground_temperature [R]`` and ``lesion_temperature [R]`` of the masks, ``grade_temperature`` (a scalar).
+    """Base class: attributes, calibration, and the two calls of training and sampling.
 
     Args:
         diffusion: noise schedule and prediction type.
         out_channels: R, number of target regions.
+        num_grades: K, number of grades.
         divisor: the sides of a slice must be multiples of it.
 
     Attributes:
         noised_mask: what training noises by default, see :class:`scripts.training.steps.DenoisingInferer`.
         self_conditioning: whether ``forward`` uses ``estimate``.
         has_calib_map: whether there is an image-only branch.
+        calibration: what is fitted after training.
     """
 
-    foreground_temperature: torch.Tensor
-    lesion_temperature: torch.Tensor
-    grade_temperature: torch.Tensor
     noised_mask: str = "truth"
     self_conditioning: bool = False
     has_calib_map: bool = False
     cls_head: nn.Module | None
 
-    def __init__(self, diffusion: GaussianDiffusion, out_channels: int, divisor: int) -> None:
+    def __init__(self, diffusion: GaussianDiffusion, out_channels: int, num_grades: int, divisor: int) -> None:
         super().__init__()
         self.diffusion = diffusion
         self.out_channels = out_channels
         self.divisor = divisor
-        self.register_buffer("foreground_temperature", torch.ones(out_channels))
-        self.register_buffer("lesion_temperature", torch.ones(out_channels))
-        self.register_buffer("grade_temperature", torch.tensor(1.0))
+        self.calibration = Calibration(out_channels, num_grades)
 
     def check_image_size(self, size: Sequence[int]) -> None:
         """Raise InputError unless both sides of a slice ``(H, W)`` are multiples of :attr:`divisor`."""

@@ -1,12 +1,13 @@
-"""Temperature scaling: temperatures are fitted on validation subjects, saved in the checkpoint and used in sampling."""
+"""Calibration: temperatures, prior and volume margin are fitted to validation subjects and saved in the checkpoint."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,33 @@ import numpy as np
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
-from scipy.optimize import minimize_scalar
-from sklearn.metrics import brier_score_loss, log_loss
-from sklearn.model_selection import KFold
+from scipy.optimize import minimize, minimize_scalar
+from sklearn.metrics import brier_score_loss
+from sklearn.model_selection import GroupKFold
 
 from scripts.config import InputError, atomic_path
+from scripts.data.grades import class_frequencies
+from scripts.data.split import patient
 from scripts.distributed import gather_from_all
+from scripts.networks.calibration import CALIBRATED_FOR, MIN_PROBABILITY, Calibration
+from scripts.report.metrics import grade_losses
 from scripts.report.overlays import read_background
-from scripts.report.uncertainty import calibration_bins, expected_calibration_error, region_of_interest
-from scripts.sampling.probability import CALIBRATED_FOR, MIN_PROBABILITY
-from scripts.training.checkpoints import store_in_model
+from scripts.report.uncertainty import (
+    LEVELS,
+    calibration_bins,
+    expected_calibration_error,
+    nonconformity,
+    region_of_interest,
+    size_unit,
+)
+from scripts.training.checkpoints import read_checkpoint, store_calibration
 
 logger = logging.getLogger(__name__)
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_VOXELS = 200_000  # per subject and region: bounds the memory and the weight of one subject
+COVERAGE = 0.9
+LOGITS = np.linspace(-18.5, 18.5, 741)  # thresholds at which the volume of a probability map is kept
 
 
 def to_classes(prob: np.ndarray) -> np.ndarray:
@@ -38,17 +51,17 @@ def to_classes(prob: np.ndarray) -> np.ndarray:
     return np.stack([1 - prob, prob], axis=-1)
 
 
-def scale(prob: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(log(prob) / temperature) of class probabilities ``[n, K]`` (Guo et al., ICML 2017)."""
-    return _log_softmax(prob, temperature).exp().numpy()
+def calibrate(prob: np.ndarray, temperature: float, bias: Sequence[float] = (0.0,)) -> np.ndarray:
+    """softmax(log(prob) / temperature + bias) of class probabilities ``[n, K]`` (Guo et al., ICML 2017)."""
+    return _log_softmax(prob, temperature, bias).exp().numpy()
 
 
-def _log_softmax(prob: np.ndarray, temperature: float) -> torch.Tensor:
+def _log_softmax(prob: np.ndarray, temperature: float, bias: Sequence[float] = (0.0,)) -> torch.Tensor:
     logits = torch.as_tensor(prob, dtype=torch.float64).clamp(min=MIN_PROBABILITY).log()
-    return torch.log_softmax(logits / temperature, dim=-1)
+    return torch.log_softmax(logits / temperature + torch.as_tensor(bias, dtype=torch.float64), dim=-1)
 
 
-def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> float:
+def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> tuple[float]:
     """Temperature between 0.05 and 20 that minimises the log loss.
 
     Args:
@@ -61,44 +74,106 @@ def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> float:
         return float(torch.nn.functional.nll_loss(_log_softmax(prob, np.exp(log_temperature)), target))
 
     bounds = (np.log(MIN_TEMPERATURE), np.log(MAX_TEMPERATURE))
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
+    return (float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)),)
 
 
-def cross_fitted(probs: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Each subject's probabilities, scaled by a temperature fitted on other subjects (five folds).
+def fit_grades(prob: np.ndarray, truth: np.ndarray, prior_bias: np.ndarray) -> tuple[float, np.ndarray]:
+    """Temperature and bias of the grades: Platt scaling with intercept, for any number of grades.
 
-    The probabilities of a single subject are returned unchanged.
+    The loss is weighted by inverse frequency, so that the network assumes equal frequencies. ``prior_bias`` corrects
+    this in closed form. The fit starts from there. With few subjects it stays near: the negative log likelihood has
+    the penalties of normal priors with standard deviation 1 on the log temperature and on the change of the bias.
+
+    Args:
+        prob: class probabilities ``[n, K]``.
+        truth: class indices ``[n]``.
+        prior_bias: minus the log of the class weights of the loss, ``[K]``.
     """
-    scaled = list(probs)
-    if len(probs) > 1:
-        for fit, held_out in KFold(min(5, len(probs))).split(scaled):
-            temperature = fit_temperature(*(np.concatenate([values[i] for i in fit]) for values in (probs, truths)))
+    target = torch.as_tensor(truth).long()
+
+    def loss(values: np.ndarray) -> float:
+        log_prob = _log_softmax(prob, np.exp(values[0]), prior_bias + values[1:])
+        return float(torch.nn.functional.nll_loss(log_prob, target, reduction="sum")) + 0.5 * float(values @ values)
+
+    found = minimize(loss, np.zeros(1 + len(prior_bias))).x
+    return float(np.exp(found[0])), prior_bias + found[1:]
+
+
+def cross_fitted(
+    probs: Sequence[np.ndarray], truths: Sequence[np.ndarray], patients: Sequence[str], fit: Callable[..., tuple]
+) -> list[np.ndarray]:
+    """Each subject's probabilities, calibrated by a fit to other patients (five folds).
+
+    The probabilities of a single patient are returned unchanged.
+    """
+    calibrated, num_patients = list(probs), len(set(patients))
+    if num_patients > 1:
+        for others, held_out in GroupKFold(min(5, num_patients)).split(calibrated, groups=patients):
+            fitted = fit(*(np.concatenate([values[i] for i in others]) for values in (probs, truths)))
             for i in held_out:
-                scaled[i] = scale(probs[i], temperature)
-    return scaled
+                calibrated[i] = calibrate(probs[i], *fitted)
+    return calibrated
 
 
-class TemperatureFit:
-    """Evaluation handler that fits the temperatures of the masks (per region and set of voxels) and of the grade.
+def conformal_margin(scores: Sequence[float], patients: Sequence[str]) -> float:
+    """Margin that covers the next patient with a probability of 90 % (split conformal prediction).
+
+    The score of a patient's subjects count together as one (pooled distribution; Dunn et al., JASA 2023).
+
+    Args:
+        scores: :func:`~scripts.report.uncertainty.nonconformity` of each subject.
+        patients: patient of each subject.
+
+    Returns:
+        The margin; infinite for fewer than nine patients, which cannot give 90 %.
+    """
+    counts = {name: list(patients).count(name) for name in patients}
+    if COVERAGE * (len(counts) + 1) > len(counts):
+        return math.inf
+    order = np.argsort(scores)
+    weights = np.array([1 / counts[patients[i]] for i in order]) / (len(counts) + 1)
+    reached = np.cumsum(weights) >= COVERAGE - 1e-9
+    return float(np.asarray(scores)[order][reached][0])
+
+
+class CalibrationFit:
+    """Evaluation handler that fits the :class:`~scripts.networks.calibration.Calibration` of a checkpoint.
 
     There are two sets of voxels. ``foreground`` are the voxels of the first modality that are not 0. ``lesion`` are the
     voxels of truth or prediction, dilated (:func:`~scripts.report.uncertainty.region_of_interest`). The second set
     contains every missed voxel but little of the background, which is right and certain. Its temperature is therefore
     much higher, and valid only near the lesion.
 
-    The temperatures are saved in the checkpoint. ``calibration.json`` holds the scores before, after, and cross-fitted.
-    The cross-fitted scores are the ones to report: each subject is scaled by the temperature of other subjects.
+    The result is saved in the checkpoint, with the sampling settings. ``calibration.json`` holds the scores before,
+    after, and cross-fitted. The cross-fitted scores are the ones to report: each subject is calibrated by a fit to
+    other patients.
 
     Args:
         ckpt_path: the checkpoint.
         output_dir: folder of ``calibration.json``.
         regions: names of the region channels.
+        grade_labels: class index of each grade.
+        patient_pattern: see :func:`scripts.data.split.patient`.
+        items: subjects whose grades give the prior.
+        lineage: the calibrated subjects, by data set; added to those that chose the weights.
     """
 
-    def __init__(self, ckpt_path: str, output_dir: str, regions: Sequence[str]) -> None:
+    def __init__(
+        self,
+        ckpt_path: str,
+        output_dir: str,
+        regions: Sequence[str],
+        grade_labels: Mapping[str, int],
+        patient_pattern: str,
+        items: Sequence[Mapping[str, Any]],
+        lineage: Mapping[str, Sequence[str]],
+    ) -> None:
         self.ckpt_path = ckpt_path
         self.output_dir = Path(output_dir)
         self.regions = list(regions)
+        self.patient_pattern = patient_pattern
+        self.prior = class_frequencies(items, grade_labels)
+        self.lineage = dict(lineage)
 
     def attach(self, engine: SupervisedEvaluator) -> None:
         """Attach to the evaluator."""
@@ -107,81 +182,128 @@ class TemperatureFit:
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: SupervisedEvaluator) -> None:
-        for name in (*CALIBRATED_FOR, "grade"):  # the fit needs probabilities that are not scaled
-            engine.network.get_buffer(f"{name}_temperature").fill_(1)
-        self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
-        self.grades: list[tuple[list[float], int]] = []
+        network: Any = engine.network
+        network.calibration.reset()  # the fit needs probabilities that are not calibrated
+        self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
+        self.volumes: dict[str, list[tuple[np.ndarray, float, str]]] = defaultdict(list)
+        self.grades: list[tuple[list[float], int, str]] = []
         self.rng = np.random.default_rng(0)
 
     def iteration_completed(self, engine: SupervisedEvaluator) -> None:
         for item in engine.state.output:
+            name = patient(item["subject"], self.patient_pattern)
             foreground = read_background(item) != 0
             for channel, region in enumerate(self.regions):
                 prob, label = np.asarray(item["prob"][channel].cpu()), np.asarray(item["label"][channel].cpu()) > 0
-                self._keep(region, "foreground", prob[foreground], label[foreground])
+                self._keep(region, "foreground", prob[foreground], label[foreground], name)
                 lesion = region_of_interest(prob > 0.5, label)
-                self._keep(region, "lesion", prob[lesion], label[lesion])
+                self._keep(region, "lesion", prob[lesion], label[lesion], name)
+                size = size_unit(item).voxel
+                self.volumes[region].append((volume_curve(prob) * size, float(label.sum()) * size, name))
             if int(item["grade"]) >= 0 and "grade_prob" in item:
-                self.grades.append((torch.as_tensor(item["grade_prob"]).tolist(), int(item["grade"])))
+                self.grades.append((torch.as_tensor(item["grade_prob"]).tolist(), int(item["grade"]), name))
 
-    def _keep(self, region: str, voxels: str, prob: np.ndarray, label: np.ndarray) -> None:
+    def _keep(self, region: str, voxels: str, prob: np.ndarray, label: np.ndarray, name: str) -> None:
         if len(prob) > MAX_VOXELS:
             drawn = self.rng.choice(len(prob), MAX_VOXELS, replace=False)
             prob, label = prob[drawn], label[drawn]
-        self.voxels[region, voxels].append((to_classes(prob), label))
+        self.voxels[region, voxels].append((to_classes(prob), label, name))
 
     def completed(self, engine: SupervisedEvaluator) -> None:
+        new = Calibration(len(self.regions), len(self.prior))
         report: dict[str, Any] = {region: {} for region in self.regions}
         for region, voxels in itertools.product(self.regions, CALIBRATED_FOR):
-            probs, truths = map(list, zip(*gather_from_all(self.voxels[region, voxels]), strict=True))
+            probs, truths, patients = map(list, zip(*gather_from_all(self.voxels[region, voxels]), strict=True))
             if not any(truth.any() for truth in truths):
                 raise InputError(
                     f"region '{region}' has no voxel in any true mask, so it cannot be calibrated; use more subjects"
                 )
-            report[region][voxels] = _fit(probs, truths, voxel_scores)
-        grades = gather_from_all(self.grades)
-        if len({grade for _, grade in grades}) > 1:
-            probs, truths = (list(np.array(column)[:, None]) for column in zip(*grades, strict=True))
-            report["grade"] = _fit(probs, truths, grade_scores)
-        else:
-            logger.warning("fewer than two grades are present: the temperature of the grade stays 1")
+            scores, (temperature,) = _fit(probs, truths, patients, fit_temperature, voxel_scores)
+            new.get_buffer(f"{voxels}_temperature")[self.regions.index(region)] = temperature
+            report[region][voxels] = {"temperature": temperature, **scores}
+        for channel, region in enumerate(self.regions):
+            margin = self._margin(region, float(new.foreground_temperature[channel]))
+            new.volume_margin[channel] = margin
+            report[region]["volume_margin"] = None if math.isinf(margin) else margin
+        if fitted := self._fit_grades(new):
+            report["grade"] = fitted
         if idist.get_rank() == 0:
-            self._write(report)
+            inferer: Any = engine.inferer
+            new.sampling = inferer.sampling
+            store_calibration(self.ckpt_path, new.state_dict(), self.lineage)
+            with atomic_path(self.output_dir / "calibration.json") as path:
+                path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+            logger.info("\n" + json.dumps(report, indent=1))
 
-    def _write(self, report: dict[str, Any]) -> None:
-        buffers = {
-            f"{voxels}_temperature": torch.tensor([report[region][voxels]["temperature"] for region in self.regions])
-            for voxels in CALIBRATED_FOR
-        }
-        grade = report.get("grade", {"temperature": 1.0})
-        store_in_model(self.ckpt_path, buffers | {"grade_temperature": torch.tensor(grade["temperature"])})
-        with atomic_path(self.output_dir / "calibration.json") as path:
-            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        logger.info("\n" + json.dumps(report, indent=1))
+    def _margin(self, region: str, temperature: float) -> float:
+        """Conformal margin of a region's volumes, whose probabilities are scaled by ``temperature``."""
+        curves, true, patients = map(list, zip(*gather_from_all(self.volumes[region]), strict=True))
+        scores = [
+            nonconformity(volume_at(curve, LEVELS[0], temperature), volume_at(curve, LEVELS[1], temperature), volume)
+            for curve, volume in zip(curves, true, strict=True)
+        ]
+        margin = conformal_margin(scores, patients)
+        if math.isinf(margin):
+            logger.warning(
+                f"{len(set(patients))} patients are too few for intervals of the volume of '{region}': 9 are needed. "
+                "None will be given; raise validation_share"
+            )
+        return margin
+
+    def _fit_grades(self, new: Calibration) -> dict[str, Any]:
+        """Fit the grades, write the result into ``new``, and return what is reported; empty without grades."""
+        grades = gather_from_all(self.grades)
+        if len({grade for _, grade, _ in grades}) < 2 or np.isnan(self.prior).any():
+            logger.warning("fewer than two grades are present: the grade is not calibrated")
+            return {}
+        *columns, patients = map(list, zip(*grades, strict=True))
+        probs, truths = (list(np.array(column)[:, None]) for column in columns)
+        alpha = read_checkpoint(self.ckpt_path)["loss"]["cls_loss.class_weight"].double().numpy()
+        prior_bias = -np.log(alpha / alpha.mean())
+        scores, (temperature, bias) = _fit(
+            probs, truths, patients, lambda prob, truth: fit_grades(prob, truth, prior_bias), grade_losses
+        )
+        new.grade_temperature.fill_(temperature)
+        new.grade_bias.copy_(torch.as_tensor(bias))
+        new.grade_prior.copy_(torch.as_tensor(self.prior))
+        fitted = {"temperature": temperature, "bias": list(map(float, bias)), "prior": list(map(float, self.prior))}
+        return fitted | scores
 
 
-def _fit(probs: list[np.ndarray], truths: list[np.ndarray], scores: Any) -> dict[str, Any]:
-    """The temperature fitted on all subjects, and the scores before, after and cross-fitted."""
+def volume_curve(prob: np.ndarray) -> np.ndarray:
+    """Number of voxels whose logit is above each of :data:`LOGITS`."""
+    prob = np.clip(prob.astype(np.float64), MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+    counts = np.histogram(np.log(prob / (1 - prob)), bins=np.append(LOGITS, np.inf))[0]
+    return np.cumsum(counts[::-1])[::-1].astype(float)
+
+
+def volume_at(curve: np.ndarray, level: float, temperature: float) -> float:
+    """Volume of the voxels whose probability is above ``level`` after division of the logits by ``temperature``."""
+    return float(np.interp(temperature * math.log(level / (1 - level)), LOGITS, curve))
+
+
+def _fit(
+    probs: list[np.ndarray],
+    truths: list[np.ndarray],
+    patients: list[str],
+    fit: Callable[..., tuple],
+    scores: Callable[..., dict],
+) -> tuple[dict[str, Any], tuple]:
+    """The scores before, after and cross-fitted; and what was fitted to all subjects."""
     prob, truth = np.concatenate(probs), np.concatenate(truths)
-    temperature = fit_temperature(prob, truth)
-    held_out = np.concatenate(cross_fitted(probs, truths))
-    return {
+    fitted = fit(prob, truth)
+    held_out = np.concatenate(cross_fitted(probs, truths, patients, fit))
+    report = {
         "subjects": len(probs),
-        "temperature": temperature,
+        "patients": len(set(patients)),
         "before": scores(prob, truth),
-        "after": scores(scale(prob, temperature), truth),
+        "after": scores(calibrate(prob, *fitted), truth),
         "cross_fitted": scores(held_out, truth),
     }
+    return report, fitted
 
 
 def voxel_scores(prob: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Expected calibration error and Brier score of voxels ``[n, 2]``."""
     ece = expected_calibration_error(calibration_bins(prob[:, 1], truth)[None])
     return {"ece": ece, "brier": float(brier_score_loss(truth, prob[:, 1]))}
-
-
-def grade_scores(prob: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Brier score and log loss of subjects ``[n, K]``. There are too few subjects for a calibration error in bins."""
-    one_hot = np.eye(prob.shape[1])[truth]
-    brier = float(np.square(prob - one_hot).sum(axis=1).mean() / 2)  # equals scikit-learn's for two grades
-    return {"brier": brier, "log_loss": float(log_loss(truth, prob, labels=list(range(prob.shape[1]))))}

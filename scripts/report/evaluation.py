@@ -18,21 +18,24 @@ from sklearn.metrics import brier_score_loss
 
 from scripts.config import atomic_path
 from scripts.data.grades import grade_names
+from scripts.data.split import PATIENT_PATTERN, patient
 from scripts.distributed import gather_from_all
+from scripts.networks.calibration import CALIBRATED_FOR
 from scripts.report.intervals import with_intervals
-from scripts.report.metrics import grading_scores, mask_scores, mean_of_defined
+from scripts.report.metrics import grade_losses, grading_scores, mask_scores, mean_of_defined
 from scripts.report.overlays import read_background, write_overlay
-from scripts.report.plots import plot_reliability, plot_risk_coverage
+from scripts.report.plots import plot_grade_calibration, plot_reliability, plot_risk_coverage
 from scripts.report.results import ResultsFile
 from scripts.report.tables import estimates, grade_columns, write_csv
 from scripts.report.uncertainty import (
     calibration_bins,
     error_auroc,
     expected_calibration_error,
+    nonconformity,
     region_of_interest,
     risk_coverage,
+    size_unit,
 )
-from scripts.sampling.probability import CALIBRATED_FOR
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +43,10 @@ logger = logging.getLogger(__name__)
 class SubjectReport:
     """Evaluation handler that writes one row and one overlay per subject, then a summary with 95 % intervals.
 
-    Writes ``subjects.csv``, ``summary.json``, ``evaluation_results.json``, ``reliability.png``, ``risk_coverage.png``
-    and ``overlays/<subject>_overlay.png``. Calibration is measured over the foreground (voxels of the first modality
-    that are not 0) and over the lesion (truth or prediction, dilated by 3 voxels). Error detection is measured over
-    the foreground.
+    Writes ``subjects.csv``, ``summary.json``, ``evaluation_results.json``, ``reliability.png``, ``risk_coverage.png``,
+    ``grade_calibration.png`` (with grades) and ``overlays/<subject>_overlay.png``. Intervals are over patients.
+    Calibration is measured over the foreground (voxels of the first modality that are not 0) and over the lesion
+    (truth or prediction, dilated by 3 voxels). Error detection is measured over the foreground.
 
     Args:
         output_dir: folder of the files.
@@ -51,6 +54,7 @@ class SubjectReport:
         grade_labels: class index of each grade; None for a task without grades.
         settings: settings that are saved in the summary with the scores.
         results: file of the mean scores, which may hold those of other models.
+        patient_pattern: see :func:`scripts.data.split.patient`.
         seed: seed of the bootstrap.
     """
 
@@ -61,6 +65,7 @@ class SubjectReport:
         grade_labels: Mapping[str, int] | None,
         settings: Mapping[str, Any],
         results: ResultsFile,
+        patient_pattern: str = PATIENT_PATTERN,
         seed: int = 0,
     ) -> None:
         self.output_dir = Path(output_dir)
@@ -68,6 +73,7 @@ class SubjectReport:
         self.grades = grade_names(grade_labels) if grade_labels else []
         self.settings = dict(settings)
         self.results = results
+        self.patient_pattern = patient_pattern
         self.seed = seed
 
     def attach(self, engine: Workflow) -> None:
@@ -85,18 +91,24 @@ class SubjectReport:
         for item in engine.state.output:
             background = read_background(item)
             spacing = item["label"].pixdim.tolist()
-            row = {"subject": item["subject"]}
+            row = {"subject": item["subject"], "patient": patient(item["subject"], self.patient_pattern)}
             if self.grades:
                 row |= {"grade": int(item["grade"]), **grade_columns(item, self.grades)}
+                row |= grade_columns(item, self.grades, "prior")
             row |= mask_scores(item["pred"], item["label"], spacing, self.regions)
-            voxel_volume = float(np.prod(spacing)) / 1000
+            size = size_unit(item)
             self.bins.append({})
             self.risks.append({})
             for channel, region in enumerate(self.regions):
-                row[f"volume_ml_{region}"] = float(item["pred"][channel].sum()) * voxel_volume
-                row[f"true_volume_ml_{region}"] = float(item["label"][channel].sum()) * voxel_volume
+                row[size.column("", "", region)] = float(item["pred"][channel].sum()) * size.voxel
+                row[size.column("true", "", region)] = float(item["label"][channel].sum()) * size.voxel
                 self._score_uncertainty(item, channel, background != 0, row)
-            row |= estimates(item, self.regions, voxel_volume)
+            row |= estimates(item, self.regions)
+            for region in self.regions:
+                low, high, true = (
+                    row[size.column(*name, region)] for name in (("", "low"), ("", "high"), ("true", ""))
+                )
+                row[f"covered_{region}"] = float(nonconformity(low, high, true) < 1e-6) if np.isfinite(low) else np.nan
             self.rows.append(row)
             title = f"{item['subject']}  Dice {row[f'dice_{self.regions[0]}']:.2f}"
             write_overlay(item, background, title, self.output_dir / "overlays")
@@ -126,7 +138,11 @@ class SubjectReport:
         plot_reliability(bins, self.output_dir / "reliability.png")
         plot_risk_coverage(risks, self.output_dir / "risk_coverage.png")
         scores = summarise(table, self.regions, self.grades, bins, self.seed)
-        summary = {"subjects": len(table), "settings": self.settings, **scores}
+        summary = {"subjects": len(table), "patients": table["patient"].nunique(), "settings": self.settings, **scores}
+        if summary["graded_subjects"]:
+            plot_grade_calibration(
+                graded_subjects(table, self.grades), self.grades, self.output_dir / "grade_calibration.png"
+            )
         with atomic_path(self.output_dir / "summary.json") as path:
             path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
         self.results.write(table, self.regions)
@@ -150,24 +166,44 @@ def summarise(
             set of voxels: ``WT foreground``, ``WT lesion``.
         seed: seed of the bootstrap.
     """
+    patients = table["patient"].to_numpy()
     masks = {
         region: {
-            name: with_intervals(_centre, table[f"{name}_{region}"], seed=seed) for name in ("dice", "iou", "hd95")
+            name: with_intervals(_centre(table[f"{name}_{region}"].to_numpy()), patients, seed)
+            for name in ("dice", "iou", "hd95")
         }
         for region in regions
     }
-    columns = [f"prob_{name}" for name in grades]
-    graded = table.reindex(columns=["grade", *columns]).dropna().query("grade >= 0")
-    truth, prob = graded["grade"].to_numpy(int), graded[columns].to_numpy()
-    grading = {}
-    if grades:
-        everyone = np.arange(len(graded))
-        grading = with_intervals(lambda rows: grading_scores(truth[rows], prob[rows], grades), everyone, seed=seed)
     uncertainty = {
-        region: with_intervals(_uncertainty_scores(table, region, bins), range(len(table)), seed=seed)
-        for region in regions
+        region: with_intervals(_uncertainty_scores(table, region, bins), patients, seed) for region in regions
     }
-    return {"segmentation": masks, "uncertainty": uncertainty, "graded_subjects": len(graded), "grading": grading}
+    scores = {"segmentation": masks, "uncertainty": uncertainty, "graded_subjects": 0, "grading": {}}
+    if grades:
+        graded = graded_subjects(table, grades)
+        scores["graded_subjects"] = len(graded)
+        scores["grading"] = with_intervals(_grade_scores(graded, grades), graded["patient"].to_numpy(), seed)
+    return scores
+
+
+def graded_subjects(table: pd.DataFrame, grades: Sequence[str]) -> pd.DataFrame:
+    """The subjects with a true and a predicted grade."""
+    return table[table["grade"] >= 0].dropna(subset=[f"prob_{name}" for name in grades])
+
+
+def _grade_scores(table: pd.DataFrame, grades: Sequence[str]) -> Callable[[np.ndarray], dict[str, float]]:
+    """Return a function that computes the grading scores of the graded subjects in the given rows.
+
+    ``log_loss_of_prior`` is the log loss of the prior alone, without the image: a useful grade is below it.
+    """
+    truth = table["grade"].to_numpy(int)
+    prob, prior = (table[[f"{kind}_{name}" for name in grades]].to_numpy(float) for kind in ("prob", "prior"))
+
+    def scores(rows: np.ndarray) -> dict[str, float]:
+        baseline = grade_losses(prior[rows], truth[rows])["log_loss"]
+        found = grading_scores(truth[rows], prob[rows], grades) | grade_losses(prob[rows], truth[rows])
+        return found | {"log_loss_of_prior": baseline}
+
+    return scores
 
 
 def _stacked(subjects: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -176,8 +212,9 @@ def _stacked(subjects: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([arrays[name] for arrays in everyone]) for name in everyone[0]}
 
 
-def _centre(values: np.ndarray) -> dict[str, float]:
-    return {"mean": float(np.mean(values)), "median": float(np.median(values))}
+def _centre(values: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
+    """Return a function that computes mean and median of the values in the given rows."""
+    return lambda rows: {"mean": float(np.mean(values[rows])), "median": float(np.median(values[rows]))}
 
 
 def _uncertainty_scores(
@@ -186,24 +223,22 @@ def _uncertainty_scores(
     """Return a function that computes the uncertainty scores of the subjects in the given rows.
 
     ECE is computed over all voxels of these subjects; the other scores are means over subjects. ``volume_coverage`` is
-    the share of true volumes inside their 90 % interval. ``quality_rank`` is Spearman's rank correlation of expected
-    and true Dice.
+    the share of true volumes inside their 90 % interval; it is undefined if the volumes were not calibrated.
+    ``quality_rank`` is Spearman's rank correlation of expected and true Dice.
     """
     columns = {name.removesuffix(f"_{region}"): values.to_numpy() for name, values in table.items()}
-    true = columns["true_volume_ml"]
-    inside = (columns["volume_low_ml"] <= true) & (true <= columns["volume_high_ml"])
 
     def scores(rows: np.ndarray) -> dict[str, float]:
         expected, dice = columns["expected_dice"][rows], columns["dice"][rows]
         varied = min(len(np.unique(expected)), len(np.unique(dice))) > 1
-        means = {name: mean_of_defined(columns[name][rows]) for name in ("brier", "error_auroc", "aurc")}
+        means = {name: mean_of_defined(columns[name][rows]) for name in ("brier", "error_auroc", "aurc", "covered")}
         return {
             **{
                 f"ece_{voxels}": expected_calibration_error(bins[f"{region} {voxels}"][rows])
                 for voxels in CALIBRATED_FOR
             },
+            "volume_coverage": means.pop("covered"),
             **means,
-            "volume_coverage": float(inside[rows].mean()),
             "quality_rank": float(spearmanr(expected, dice).statistic) if varied else np.nan,
         }
 
@@ -221,7 +256,11 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     for region, scores in summary["uncertainty"].items():
         rows += [(f"{region} {name}", cell) for name, cell in scores.items()]
     rows += list(summary["grading"].items())
-    lines = [f"{summary['subjects']} subjects, {summary['graded_subjects']} with a grade"]
+    lines = [
+        f"{summary['subjects']} subjects of {summary['patients']} patients, {summary['graded_subjects']} with a grade"
+    ]
+    if chosen := summary["settings"].get("chosen_by"):
+        lines.append(f"{chosen} of them chose the weights or the calibration: these scores are too good")
     for name, cell in rows:
         value, low, high = ("undefined" if v is None else f"{v:.3f}" for v in cell.values())
         lines.append(f"{name:<20} {value:>9}   95 % interval {low} to {high}")

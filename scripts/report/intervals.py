@@ -1,4 +1,4 @@
-"""Bootstrap intervals over subjects."""
+"""Bootstrap intervals over patients."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ from scipy.stats import bootstrap
 
 
 def with_intervals(
-    statistic: Callable[..., Mapping[str, float]],
-    *columns: Sequence[float] | np.ndarray,
+    statistic: Callable[[np.ndarray], Mapping[str, float]],
+    patients: Sequence[str],
     seed: int = 0,
     resamples: int = 1000,
 ) -> dict[str, dict[str, float | None]]:
-    """Named statistics of paired columns, each with its 95 % bootstrap interval over subjects (percentile method).
+    """Named statistics of a table, each with its 95 % bootstrap interval (percentile method).
+
+    Patients are drawn with replacement, each with all of its rows (the cluster bootstrap; Field and Welsh, JRSS B
+    2007): the rows of a patient are alike, and drawing rows would give intervals that are too narrow.
 
     Undefined values are None; resamples in which a statistic is undefined (one class only) are left out for it.
+
+    Args:
+        statistic: from numbers of rows to values by name.
+        patients: patient of each row.
+        seed: of the bootstrap.
+        resamples: number of draws.
     """
-    values = statistic(*map(np.asarray, columns))
+    groups = np.unique(np.asarray(patients, dtype=str), return_inverse=True)[1]
+    rows = [np.flatnonzero(groups == group) for group in range(groups.max(initial=-1) + 1)]
+    values = statistic(np.arange(len(groups)))
     intervals = np.full((len(values), 2), np.nan)
-    if len(columns[0]) > 1:
+    if len(rows) > 1:
         drawn = bootstrap(
-            columns,
-            lambda *sample: np.array(list(statistic(*sample).values())),
-            paired=True,
+            (np.arange(len(rows)),),
+            lambda sample: np.array(list(statistic(np.concatenate([rows[i] for i in sample])).values())),
             vectorized=False,
             n_resamples=resamples,
             method="percentile",

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from ignite.metrics import Metric
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 
 from scripts.data.grades import grade_names
 from scripts.distributed import gather_from_all
 from scripts.sampling.probability import area_weighted_mean
-from scripts.training.losses import MultiTaskLoss
+from scripts.training.losses import MultiTaskLoss, graded_slices
 
 EPOCH_PANELS = {  # the learning curves
     "losses": ["L_seg", "L_calib", "L_cls", "L_total"],
@@ -68,13 +68,17 @@ class AverageLosses(Metric):
 
 
 def sampled_losses(output: Sequence[Mapping[str, Any]], loss: MultiTaskLoss) -> Iterable[tuple[str, torch.Tensor]]:
-    """Loss components of one sampled volume: the training loss of its probability map and of its grade."""
+    """Loss components of one sampled volume: the training losses of its probability map, calibration map and grade."""
     (item,) = output
     prob, label = torch.as_tensor(item["prob"])[None], torch.as_tensor(item["label"])[None]
+    calib = torch.logit(torch.as_tensor(item["calib_prob"])[None], eps=1e-6) if "calib_prob" in item else None
     cls_logits = torch.as_tensor(item["grade_prob"])[None].clamp(1e-6, 1).log() if "grade_prob" in item else None
     grade = torch.tensor([int(item["grade"])], device=prob.device)
     with torch.no_grad():
-        loss((torch.logit(prob, eps=1e-6), cls_logits, None), {"label": label, "grade": grade})
+        loss(
+            (torch.logit(prob, eps=1e-6), cls_logits, calib),
+            {"label": label, "grade": grade, "empty": torch.tensor([True])},
+        )
     return loss.components.items()
 
 
@@ -115,13 +119,12 @@ class SubjectGrades(Metric):
 
 
 def training_grades(output: Mapping[str, Any]) -> tuple:
-    """Update of :class:`SubjectGrades` from a training step: the slices with foreground, which L_cls uses."""
+    """Update of :class:`SubjectGrades` from a training step: the slices that L_cls uses."""
     (seg_logits, cls_logits, _), targets = output["pred"], output["label"]
     if cls_logits is None:
         return [], [], [], []
     prob = cls_logits.detach().float().softmax(dim=1)
-    grade = torch.where(targets["label"].flatten(1).any(dim=1), targets["grade"], -1)
-    return targets["subject"], prob, grade, (seg_logits.detach() > 0).flatten(1).sum(dim=1)
+    return targets["subject"], prob, graded_slices(targets), (seg_logits.detach() > 0).flatten(1).sum(dim=1)
 
 
 def volume_grades(output: Sequence[Mapping[str, Any]]) -> tuple:
@@ -152,6 +155,18 @@ def grading_scores(grade: Sequence[int], prob: Sequence[Sequence[float]], names:
     aucs = [_auc(truth == index, scores[:, index]) for index in (classes if len(names) > 2 else [1])]
     values = [mean_of_defined(aucs), mean_of_defined(f1), *f1, accuracy_score(truth, predicted)]
     return {column: float(value) for column, value in zip(columns, values, strict=True)}
+
+
+def grade_losses(prob: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Brier score (0 to 1) and log loss of grade probabilities ``[n, K]`` and class indices ``[n]``; NaN for n = 0.
+
+    There are too few subjects for a calibration error in bins.
+    """
+    if not len(truth):
+        return {"brier": float("nan"), "log_loss": float("nan")}
+    prob = prob / prob.sum(axis=1, keepdims=True)  # rounding in float32
+    brier = float(np.square(prob - np.eye(prob.shape[1])[truth]).sum(axis=1).mean() / 2)
+    return {"brier": brier, "log_loss": float(log_loss(truth, prob, labels=list(range(prob.shape[1]))))}
 
 
 def _auc(positive: np.ndarray, score: np.ndarray) -> float:

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import binomtest
 
 from scripts.config import atomic_path
 from scripts.report.uncertainty import COVERAGE, expected_calibration_error
@@ -119,6 +120,40 @@ def plot_risk_coverage(risks: Mapping[str, np.ndarray], file: str | Path) -> Non
         xlabel="coverage: share of the foreground's voxels, most certain first",
         ylabel="share of wrong voxels",
         ylim=(0, None),
+    )
+    axes.legend()
+    _save(figure, file)
+
+
+def plot_grade_calibration(table: pd.DataFrame, grades: Sequence[str], file: str | Path) -> None:
+    """Draw the frequency of each grade against its predicted probability, in up to five groups of equal size.
+
+    With two grades only the second is drawn: the first is its mirror image. A bar is the 95 % interval of a frequency
+    (Wilson's); with few subjects it is wide.
+
+    Args:
+        table: one row per graded subject with ``grade`` and ``prob_<grade>``.
+        grades: names of the grades.
+        file: PNG to write.
+    """
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    for index in range(len(grades)) if len(grades) > 2 else [1]:
+        prob, truth = table[f"prob_{grades[index]}"].to_numpy(), (table["grade"] == index).to_numpy()
+        groups = np.array_split(np.argsort(prob, kind="stable"), min(5, len(prob)))
+        for group in groups:
+            low, high = binomtest(int(truth[group].sum()), len(group)).proportion_ci(method="wilson")
+            axes.plot([prob[group].mean()] * 2, [low, high], color=f"C{index}", linewidth=1)
+        points = [(prob[group].mean(), truth[group].mean()) for group in groups]
+        axes.plot(*zip(*points, strict=True), ".-", color=f"C{index}", label=grades[index])
+    axes.set(
+        xlabel="predicted probability",
+        ylabel="observed frequency",
+        title=f"calibration of the grade, {len(table)} subjects",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        aspect="equal",
     )
     axes.legend()
     _save(figure, file)

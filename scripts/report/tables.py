@@ -17,7 +17,7 @@ from scripts.config import atomic_path
 from scripts.data.grades import grade_names
 from scripts.distributed import gather_from_all
 from scripts.report.overlays import read_background, write_overlay
-from scripts.report.uncertainty import volume_estimate
+from scripts.report.uncertainty import size_unit, volume_estimate, volume_interval
 from scripts.sampling.probability import temperature_scaled
 
 
@@ -81,32 +81,37 @@ def grade_row(item: Mapping[str, Any], regions: Sequence[str], grades: Sequence[
     """
     prob = grade_columns(item, grades)
     grade = "" if any(map(np.isnan, prob.values())) else grades[int(np.argmax(list(prob.values())))]
-    voxel_volume = float(item["prob"].pixdim.prod()) / 1000
-    return {"subject": item["subject"], **prob, "grade": grade, **estimates(item, regions, voxel_volume)}
+    prior = grade_columns(item, grades, "prior")
+    return {"subject": item["subject"], **prob, "grade": grade, **prior, **estimates(item, regions)}
 
 
-def grade_columns(item: Mapping[str, Any], grades: Sequence[str]) -> dict[str, float]:
-    """Probability of each grade as ``prob_<grade>``, NaN without grading."""
-    prob = torch.as_tensor(item.get("grade_prob", [float("nan")] * len(grades))).tolist()
-    return {f"prob_{name}": value for name, value in zip(grades, prob, strict=True)}
+def grade_columns(item: Mapping[str, Any], grades: Sequence[str], kind: str = "prob") -> dict[str, float]:
+    """Probability of each grade (``prob_<grade>``), or the prior that it assumes; NaN without grading."""
+    values = torch.as_tensor(item.get(f"grade_{kind}", [float("nan")] * len(grades))).tolist()
+    return {f"{kind}_{name}": value for name, value in zip(grades, values, strict=True)}
 
 
-def estimates(item: Mapping[str, Any], regions: Sequence[str], voxel_volume: float) -> dict[str, float]:
+def estimates(item: Mapping[str, Any], regions: Sequence[str]) -> dict[str, float]:
     """What is known of each region without the truth: volumes, expected Dice, agreement of the samples.
 
     Args:
         item: an evaluated item.
         regions: names of its channels.
-        voxel_volume: volume of one voxel (ml).
     """
     row: dict[str, float] = {}
+    size = size_unit(item)
     for channel, region in enumerate(regions):
         # volumes need the calibration of the foreground; that of the lesion raises the whole background
         temperature = torch.as_tensor(item["volume_temperature"][channel])
         prob = temperature_scaled(torch.as_tensor(item["prob"][channel]), temperature)
-        values = volume_estimate(prob.cpu().numpy(), voxel_volume)
-        values["sample_dice"] = float(item["sample_dice"][channel])
-        row |= {f"{name}_{region}": value for name, value in values.items()}
+        found = volume_estimate(prob.cpu().numpy())
+        low, high = volume_interval(
+            found["low"] * size.voxel, found["high"] * size.voxel, float(item["volume_margin"][channel])
+        )
+        values = {"expected": found["expected"] * size.voxel, "low": low, "high": high}
+        row |= {size.column("", kind, region): value for kind, value in values.items()}
+        row[f"expected_dice_{region}"] = found["dice"]
+        row[f"sample_dice_{region}"] = float(item["sample_dice"][channel])
     return row
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from monai.metrics import calibration_binning
 from scipy.ndimage import binary_dilation
 from sklearn.metrics import roc_auc_score
 
+from scripts.data.pictures import is_picture
+
 DILATION = 3  # voxels
 COVERAGE = np.linspace(0.01, 1, 100)
+LEVELS = (0.95, 0.05)  # of the level sets that bound the volume
 
 
 def region_of_interest(pred: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -48,14 +55,51 @@ def risk_coverage(uncertainty: np.ndarray, error: np.ndarray) -> np.ndarray:
     return wrong[kept - 1] / kept
 
 
-def volume_estimate(prob: np.ndarray, voxel_volume: float) -> dict[str, float]:
-    """Expected volume, its 90 % interval and the expected Dice of the mask at 0.5, from ``prob [H, W, S]``.
+class SizeUnit(NamedTuple):
+    """What a mask's size is called, its unit, and the size of one voxel."""
+
+    name: str
+    unit: str
+    voxel: float
+
+    def column(self, prefix: str, kind: str, region: str) -> str:
+        """Column of a table: ``true_volume_ml_WT``, ``area_low_px_disc``."""
+        return "_".join(part for part in (prefix, self.name, kind, self.unit, region) if part)
+
+
+def size_unit(item: Mapping[str, Any]) -> SizeUnit:
+    """Volumes in ml for an evaluated item that is a volume; areas in pixels for a picture, which has no spacing."""
+    if is_picture(item["pred"].meta["filename_or_obj"]):
+        return SizeUnit("area", "px", 1.0)
+    return SizeUnit("volume", "ml", float(np.prod(item["prob"].pixdim.tolist())) / 1000)
+
+
+def nonconformity(low: float, high: float, true: float) -> float:
+    """How far a true volume lies outside of ``low`` to ``high``; negative inside (Romano et al., NeurIPS 2019).
+
+    All are compared as cube roots, because the errors of a radius are alike for small and large lesions.
+    """
+    low, high, true = np.cbrt([low, high, true])
+    return float(max(low - true, true - high))
+
+
+def volume_interval(low: float, high: float, margin: float) -> tuple[float, float]:
+    """The interval ``low`` to ``high``, widened by a margin of :func:`nonconformity`; NaN if the margin is infinite."""
+    if math.isinf(margin):
+        return math.nan, math.nan
+    widened = np.maximum(np.cbrt([low, high]) + np.array([-margin, margin]), 0) ** 3
+    return float(widened[0]), float(max(widened))
+
+
+def volume_estimate(prob: np.ndarray) -> dict[str, float]:
+    """Expected volume, volumes of two level sets, and expected Dice of the mask at 0.5, from ``prob [H, W, S]``.
 
     Errors of neighbouring voxels are correlated. The model is therefore: one random number u, uniform between 0 and 1,
     decides all voxels, and the true mask is the level set of voxels with prob > u. Then
 
-    - the 90 % interval of the volume is given by the level sets at 0.95 and 0.05,
     - the expected volume is the mean volume of the level sets,
+    - the level sets at 0.95 and 0.05 bound 90 % of the volumes: ``low`` and ``high``, which conformal prediction then
+      corrects,
     - the expected Dice is the mean Dice of the level sets with the mask at 0.5; two empty masks have Dice 1.
 
     The means are over 20 levels from 0.025 to 0.975. A low probability everywhere adds nothing to the expected volume;
@@ -63,17 +107,15 @@ def volume_estimate(prob: np.ndarray, voxel_volume: float) -> dict[str, float]:
 
     Args:
         prob: calibrated probability.
-        voxel_volume: volume of one voxel (ml).
+
+    Returns:
+        ``expected``, ``low`` and ``high`` in voxels, and ``dice``.
     """
     levels = np.linspace(0.025, 0.975, 20)
+    bounds = [float((prob > u).sum()) for u in LEVELS]
     prob = prob[prob > levels[0]]
     volumes = np.array([(prob > u).sum() for u in levels], dtype=float)
-    low, mask, high = ((prob > u).sum() for u in (0.95, 0.5, 0.05))
+    mask = (prob > 0.5).sum()
     total = volumes + mask
     dice = np.where(total > 0, 2 * np.minimum(volumes, mask) / np.maximum(total, 1), 1.0)
-    return {
-        "volume_expected_ml": float(volumes.mean()) * voxel_volume,
-        "volume_low_ml": float(low) * voxel_volume,
-        "volume_high_ml": float(high) * voxel_volume,
-        "expected_dice": float(dice.mean()),
-    }
+    return {"expected": float(volumes.mean()), "low": bounds[0], "high": bounds[1], "dice": float(dice.mean())}

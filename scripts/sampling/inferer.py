@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -12,14 +14,11 @@ from scripts.config import InputError
 from scripts.diffusion.samplers import make_sampler
 from scripts.diffusion.schedule import timestep_pairs
 from scripts.networks.base import SegmentationNetwork
+from scripts.networks.calibration import CALIBRATED_FOR, Calibration
 from scripts.sampling.ensemble import FUSIONS, fuse, pairwise_dice
-from scripts.sampling.probability import (
-    CALIBRATED_FOR,
-    area_weighted_mean,
-    entropy_bits,
-    grade_temperature_scaled,
-    temperature_scaled,
-)
+from scripts.sampling.probability import area_weighted_mean, entropy_bits, temperature_scaled
+
+logger = logging.getLogger(__name__)
 
 
 class VolumeInferer(Inferer):
@@ -39,9 +38,11 @@ class VolumeInferer(Inferer):
             PD-DDPM, ISBI 2023) instead of from pure noise at T - 1.
         fusion: how samples become one mask: ``mean``, ``majority`` or ``staple``.
         calibrated_for: the voxels whose temperature is applied, ``foreground`` (not 0 in the image) or ``lesion``.
+        grade_prior: frequency of each grade among the subjects; None takes those that the network was calibrated with.
 
     Raises:
-        InputError: for a number below 1, more samples than fit in a batch, or an unknown name.
+        InputError: for a number below 1, more samples than fit in a batch, an unknown name, or a prior that is no list
+            of positive numbers with the sum 1.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class VolumeInferer(Inferer):
         start_timestep: int | None = None,
         fusion: str = "mean",
         calibrated_for: str = "foreground",
+        grade_prior: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         for name, value, minimum in (
@@ -70,6 +72,8 @@ class VolumeInferer(Inferer):
             raise InputError(f"fusion '{fusion}' is not one of {list(FUSIONS)}")
         if calibrated_for not in CALIBRATED_FOR:
             raise InputError(f"calibrated_for '{calibrated_for}' is not one of {list(CALIBRATED_FOR)}")
+        if grade_prior is not None:
+            _check_prior(grade_prior)
         self.num_inference_steps = num_inference_steps
         self.num_samples = num_samples
         self.sampling_batch_size = sampling_batch_size
@@ -78,6 +82,16 @@ class VolumeInferer(Inferer):
         self.start_timestep = start_timestep
         self.fusion = fusion
         self.calibrated_for = calibrated_for
+        self.grade_prior = grade_prior
+        # what the probabilities depend on, and so does their calibration
+        self.sampling: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "num_samples": num_samples,
+            "sampler": sampler,
+            "eta": eta,
+            "start_timestep": start_timestep,
+        }
+        self.warned = False
 
     def __call__(self, inputs: torch.Tensor, network, *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
         """Mask probability ``[B, R, H, W, S]`` of volumes ``[B, M, H, W, S]``; MONAI Label calls this."""
@@ -91,13 +105,11 @@ class VolumeInferer(Inferer):
             Maps ``[B, R, H, W, S]``, which are 0 in empty slices: ``prob``, the mean probability after temperature
             scaling; ``pred``, the fused samples, to be thresholded at 0.5; ``uncertainty``, the entropy of ``prob`` in
             bits; ``variance`` over the samples, if there are several. Values: ``sample_dice [B, R]``, the mean Dice of
-            pairs of samples, NaN for one sample; ``volume_temperature [B, R]``, which scales ``prob`` to the
-            calibration of the foreground; ``grade_prob [B, K]`` after temperature scaling, absent without grading.
-        """
+            XX"""
         results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
         output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
         if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms
-            for name in output.keys() & {"pred", "prob", "uncertainty", "variance"}:
+            for name in output.keys() & {"pred", "prob", "uncertainty", "variance", "calib_prob"}:
                 output[name] = MetaTensor(output[name], meta=inputs.meta)
         return output
 
@@ -108,31 +120,53 @@ class VolumeInferer(Inferer):
         if not len(filled):
             raise InputError("a volume is empty: every voxel is 0")
         samples = volume.new_zeros(self.num_samples, network.out_channels, *volume.shape[1:], dtype=torch.float32)
+        calib_prob = torch.zeros_like(samples[0]) if network.has_calib_map else None
         grades = []
         for indices in filled.split(self.sampling_batch_size // self.num_samples):
-            prob, grade = self.sample(slices[indices], network, indices.tolist())
+            prob, calib, grade = self.sample(slices[indices], network, indices.tolist())
             samples[..., indices] = prob.movedim(0, -1)
+            if calib_prob is not None and calib is not None:
+                calib_prob[..., indices] = calib.movedim(0, -1)
             grades += [] if grade is None else [grade]
         mean = samples.mean(dim=0)
         prob = torch.zeros_like(mean)
-        temperature = network.get_buffer(f"{self.calibrated_for}_temperature")
+        calibration = self.calibration_of(network)
+        temperature = calibration.get_buffer(f"{self.calibrated_for}_temperature")
         prob[..., filled] = temperature_scaled(mean[..., filled], temperature[:, None, None, None])
         result = {
             "pred": prob if self.fusion == "mean" else fuse(samples, self.fusion),
             "prob": prob,
             "uncertainty": entropy_bits(prob),
             "sample_dice": pairwise_dice(samples),
-            "volume_temperature": network.foreground_temperature / temperature,
+            "volume_temperature": calibration.foreground_temperature / temperature,
+            "volume_margin": calibration.volume_margin,
         }
         if grades:
             area = (mean[..., filled] > 0.5).sum(dim=(0, 1, 2))
             grade_prob = area_weighted_mean(torch.cat(grades), area)
-            result["grade_prob"] = grade_temperature_scaled(grade_prob, network.grade_temperature)
+            result["grade_prob"] = calibration.calibrated_grades(grade_prob, self.grade_prior)
+            result["grade_prior"] = torch.tensor(self.grade_prior or calibration.grade_prior.tolist())
+        if calib_prob is not None:
+            result["calib_prob"] = calib_prob
         return result | ({"variance": samples.var(dim=0)} if self.num_samples > 1 else {})
+
+    def calibration_of(self, network: SegmentationNetwork) -> Calibration:
+        """The network's calibration, or one without effect if it was fitted with other sampling settings."""
+        fitted = network.calibration
+        if fitted.sampling in ({}, self.sampling):
+            return fitted
+        if not self.warned:
+            logger.warning(
+                f"the calibration is not applied, because it was fitted with {fitted.sampling}, not with "
+                f"{self.sampling}; run configs/calibrate.yaml with these values"
+            )
+            self.warned = True
+        neutral = Calibration(network.out_channels, len(fitted.grade_prior))
+        return neutral.to(fitted.grade_prior.device)
 
     def sample(
         self, image: torch.Tensor, network: SegmentationNetwork, indices: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Sample slices.
 
         Args:
@@ -141,13 +175,16 @@ class VolumeInferer(Inferer):
             indices: number of each slice in its volume, which seeds its noise.
 
         Returns:
-            Mask probability ``[b, N, R, H, W]`` of N samples, and the probability of each grade ``[b, K]`` as the mean
-            over samples and steps, or None if nothing was graded.
+            Mask probability ``[b, N, R, H, W]`` of N samples; the calibration map as a probability ``[b, R, H, W]``, or
+            None if there is none; and the probability of each grade ``[b, K]`` as the mean over samples and steps, or
+            None if nothing was graded.
         """
         diffusion = network.diffusion
+        prepared = network.condition(image)
+        calib = prepared["calib_map"].float().sigmoid() if network.has_calib_map else None
         if not self.num_inference_steps:
-            prob = network.condition(image)["calib_map"].float().sigmoid()[:, None]
-            return prob.repeat_interleave(self.num_samples, dim=1), None
+            assert calib is not None  # see check
+            return calib[:, None].repeat_interleave(self.num_samples, dim=1), calib, None
         pairs = timestep_pairs(diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
         # the factor is a prime larger than any slice number, so that no two seeds coincide
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + index) for index in indices]
@@ -156,9 +193,7 @@ class VolumeInferer(Inferer):
         def draw() -> torch.Tensor:
             return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(image.device)
 
-        condition = {
-            name: part.repeat_interleave(self.num_samples, dim=0) for name, part in network.condition(image).items()
-        }
+        condition = {name: part.repeat_interleave(self.num_samples, dim=0) for name, part in prepared.items()}
         image = image.repeat_interleave(self.num_samples, dim=0)
         x_t, estimate, grades = draw(), None, []
         if self.start_timestep is not None:
@@ -177,14 +212,22 @@ class VolumeInferer(Inferer):
         x_0 = self.sampler(denoise, x_t, pairs, diffusion.alphas_cumprod, draw)
         groups = (len(indices), self.num_samples)
         grade = torch.stack(grades).mean(dim=0).unflatten(0, groups).mean(dim=1) if grades else None
-        return ((x_0 + 1) / 2).unflatten(0, groups), grade
+        return ((x_0 + 1) / 2).unflatten(0, groups), calib, grade
 
     def check(self, network: SegmentationNetwork, image_size: int) -> None:
         """Raise InputError, before any volume is read, for a size or number of steps that the network cannot sample."""
         network.check_image_size((image_size, image_size))
+        if self.grade_prior is not None and len(self.grade_prior) != len(network.calibration.grade_prior):
+            raise InputError(f"grade_prior={self.grade_prior} must have one number for each grade of the network")
         if self.num_inference_steps:
             timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
         if not network.has_calib_map and (self.start_timestep is not None or not self.num_inference_steps):
             raise InputError(
                 "start_timestep and num_inference_steps=0 need a calibration map: add 'highway' to conditioning"
             )
+
+
+def _check_prior(prior: Sequence[float]) -> None:
+    numbers = isinstance(prior, (list, tuple)) and all(isinstance(value, (int, float)) for value in prior)
+    if not numbers or min(prior, default=0) <= 0 or abs(sum(prior) - 1) > 1e-3:
+        raise InputError(f"grade_prior={prior!r} must list positive numbers with the sum 1, one per grade")

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-CALIBRATED_FOR = ("foreground", "lesion")  # the voxels on which a temperature of the masks is fitted
-MIN_PROBABILITY = 1e-8  # with a larger bound, a high temperature would turn the background into foreground volume
+from scripts.networks.calibration import MIN_PROBABILITY
 
 
 def temperature_scaled(prob: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
@@ -15,11 +14,6 @@ def temperature_scaled(prob: torch.Tensor, temperature: torch.Tensor) -> torch.T
     return torch.where(
         temperature == 1, prob, torch.sigmoid(torch.logit(prob.double(), eps=MIN_PROBABILITY) / temperature).to(prob)
     )
-
-
-def grade_temperature_scaled(prob: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """softmax(log(prob) / temperature) over the last axis: ``[..., K]`` to ``[..., K]``; the order stays."""
-    return torch.softmax(prob.double().clamp(min=MIN_PROBABILITY).log() / temperature, dim=-1).to(prob)
 
 
 def entropy_bits(prob: torch.Tensor) -> torch.Tensor:

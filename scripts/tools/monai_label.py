@@ -12,6 +12,8 @@ from scripts.config import InputError, check_plain, warn_some
 from scripts.data.split import patient
 from scripts.data.subjects import Item, attach_grades, check_headers, subject_of
 from scripts.net import SETTINGS
+from scripts.training.checkpoints import read_checkpoint
+from scripts.training.lineage import seen
 
 TRAINED = {"_target_": "scripts.training.checkpoints.trained_settings", "ckpt_path": "@ckpt_path"}
 GRADE_KEYS = ("grade_csv", "subject_column", "grade_column", "grade_labels")
@@ -48,7 +50,10 @@ def apply_label_request(parser: ConfigParser) -> None:
     for item in [*training, *(validation if isinstance(validation, list) else [])]:
         for key in ("image", "label"):  # an absolute path is never an expression
             item[key] = str(Path(item[key]).absolute())
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"train::handlers": [h for h in parser["train::handlers"] if not _loads_weights(h)]}
+    changes["init_ckpt"] = next(
+        (handler["load_path"] for handler in parser["train::handlers"] if _loads_weights(handler)), None
+    )
     if Path(parser.get_parsed_content("ckpt_path")).is_file():
         changes |= {"settings": TRAINED} | {key: f"$@settings['{key}']" for key in SETTINGS}
     changes["dataset_dir"] = str(Path(training[0]["image"]).parent)
@@ -57,12 +62,15 @@ def apply_label_request(parser: ConfigParser) -> None:
         "_target_": "scripts.tools.monai_label.labelled_subjects",
         "training": training,
         "validation": validation if isinstance(validation, list) else [],
-        **{key: f"@{key}" for key in ("dataset_dir", "modalities", "patient_pattern", *GRADE_KEYS)},
+        **{key: f"@{key}" for key in ("init_ckpt", "dataset_dir", "modalities", "patient_pattern", *GRADE_KEYS)},
     }
     changes |= {"train::dataset::data": "$@datalist['training']", "validate::dataset::data": "$@datalist['validation']"}
     update_config(parser, changes)
-    if not parser.get_parsed_content("datalist")["validation"]:  # nothing to choose by: the last weights are kept
-        update_config(parser, {"val_interval": changes["max_epochs"] + 1, "validate::dataset": []})
+
+
+def _loads_weights(handler: Any) -> bool:
+    """Whether a handler is the CheckpointLoader that MONAI Label adds; ``init_ckpt`` does this with its checks."""
+    return isinstance(handler, dict) and handler.get("_target_") == "CheckpointLoader"
 
 
 def update_config(parser: ConfigParser, changes: Mapping[str, Any]) -> None:
@@ -74,18 +82,21 @@ def update_config(parser: ConfigParser, changes: Mapping[str, Any]) -> None:
 def labelled_subjects(
     training: Sequence[Mapping[str, str]],
     validation: Sequence[Mapping[str, str]],
+    init_ckpt: str | None,
     dataset_dir: str,
     modalities: Sequence[str],
     patient_pattern: str,
     **grades: Any,
 ) -> dict[str, list[Item]]:
-    """Training and validation subjects of MONAI Label's items.
+    """Training and validation subjects of MONAI Label's items; there is no test subject.
 
-    MONAI Label splits by file. A subject whose patient is already in training is left out of validation.
+    MONAI Label splits by file, anew for every training. Subjects whose patient is in training, now or in an earlier
+    training of ``init_ckpt``, are moved from validation to training.
 
     Args:
         training: ``{"image": file, "label": file}``.
         validation: likewise.
+        init_ckpt: checkpoint whose weights training starts from, or None.
         dataset_dir: folder of ``name_mapping.csv``.
         modalities: file suffixes, in channel order.
         patient_pattern: regular expression for :func:`scripts.data.split.patient`.
@@ -93,18 +104,23 @@ def labelled_subjects(
     """
     found = {"training": find_labelled(training, modalities), "validation": find_labelled(validation, modalities)}
     trained = {patient(item["subject"], patient_pattern) for item in found["training"]}
-    unseen = [item for item in found["validation"] if patient(item["subject"], patient_pattern) not in trained]
-    left_out = [item["subject"] for item in found["validation"] if item not in unseen]
-    warn_some("subjects are left out of validation: another file of the same patient is used for training", left_out)
-    found["validation"] = unseen
-    return {subset: attach_grades(items, dataset_dir, **grades) for subset, items in found.items()}
+    known = [item["subject"] for item in found["validation"] if patient(item["subject"], patient_pattern) in trained]
+    if init_ckpt:
+        lineage, dataset = read_checkpoint(init_ckpt)["lineage"], Path(dataset_dir).resolve().name
+        known += seen(lineage, "training", found["validation"], dataset, patient_pattern)
+    warn_some("validation subjects are used for training: their patients were trained on", sorted(set(known)))
+    names = {item["subject"] for item in found["training"]}
+    found["training"] += [i for i in found["validation"] if i["subject"] in known and i["subject"] not in names]
+    found["validation"] = [item for item in found["validation"] if item["subject"] not in known]
+    graded = {subset: attach_grades(items, dataset_dir, **grades) for subset, items in found.items()}
+    return graded | {"test": []}
 
 
 def find_labelled(items: Sequence[Mapping[str, str]], modalities: Sequence[str]) -> list[Item]:
     """Subjects of MONAI Label's items, each once, with their headers checked."""
     found: dict[str, Item] = {}
     for item in items:
-        subject = subject_of(item["image"], modalities) | {"label": item["label"]}
+        subject = subject_of(item["image"], modalities) | {"label": [item["label"]]}
         check_headers(subject, modalities)
         found.setdefault(subject["subject"], subject)
     return list(found.values())

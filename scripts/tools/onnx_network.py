@@ -6,7 +6,7 @@ runs at every step:
     condition.onnx  from image to the named tensors of ``network.condition(image)``; not written if there are none
     denoiser.onnx   from image, x_t, timesteps, the tensors above and, with self-conditioning, estimate to the logits
 
-The metadata of the files holds settings and temperatures. Batch size, height and width are not fixed.
+The metadata of the files holds settings and calibration. Batch size, height and width are not fixed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from scripts.networks.conditioning import ConditioningModule
 
 CONDITION, DENOISER = "condition.onnx", "denoiser.onnx"
 METADATA = "medsegdiff"
-TEMPERATURES = ("foreground_temperature", "lesion_temperature", "grade_temperature")
 TOLERANCE = 1e-4  # absolute and relative
 
 
@@ -89,7 +88,7 @@ def export_onnx(network: SegmentationNetwork, onnx_dir: str, settings: Mapping[s
         "divisor": network.divisor,
         "self_conditioning": network.self_conditioning,
         "has_calib_map": network.has_calib_map,
-        "temperatures": {name: network.get_buffer(name).tolist() for name in TEMPERATURES},
+        "calibration": {name: tensor.tolist() for name, tensor in network.calibration.state_dict().items()},
     }
     graphs = {CONDITION: ConditionGraph(network)} if network.has_calib_map else {}
     graphs[DENOISER] = DenoiserGraph(network)
@@ -158,7 +157,8 @@ class OnnxNetwork(SegmentationNetwork):
         denoiser, metadata = _open(Path(onnx_dir, DENOISER), torch.device(device))
         settings = check_plain(metadata["settings"], f"onnx_dir '{onnx_dir}'")
         diffusion = {name: settings[name] for name in inspect.signature(GaussianDiffusion).parameters}
-        super().__init__(GaussianDiffusion(**diffusion), metadata["out_channels"], metadata["divisor"])
+        num_grades = len(metadata["calibration"]["grade_prior"])
+        super().__init__(GaussianDiffusion(**diffusion), metadata["out_channels"], num_grades, metadata["divisor"])
         self.settings: dict[str, Any] = settings
         self.self_conditioning = metadata["self_conditioning"]
         self.has_calib_map = metadata["has_calib_map"]
@@ -170,8 +170,8 @@ class OnnxNetwork(SegmentationNetwork):
                     f"onnx_dir '{onnx_dir}': its files come from different exports; export again with "
                     "configs/export_onnx.yaml"
                 )
-        for name in TEMPERATURES:
-            self.register_buffer(name, torch.tensor(metadata["temperatures"][name]))
+        calibration = {name: torch.tensor(values) for name, values in metadata["calibration"].items()}
+        self.calibration.load_state_dict(calibration)
 
     def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """See :meth:`SegmentationNetwork.condition`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,12 @@ from monai.engines.workflow import Workflow
 from torch import nn
 
 from scripts.config import InputError, TrainingError, atomic_path, check_plain
-from scripts.data.split import PATIENT_PATTERN, patient
 
 logger = logging.getLogger(__name__)
 
 # settings that name and paint the outputs; weights may be used under others
 NAMING = ("grade_labels", "background_label")
+EXTRA_STATE = "_extra_state"  # torch's name for what get_extra_state returns
 
 
 class SaveCheckpoints:
@@ -36,7 +37,7 @@ class SaveCheckpoints:
         best: names in ``full`` that are saved in ``model.pt``.
         evaluator: engine whose best epoch decides.
         settings: plain data that give the weights their meaning; saved in both files.
-        training_subjects: names of the training subjects, saved in both files, so that evaluation can refuse them.
+        lineage: subjects that the weights have seen (:mod:`scripts.training.lineage`), saved in both files.
     """
 
     def __init__(
@@ -46,13 +47,13 @@ class SaveCheckpoints:
         best: Sequence[str],
         evaluator: Workflow,
         settings: Mapping[str, Any],
-        training_subjects: Sequence[str],
+        lineage: Mapping[str, Any],
     ) -> None:
         self.ckpt_dir = Path(ckpt_dir)
         self.full = {name: item for name, item in full.items() if item is not None}
         self.best = list(best)
         self.evaluator = evaluator
-        self.notes = {"settings": dict(settings), "training_subjects": list(training_subjects)}
+        self.notes = {"settings": dict(settings), "lineage": dict(lineage)}
         self.config: dict[str, Any] = {}  # what must not change on resume; the workflow fills it
 
     def attach(self, engine: SupervisedTrainer) -> None:
@@ -119,7 +120,7 @@ def check_resumable(
     network: nn.Module,
     settings: Mapping[str, Any],
     config: Mapping[str, Any],
-    training_subjects: Sequence[str],
+    lineage: Mapping[str, Any],
 ) -> None:
     """Check that ``last.pt``, if it exists, belongs to this network, configuration and data.
 
@@ -128,7 +129,7 @@ def check_resumable(
         network: network to be trained.
         settings: its settings.
         config: what must not change, see :func:`scripts.config.resumable_config`.
-        training_subjects: names of the training subjects.
+        lineage: of the training.
 
     Raises:
         InputError: if the file is damaged, or of a training with another configuration or other subjects.
@@ -137,7 +138,7 @@ def check_resumable(
     if not file.is_file():
         return
     checkpoint = read_checkpoint(str(file))
-    check_settings(checkpoint.get("settings", {}), settings, str(file))
+    check_settings(checkpoint["settings"], settings, str(file))
     before = checkpoint.get("config", {})
     for key in sorted(before.keys() | config.keys()):
         old, new = (values.get(key, "absent") for values in (before, config))
@@ -146,12 +147,14 @@ def check_resumable(
                 f"{file} was trained with {key}={old}, now it is {new}: resume with the same configuration, or start a "
                 "new training from its weights with init_ckpt and another ckpt_dir"
             )
-    seen = checkpoint["training_subjects"]
-    if seen != list(training_subjects):
-        raise InputError(
-            f"{file} was trained on {len(seen)} subjects, and these are not the {len(training_subjects)} training "
-            "subjects of now: resume with the same dataset_dir, fold and seed"
-        )
+    for name, now in lineage.items():
+        # the folder of a data set, after which it is named, may be renamed before training is resumed
+        then, now = (sorted(itertools.chain(*sets.values())) for sets in (checkpoint["lineage"][name], now))
+        if then != now:
+            raise InputError(
+                f"{file} has {len(then)} {name} subjects, and these are not the {len(now)} of now: resume with the "
+                "same dataset_dir, fold, seed and validation_share"
+            )
     load_weights(network, str(file), settings)
 
 
@@ -159,7 +162,7 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
     """Read a checkpoint of :class:`SaveCheckpoints` onto the CPU.
 
     Raises:
-        InputError: if the file is missing or damaged, or not a checkpoint of this bundle.
+        InputError: if the file is missing, damaged or older than version 0.7, or not a checkpoint of this bundle.
     """
     if not Path(ckpt_path).is_file():
         raise InputError(
@@ -170,6 +173,8 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
         checkpoint["model"].keys()
     except Exception as error:
         raise InputError(f"ckpt_path '{ckpt_path}' cannot be read as a checkpoint of this bundle: {error!r}") from error
+    if not all(isinstance(checkpoint.get(name), dict) for name in ("settings", "lineage")):
+        raise InputError(f"ckpt_path '{ckpt_path}' is older than version 0.7; train it again")
     return checkpoint
 
 
@@ -177,42 +182,28 @@ def trained_settings(ckpt_path: str) -> dict[str, Any]:
     """The settings that a checkpoint was trained with; inference takes them from here.
 
     Raises:
-        InputError: if the file is missing, damaged, or older than version 0.6, or holds text that a configuration would
-            evaluate.
+        InputError: if the file is missing, damaged or too old, or holds text that a configuration would evaluate.
+    """
+    return check_plain(read_checkpoint(ckpt_path)["settings"], f"ckpt_path '{ckpt_path}'")
+
+
+def store_calibration(
+    ckpt_path: str, calibration: Mapping[str, torch.Tensor], subjects: Mapping[str, Sequence[str]]
+) -> None:
+    """Replace the calibration of a checkpoint, in one step.
+
+    Args:
+        ckpt_path: the checkpoint.
+        calibration: state of :class:`scripts.networks.calibration.Calibration`.
+        subjects: names of the subjects it was fitted to, by data set; they join those that chose the weights.
     """
     checkpoint = read_checkpoint(ckpt_path)
-    if not isinstance(checkpoint.get("settings"), dict):
-        raise InputError(f"ckpt_path '{ckpt_path}' holds no settings: it is older than version 0.6; train it again")
-    return check_plain(checkpoint["settings"], f"ckpt_path '{ckpt_path}'")
-
-
-def store_in_model(ckpt_path: str, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Replace named tensors of a checkpoint's network, in one step."""
-    checkpoint = read_checkpoint(ckpt_path)
-    checkpoint["model"] |= buffers
+    checkpoint["model"] |= {f"calibration.{name}": tensor for name, tensor in calibration.items()}
+    chosen = checkpoint["lineage"]["validation"]
+    for dataset, names in subjects.items():
+        chosen[dataset] = sorted({*chosen.get(dataset, []), *names})
     with atomic_path(ckpt_path) as path:
         torch.save(checkpoint, path)
-
-
-def check_unseen(
-    ckpt_path: str, items: Sequence[Mapping[str, Any]], subset: str, patient_pattern: str = PATIENT_PATTERN
-) -> None:
-    """Check that a checkpoint is not evaluated on patients that it was trained on.
-
-    Raises:
-        InputError: if it would be. With ``subset: all`` this is a warning: two data sets may use the same names.
-    """
-    names = read_checkpoint(ckpt_path).get("training_subjects", [])
-    trained = {patient(name, patient_pattern) for name in names}
-    seen = {item["subject"] for item in items if patient(item["subject"], patient_pattern) in trained}
-    if seen:
-        message = f"{len(seen)} of {len(items)} subjects, such as {sorted(seen)[:3]}, were trained on"
-        if subset != "all":
-            raise InputError(
-                f"{message} by '{ckpt_path}'; set seed, fold and num_folds as in training, or datalist_file to its "
-                "datalist.json"
-            )
-        logger.warning(f"{message}, or have the same name: the scores are not of unseen subjects")
 
 
 def check_settings(trained: Mapping[str, Any], settings: Mapping[str, Any], source: str) -> None:
@@ -235,9 +226,11 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
     """
     checkpoint = read_checkpoint(ckpt_path)
     weights = checkpoint["model"]
-    check_settings(checkpoint.get("settings", {}), settings, f"ckpt_path '{ckpt_path}'")
+    check_settings(checkpoint["settings"], settings, f"ckpt_path '{ckpt_path}'")
     expected = network.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
+        if name in expected and name in weights and name.endswith(EXTRA_STATE):  # text of any length
+            continue
         ours, theirs = (tuple(state[name].shape) if name in state else "absent" for state in (expected, weights))
         if ours != theirs:
             raise InputError(

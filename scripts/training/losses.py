@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import ignite.distributed as idist
 import torch
@@ -20,37 +20,55 @@ TASK_WEIGHTINGS = ("uncertainty", "sum")
 
 
 class UncertaintyWeighting(nn.Module):
-    r"""Homoscedastic uncertainty weighting of several losses (Kendall et al., CVPR 2018), bounded.
+    r"""Homoscedastic uncertainty weighting of several losses (Kendall et al., CVPR 2018, equation 10), bounded.
 
-    .. math:: L = \sum_i \frac{L_i}{2 \sigma_i^2} + \log \sigma_i, \quad
+    .. math:: L = \sum_i \frac{c_i L_i}{\sigma_i^2} + \log \sigma_i, \quad
               \sigma_i^2 = \exp(2 s_i) + \sigma_{min}^2
 
-    The published form has sigma_min = 0. Then, when a loss approaches 0, its log sigma falls and its weight grows
-    without bound, and the next large loss destabilises the network. The minimum of 0.1 bounds the weight by 50 and
+    By the paper, c is 1 for a classification, whose likelihood is a softmax, and 1/2 for a regression, whose likelihood
+    is a Gaussian. It has sigma_min = 0. Then, when a loss approaches 0, its log sigma falls and its weight grows
+    without bound, and the next large loss destabilises the network. The minimum of 0.1 bounds the weight by 100 c and
     each log term from below by log(0.1). The learnable log sigmas s_i start where sigma is 1.
 
     Args:
-        num_losses: how many losses are weighted.
+        regression: for each loss, whether it is one of a regression.
     """
 
-    def __init__(self, num_losses: int) -> None:
+    factor: torch.Tensor
+
+    def __init__(self, regression: Sequence[bool]) -> None:
         super().__init__()
-        self.log_sigma = nn.Parameter(torch.full((num_losses,), 0.5 * math.log(1 - MIN_SIGMA**2)))
+        self.log_sigma = nn.Parameter(torch.full((len(regression),), 0.5 * math.log(1 - MIN_SIGMA**2)))
+        self.register_buffer("factor", torch.tensor([0.5 if r else 1.0 for r in regression]), persistent=False)
         if idist.get_world_size() > 1:  # DistributedDataParallel averages only the gradients of the network
             self.log_sigma.register_hook(average_over_processes)
 
     @property
     def variance(self) -> torch.Tensor:
-        """sigma_i squared, ``[num_losses]``."""
+        """sigma_i squared, one per loss."""
         return (2 * self.log_sigma).exp() + MIN_SIGMA**2
 
     def forward(self, losses: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Weighted sum of scalar losses; a loss that is None is left out together with its sigma."""
         variance = self.variance
         terms = [
-            loss / (2 * variance[i]) + 0.5 * variance[i].log() for i, loss in enumerate(losses) if loss is not None
+            self.factor[i] * loss / variance[i] + 0.5 * variance[i].log()
+            for i, loss in enumerate(losses)
+            if loss is not None
         ]
         return torch.stack(terms).sum()
+
+
+def graded_slices(targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Grade ``[B]`` of the slices that are graded, -1 for the others: those without foreground in a mask that has some.
+
+    Args:
+        targets: ``label [B, R, ...]``, ``grade [B]`` and perhaps ``empty [B]``: the subject's whole mask is empty.
+    """
+    graded = targets["label"].flatten(1).any(dim=1)
+    if "empty" in targets:
+        graded = graded | targets["empty"]
+    return torch.where(graded, targets["grade"], -1)
 
 
 class MultiTaskLoss(nn.Module):
@@ -60,8 +78,9 @@ class MultiTaskLoss(nn.Module):
     Dice of a single empty slice would be a constant. For ``epsilon`` and ``v_prediction`` L_seg is the published
     regression loss, because Dice through x_0 = (x_t - ...) / sqrt(abar) has a gradient 158 times too large at T - 1.
     L_calib = Dice + lambda focal of the calibration map, added to L_seg before the weighting.
-    L_cls = focal loss (gamma 2) with class weights alpha, over the slices with foreground of subjects with a grade. It
-    is left out of a batch without such a slice.
+    L_cls = focal loss (gamma 2) with class weights alpha, over the slices with foreground of subjects with a grade, and
+    over all slices of a subject with a grade whose whole mask is empty. It is left out of a batch without such a slice.
+    The weighting treats Dice + focal and L_cls as classifications, and the regression loss as a regression.
     With only one of the :data:`TASKS`, L_total is the loss of that task. With ``task_weighting: sum`` L_total is
     L_seg + L_calib + L_cls, and the sigmas do not change.
 
@@ -103,7 +122,8 @@ class MultiTaskLoss(nn.Module):
         self.cls_loss = FocalLoss(
             to_onehot_y=True, use_softmax=True, gamma=cls_gamma, weight=list(alpha), reduction="none"
         )
-        self.weighting = UncertaintyWeighting(2).requires_grad_(self.weighted)
+        regression = diffusion.prediction_type != "sample"
+        self.weighting = UncertaintyWeighting([regression, False]).requires_grad_(self.weighted)
         self.components: dict[str, torch.Tensor] = {}
 
     def forward(
@@ -115,8 +135,8 @@ class MultiTaskLoss(nn.Module):
 
         Args:
             outputs: ``(seg_logits [B, R, ...], cls_logits [B, K] or None, calib_map [B, R, ...] or None)``.
-            targets: ``label [B, R, ...]`` of 0 and 1, ``grade [B]`` with -1 for unknown, and, in training,
-                ``timesteps [B]``; they are absent for sampled masks.
+            targets: ``label [B, R, ...]`` of 0 and 1, ``grade [B]`` with -1 for unknown, and perhaps ``empty [B]``
+                (the subject's whole mask is empty) and, in training, ``timesteps [B]``.
         """
         seg_logits, (cls_logits, calib_map) = outputs[0].float(), outputs[1:]
         label = targets["label"].float()
@@ -129,7 +149,7 @@ class MultiTaskLoss(nn.Module):
             components["L_calib"] = self.mask_loss(calib_map.float(), label)
         task_losses = {"segmentation": loss_seg + self.calib_weight * components.get("L_calib", 0)}
         if cls_logits is not None:
-            loss_cls = self.grading_loss(cls_logits.float(), targets["grade"], label)
+            loss_cls = self.grading_loss(cls_logits.float(), graded_slices(targets))
             if loss_cls is not None:
                 components["L_cls"] = task_losses["grading"] = loss_cls
         components["L_total"] = total = self._total(task_losses, cls_logits)
@@ -156,9 +176,9 @@ class MultiTaskLoss(nn.Module):
         if self.tasks == {"grading"} and (network.cls_head is None or max(grades, default=-1) < 0):
             raise InputError("tasks=['grading'] needs use_cls_head and training subjects with a grade")
 
-    def grading_loss(self, cls_logits: torch.Tensor, grade: torch.Tensor, label: torch.Tensor) -> torch.Tensor | None:
-        """Mean of alpha_c (1 - p_c)^gamma (-log p_c) over graded items with foreground; None if there are none."""
-        valid = (grade >= 0) & label.flatten(1).any(dim=1)
+    def grading_loss(self, cls_logits: torch.Tensor, grade: torch.Tensor) -> torch.Tensor | None:
+        """Mean of alpha_c (1 - p_c)^gamma (-log p_c) over the items with a grade; None if there are none."""
+        valid = grade >= 0
         if not valid.any():
             return None
         return self.cls_loss(cls_logits[valid], grade[valid, None]).sum(dim=1).mean()

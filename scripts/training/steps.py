@@ -35,12 +35,13 @@ class DrawNoise(PrepareBatch):
         **kwargs,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, torch.Tensor]]:
         """Return ``image [B, M, H, W]``, the targets of the loss, and the arguments of :class:`DenoisingInferer`."""
-        image, label, grade = (
+        image, label, grade, empty = (
             torch.as_tensor(batchdata[key]).to(device=device, non_blocking=non_blocking, **kwargs)
-            for key in ("image", "label", "grade")
+            for key in ("image", "label", "grade", "empty")
         )
         timesteps = torch.randint(self.num_train_timesteps, (len(image),)).to(image.device)
-        targets = {"label": label, "grade": grade, "timesteps": timesteps, "subject": batchdata["subject"]}
+        targets = {"label": label, "grade": grade, "empty": empty, "timesteps": timesteps}
+        targets["subject"] = batchdata["subject"]
         return image, targets, (), {"label": label, "noise": torch.randn_like(label), "timesteps": timesteps}
 
 

@@ -1,0 +1,77 @@
+"""What is fitted to validation patients after training, and is saved with the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+CALIBRATED_FOR = ("foreground", "lesion")  # the voxels on which a temperature of the masks is fitted
+MIN_PROBABILITY = 1e-8  # with a larger bound, a high temperature would turn the background into foreground volume
+
+
+class Calibration(nn.Module):
+    """Temperatures of masks and grades, prior of the grades, and margin of the volumes of one network.
+
+    Until ``calibrate.yaml`` fits it, it changes nothing: temperatures are 1, the margin is infinite. A fit is valid
+    only for the weights and the sampling settings that it was made with. Training therefore resets it, and
+    :class:`~scripts.sampling.inferer.VolumeInferer` applies it only with the same settings.
+
+    Args:
+        num_regions: R.
+        num_grades: K.
+
+    Attributes:
+        foreground_temperature: of the mask probabilities ``[R]``, fitted to the image's non-zero voxels.
+        lesion_temperature: the same, fitted to voxels near the lesion ``[R]``.
+        grade_temperature: of the grade probabilities.
+        grade_bias: added to the logits of the grades ``[K]`` (Platt scaling with intercept, for any number of grades).
+        grade_prior: frequencies of the grades that the probabilities assume ``[K]``. They are equal before the fit,
+            because the loss is weighted by inverse frequency.
+        volume_margin: widens the volume interval ``[R]``, in cube roots of ml (or of pixels); infinite without a fit.
+        sampling: sampling settings of the fit; empty before the fit.
+    """
+
+    foreground_temperature: torch.Tensor
+    lesion_temperature: torch.Tensor
+    grade_temperature: torch.Tensor
+    grade_bias: torch.Tensor
+    grade_prior: torch.Tensor
+    volume_margin: torch.Tensor
+
+    def __init__(self, num_regions: int, num_grades: int) -> None:
+        super().__init__()
+        self.register_buffer("foreground_temperature", torch.ones(num_regions))
+        self.register_buffer("lesion_temperature", torch.ones(num_regions))
+        self.register_buffer("grade_temperature", torch.tensor(1.0))
+        self.register_buffer("grade_bias", torch.zeros(num_grades))
+        self.register_buffer("grade_prior", torch.full((num_grades,), 1 / num_grades))
+        self.register_buffer("volume_margin", torch.full((num_regions,), math.inf))
+        self.sampling: dict[str, Any] = {}
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The sampling settings as JSON in bytes: those who copy weights expect tensors."""
+        return torch.tensor(list(json.dumps(self.sampling).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Undo :meth:`get_extra_state`."""
+        self.sampling = json.loads(bytes(state.tolist()))
+
+    def reset(self) -> None:
+        """Return to the state before a fit."""
+        new = type(self)(len(self.volume_margin), len(self.grade_prior))
+        self.load_state_dict(new.state_dict())
+
+    def calibrated_grades(self, prob: torch.Tensor, prior: Sequence[float] | None = None) -> torch.Tensor:
+        """softmax(log(prob) / temperature + bias) of grade probabilities ``[..., K]``, under another prior if given.
+
+        Another prior multiplies each probability by the ratio of the priors (Saerens et al., Neural Computation 2002).
+        """
+        logits = prob.double().clamp(min=MIN_PROBABILITY).log() / self.grade_temperature + self.grade_bias
+        if prior is not None:
+            logits = logits + (torch.as_tensor(prior).to(logits) / self.grade_prior).log()
+        return torch.softmax(logits, dim=-1).to(prob)
