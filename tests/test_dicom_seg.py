@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -55,7 +54,7 @@ def writer(out, item, regions=("WT",), **settings) -> DicomSegWriter:
     return DicomSegWriter(str(out), regions, to_regions, [item], **settings)
 
 
-def test_an_empty_mask_of_an_anonymised_subject(tmp_path):
+def test_an_empty_mask_of_an_anonymised_subject(tmp_path, evaluate_items):
     """No voxel is segmented, and attributes that DICOM requires are missing."""
     for file in write_series(tmp_path / "case1", np.ones((8, 10, 4), np.int16), AXIAL):
         image = pydicom.dcmread(file)
@@ -63,8 +62,7 @@ def test_an_empty_mask_of_an_anonymised_subject(tmp_path):
         image.save_as(file)
     (item,) = find(tmp_path, ["t1"])
     pred = MetaTensor(torch.zeros(1, 8, 10, 4), meta={"filename_or_obj": item["image"][0]})
-    engine = SimpleNamespace(state=SimpleNamespace(output=[{"subject": "case1", "pred": pred}]))
-    writer(tmp_path / "out", item, property_type="Lesion").iteration_completed(engine)
+    evaluate_items(writer(tmp_path / "out", item, property_type="Lesion"), [{"subject": "case1", "pred": pred}])
     seg = highdicom.seg.segread(tmp_path / "out" / "case1_seg.dcm")
     assert seg.get_segment_description(1).segmented_property_type.meaning == "Lesion"
     assert not seg.pixel_array.any()

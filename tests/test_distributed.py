@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,16 +41,25 @@ def test_one_process_keeps_everything():
     assert shard(["a", "b", "c"]) == gather_from_all(["a", "b", "c"]) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(("even", "shares"), [(False, ["ace", "bd"]), (True, ["ace", "bda"])])
-def test_shares_of_two_processes(even, shares, monkeypatch):
-    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
-    for rank, share in enumerate(shares):
-        monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
-        assert "".join(shard("abcde", even)) == share
-    monkeypatch.setattr("ignite.distributed.all_gather", lambda values: [["a", "c", "e"], ["b", "d"]])
-    assert "".join(gather_from_all([])) == "abcde"
-    with pytest.raises(InputError, match="1 subjects cannot be shared by 2 processes"):
+def share_letters(rank: int, folder: Path) -> None:
+    """What each of two processes gets and gathers, as a file."""
+    gathered = gather_from_all(shard("abcde"))
+    found = {"uneven": shard("abcde"), "even": shard("abcde", even=True), "gathered": gathered}
+    try:
         shard(["a"])
+    except InputError as error:
+        found["refused"] = str(error)
+    (folder / f"{idist.get_rank()}.json").write_text(json.dumps(found))
+
+
+def test_shares_of_two_processes(tmp_path):
+    idist.spawn("gloo", share_letters, (tmp_path,), nproc_per_node=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert ["".join(part["uneven"]) for part in found] == ["ace", "bd"]
+    assert ["".join(part["even"]) for part in found] == ["ace", "bda"]
+    for part in found:
+        assert sorted(part["gathered"]) == [*"abcde"]
+        assert "1 subjects cannot be shared by 2 processes" in part["refused"]
 
 
 def test_two_processes_train_one_network(trained):

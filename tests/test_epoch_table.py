@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from test_handlers import engine_with
 
 from scripts.diffusion.schedule import GaussianDiffusion
@@ -29,7 +28,7 @@ def test_epoch_table_files(tmp_path, caplog):
             evaluator.state.epoch = 2
             evaluator.state.metrics = {"dice": 0.15, "auc": 0.8}
 
-    evaluator = SimpleNamespace(state=SimpleNamespace(epoch=0, metrics={}))
+    evaluator = Engine(lambda engine, batch: None)
     engine = engine_with(step, [torch.nn.Parameter(torch.zeros(1))])
     loss = MultiTaskLoss(GaussianDiffusion())
     table = epoch_table(evaluator, loss, [2.4276, 0.6297], tmp_path)
@@ -69,7 +68,7 @@ def test_columns_of_another_task(tmp_path):
     def step(engine, batch):
         engine.state.metrics |= {"psnr": 20.0 + engine.state.epoch}
 
-    evaluator = SimpleNamespace(state=SimpleNamespace(epoch=0, metrics={}))
+    evaluator = Engine(lambda engine, batch: None)
     engine = engine_with(step, [torch.nn.Parameter(torch.zeros(1))])
     EpochTable(evaluator, str(tmp_path), ["psnr"], {"PSNR (dB)": ["psnr"]}).attach(engine)
     engine.run([0], max_epochs=2)
@@ -83,7 +82,7 @@ def test_curves_are_drawn_rarely_and_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "scripts.report.epoch_table.plot_learning_curves", lambda table, *rest: drawn.append(len(table))
     )
-    evaluator = SimpleNamespace(state=SimpleNamespace(epoch=0, metrics={}))
+    evaluator = Engine(lambda engine, batch: None)
     engine = engine_with(lambda engine, batch: None, [torch.nn.Parameter(torch.zeros(1))])
     table = epoch_table(evaluator, MultiTaskLoss(GaussianDiffusion()), [1.0, 1.0], tmp_path)
     table.attach(engine)

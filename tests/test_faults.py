@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 import yaml
+from ignite.engine import Engine
 
 from conftest import ROOT, run_configs, tiny_settings
 from scripts.config import InputError, TrainingError
@@ -144,9 +144,11 @@ def test_a_damaged_checkpoint_is_named(phantoms, run_bundle, tmp_path):
 
 def save_twice(folder: Path, fault: str) -> None:
     """Save two epochs in this process; the second save is interrupted."""
-    evaluator = SimpleNamespace(state=SimpleNamespace(best_metric=0.5, best_metric_epoch=0))
-    saver = SaveCheckpoints(str(folder), {"model": torch.nn.Linear(300, 300)}, ["model"], evaluator, {}, ["s1"])
-    saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=1), scaler=None))
+    evaluator, trainer = (Engine(lambda engine, batch: None) for _ in range(2))
+    evaluator.state.best_metric, evaluator.state.best_metric_epoch, trainer.scaler = 0.5, 0, None
+    saver = SaveCheckpoints(str(folder), {"model": torch.nn.Linear(300, 300)}, ["model"], evaluator, {}, {})
+    saver.attach(trainer)
+    trainer.run([0], max_epochs=1)
     save = torch.save
 
     def killed(content, path):
@@ -160,7 +162,7 @@ def save_twice(folder: Path, fault: str) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
-        saver.epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=2), scaler=None))
+        trainer.run([0], max_epochs=2)
     except TrainingError as error:
         (folder / "message.txt").write_text(str(error))
         raise SystemExit(1) from error

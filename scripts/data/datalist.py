@@ -149,7 +149,7 @@ def read_datalist(
             ]
             for name in SUBSETS
         }
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"datalist_file '{file}' is not a data list of this bundle ({error!r}); give a datalist.json of a training"
         ) from error

@@ -124,6 +124,8 @@ def read_grid(file: str) -> Grid:
         header = nib.Nifti1Image.from_filename(file)
     except Exception as error:
         raise InputError(f"cannot read {file}: {error}") from error
+    if header.get_data_dtype().kind not in "iuf":
+        raise InputError(f"{file} holds {header.get_data_dtype()}, not real numbers; save it as integers or floats")
     if len(header.shape) not in (2, 3, 4):
         raise InputError(f"{file} has shape {header.shape}; give a 3D volume, or a 4D volume that holds all modalities")
     return Grid((*header.shape, 1)[:3], header.affine, (*header.shape, 1, 1)[3])

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_VOXELS = 200_000  # per subject and region: bounds the memory and the weight of one subject
 COVERAGE = 0.9
+PRIOR_SD = 0.5  # of the log temperature and the bias of the grades
 LOGITS = np.linspace(-18.5, 18.5, 741)  # thresholds at which the volume of a probability map is kept
 
 
@@ -82,7 +83,8 @@ def fit_grades(prob: np.ndarray, truth: np.ndarray, prior_bias: np.ndarray) -> t
 
     The loss is weighted by inverse frequency, so that the network assumes equal frequencies. ``prior_bias`` corrects
     this in closed form. The fit starts from there. With few subjects it stays near: the negative log likelihood has
-    the penalties of normal priors with standard deviation 1 on the log temperature and on the change of the bias.
+    the penalties of normal priors on the log temperature and on the change of the bias, with the standard deviation
+    that suited 5 to 100 simulated patients best (``benchmarks/grades.py``).
 
     Args:
         prob: class probabilities ``[n, K]``.
@@ -93,7 +95,10 @@ def fit_grades(prob: np.ndarray, truth: np.ndarray, prior_bias: np.ndarray) -> t
 
     def loss(values: np.ndarray) -> float:
         log_prob = _log_softmax(prob, np.exp(values[0]), prior_bias + values[1:])
-        return float(torch.nn.functional.nll_loss(log_prob, target, reduction="sum")) + 0.5 * float(values @ values)
+        return (
+            float(torch.nn.functional.nll_loss(log_prob, target, reduction="sum"))
+            + 0.5 * float(values @ values) / PRIOR_SD**2
+        )
 
     found = minimize(loss, np.zeros(1 + len(prior_bias))).x
     return float(np.exp(found[0])), prior_bias + found[1:]

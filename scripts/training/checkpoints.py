@@ -231,11 +231,21 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
     for name in sorted(expected.keys() | weights.keys()):
         if name in expected and name in weights and name.endswith(EXTRA_STATE):  # text of any length
             continue
-        ours, theirs = (tuple(state[name].shape) if name in state else "absent" for state in (expected, weights))
+        ours, theirs = (_shape(state.get(name)) for state in (expected, weights))
         if ours != theirs:
             raise InputError(
                 f"ckpt_path '{ckpt_path}' does not fit the configured network: '{name}' is {theirs} in the file and "
                 f"{ours} in the network; set variant, channels, calib_channels, modalities, regions, grade_labels and "
                 "use_cls_head as in training (its config.yaml has them)"
             )
-    network.load_state_dict(weights)
+    if not all(torch.isfinite(weights[name]).all() for name, _ in network.named_parameters()):
+        raise InputError(f"ckpt_path '{ckpt_path}' holds NaN or infinite weights; train it again")
+    try:
+        network.load_state_dict(weights)
+    except ValueError as error:  # the text of the calibration
+        raise InputError(f"ckpt_path '{ckpt_path}' does not fit the configured network: {error}") from error
+
+
+def _shape(value: Any) -> str | tuple[int, ...]:
+    """What an entry of a checkpoint is, for comparison and for the message."""
+    return "absent" if value is None else tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)[:80]
