@@ -1,8 +1,8 @@
 """Excess log loss of calibrated grades by the number of patients and the width of the priors of the fit.
 
 Simulates networks that assume equal frequencies of two grades, are too sure or too unsure by a factor, and are off by a
-constant. Each is calibrated with few patients by :func:`scripts.report.calibration.fit_grades` and judged on 2000 others,
-against the ideal calibration.
+constant. Each is calibrated with few patients by :func:`scripts.report.calibration.fit_grades` and judged on 2000
+others, against the ideal calibration.
 
 Example:
     python benchmarks/grades.py
