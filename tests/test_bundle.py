@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -456,6 +457,20 @@ def test_inference_does_not_write_among_the_volumes(trained, copied, run_bundle)
 def test_training_has_no_key_of_evaluation(phantoms, run_bundle):
     with pytest.raises(InputError, match="unknown configuration key 'subset'"):
         run_bundle(["train.yaml"], dataset_dir=str(phantoms), subset="all")
+
+
+def test_a_log_file_has_a_line_per_epoch(phantoms, tmp_path):
+    """No progress bar and no warning of MONAI that this bundle can avoid; warnings are not switched off here."""
+    keys = {"dataset_dir": phantoms, "output_dir": tmp_path / "o", "ckpt_dir": tmp_path / "o", **TINY_TRAINING}
+    run = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(ROOT / "configs" / "train.yaml")]
+    run += [text for key, value in keys.items() for text in (f"--{key}", str(value))]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    text = done.stdout + done.stderr
+    assert "\r" not in text
+    assert "it/s" not in text
+    assert len(re.findall(r"^\d+ +train ", text, re.MULTILINE)) == 2
+    assert "Warning" not in text
+    assert "deprecated" not in text
 
 
 def test_command_line_from_another_folder_prints_the_error_alone(phantoms, tmp_path):

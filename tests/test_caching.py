@@ -108,12 +108,22 @@ def test_volumes_are_read_once(phantoms, monkeypatch):
         assert dataset[0][0]["image"].isfinite().all()
 
 
-def test_random_transforms_leave_the_cache_alone(phantoms):
-    dataset = training_config(phantoms).get_parsed_content("train::dataset")
-    before = torch.as_tensor(dataset._cache[0]["image"]).clone()
-    for _ in range(20):
-        dataset[0]
-    assert torch.equal(torch.as_tensor(dataset._cache[0]["image"]), before)
+@pytest.mark.parametrize(
+    "overlays", [[], ["augment.yaml", "augment_mr.yaml"], ["augment.yaml", "augment_pictures.yaml"]]
+)
+def test_random_transforms_leave_the_cache_alone(overlays, phantoms):
+    """A crop is a view of the cached volume, which is not copied: no transform may write into its input."""
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / name) for name in ("train.yaml", *overlays)])
+    parser.update({"dataset_dir": str(phantoms), "image_size": 32})
+    if "augment_pictures.yaml" in overlays:
+        parser.update({"modalities": ["t1", "t1ce", "t2"]})
+    dataset = parser.get_parsed_content("train::dataset")
+    before = {key: torch.as_tensor(dataset._cache[0][key]).clone() for key in ("image", "label")}
+    drawn = [torch.as_tensor(dataset[0][0]["image"]).clone() for _ in range(40)]
+    assert len({tuple(image.flatten()[:200].tolist()) for image in drawn}) > 10  # the transforms do something
+    for key, volume in before.items():
+        assert torch.equal(torch.as_tensor(dataset._cache[0][key]), volume)
 
 
 def test_modalities_are_normalised_inside_the_brain(phantoms):

@@ -290,3 +290,28 @@ def test_one_more_module_is_one_class_and_one_entry(monkeypatch):
     outputs = network(*inputs())
     outputs[0].sum().backward()
     assert network.denoiser.conditioning["bottom"]["scale"].weight.grad.any()
+
+
+def test_the_noisy_mask_matters():
+    """Trained on masks that the image does not show, the network reads them from x_t."""
+    torch.manual_seed(0)
+    network = MedSegDiff(GaussianDiffusion(), in_channels=1, **TINY)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    image = torch.zeros(8, 1, 16, 16)
+
+    def noised(mask, timestep):
+        timesteps = torch.full((8,), timestep)
+        return network.diffusion.add_noise(2 * mask - 1, torch.randn_like(mask), timesteps), timesteps
+
+    for _ in range(60):
+        mask = (torch.rand(8, 1, 2, 2) > 0.5).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
+        logits = network(image, *noised(mask, 50))[0]
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(logits, mask).backward()
+        optimizer.step()
+    network.eval()
+    x_t, timesteps = noised(mask, 50)
+    with torch.no_grad():
+        same, inverted = (network(image, x, timesteps)[0] > 0 for x in (x_t, -x_t))
+    assert (same == (mask > 0)).float().mean() > 0.95
+    assert (inverted == (mask > 0)).float().mean() < 0.05

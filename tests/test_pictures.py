@@ -210,6 +210,24 @@ def test_training_does_not_shift_masks(tmp_path):
     assert np.abs(centre - true).max() < 0.2 / 32
 
 
+@pytest.mark.parametrize("name", ["train::preprocessing", "validate::preprocessing"])
+def test_black_is_the_darkest_grey(name, tmp_path):
+    """Z-scores of the non-zero pixels alone would map black to 0 and the darkest grey far below it."""
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:, 8:] = np.arange(1, 129).reshape(16, 8)
+    files = {key: str(save(pixels if key == "image" else 255 * (pixels > 60), tmp_path / f"{key}.png"))
+             for key in ("image", "label")}  # fmt: skip
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / file) for file in ("train.yaml", "data_images.yaml", "data_ddti.yaml")])
+    parser.update({"image_size": 16})
+    image = torch.as_tensor(parser.get_parsed_content(name)(files | {"subject": "a"})["image"]).flatten()
+    values = image.sort().values
+    assert values[:128].unique().numel() == 1  # all black pixels, and nothing is darker
+    assert values[128] > values[0]
+    assert image.mean().abs() < 1e-4
+    assert image.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
 def test_overlays_show_a_picture_upright(tmp_path):
     affine = read_grid(str(save(np.zeros((4, 6), np.uint8), tmp_path / "a.png"))).affine
     assert nib.aff2axcodes(affine) == ("L", "P", "S")  # an overlay shows left at its right and back at its bottom

@@ -77,3 +77,14 @@ def test_regions_are_painted_with_the_first_value_of_their_own(regions, region_l
 def test_labels_that_cannot_be_painted(region_labels):
     with pytest.raises(InputError, match="region_labels: a="):
         LabelToRegionsd("label", RegionCoding(["a"], region_labels))
+
+
+def test_regions_that_overlap_without_nesting_are_refused():
+    """They would come back changed: a voxel in both would be painted as one of them."""
+    with pytest.raises(InputError, match=r"A=\[1, 2\] and B=\[2, 3\] overlap, but neither contains the other"):
+        RegionCoding(["A", "B"], {"A": [1, 2], "B": [2, 3]})
+    for labels in ({"A": [1, 2], "B": [3]}, {"A": [1, 2, 3], "B": [2]}, {"A": [1], "B": [1]}):
+        coding = RegionCoding(["A", "B"], labels)
+        label = torch.arange(4).reshape(1, 1, 1, 4)
+        regions = coding.to_regions(label * torch.isin(label, torch.tensor(sorted({*labels["A"], *labels["B"]}))))
+        assert torch.equal(coding.to_regions(coding.to_label(regions)), regions)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
-from monai.transforms import RandCropByPosNegLabeld
+from monai.data import MetaTensor
+from monai.transforms import RandCropByPosNegLabeld, Resized
 
-from scripts.data.transforms import LoadVolumesd, RandModalityDropoutd, SliceIndicesd
+from scripts.data.transforms import CheckVolumed, LoadVolumesd, RandModalityDropoutd, ResizeSlicesd, SliceIndicesd
 
 BRATS = {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}
 LABEL = torch.tensor([0, 1, 2, 4, 4, 2, 0, 1]).reshape(1, 2, 2, 2).float()
@@ -52,3 +54,59 @@ def test_modality_dropout_zeroes_one_modality_and_never_the_only_one():
     assert image.all()
     assert dropout({"image": image[:1]})["image"].all()
     assert RandModalityDropoutd("image", prob=0.0)({"image": image})["image"].all()
+
+
+def smooth_volume(size=(3, 96, 80, 5)):
+    """A volume of a few long waves, and its affine."""
+    grids = torch.meshgrid(*(torch.linspace(0, 3, side) for side in size[1:3]), indexing="ij")
+    waves = torch.stack([torch.sin((channel + 1) * grids[0]) * torch.cos(grids[1]) for channel in range(size[0])])
+    return MetaTensor(waves[..., None] * torch.arange(1, size[3] + 1), affine=np.diag([1.0, 2.0, 3.0, 1.0]))
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_slices_are_resized_like_monai_does_and_back(size):
+    volume = smooth_volume()
+    ours, monai = ResizeSlicesd("image", size), Resized("image", (size, size, -1), mode="trilinear", anti_aliasing=True)
+    found, expected = ours({"image": volume}), monai({"image": volume})
+    assert found["image"].shape == (3, size, size, 5)
+    assert torch.allclose(found["image"].affine, expected["image"].affine)
+    assert (
+        found["image"] - expected["image"]
+    ).abs().max() < 0.15  # of values up to 5: the filters differ at the border
+    back = ours.inverse(found)["image"]
+    assert back.shape == volume.shape
+    assert torch.allclose(back.affine, volume.affine)
+    assert (back - volume).abs().max() < 0.3
+
+
+def test_resizing_averages_what_it_leaves_out():
+    """Lines of one voxel: without anti-aliasing the small image would be all 0 or all 1."""
+    lines = torch.zeros(1, 64, 64, 2)
+    lines[:, ::4] = 1
+    small = ResizeSlicesd("image", 16)({"image": MetaTensor(lines)})["image"]
+    assert small[:, 1:-1].sub(0.25).abs().max() < 0.05
+
+
+def test_masks_are_resized_to_the_nearest_voxel():
+    mask = MetaTensor((torch.rand(1, 30, 30, 2) > 0.5).float())
+    resized = ResizeSlicesd(["image", "label"], 16, ["trilinear", "nearest-exact"])({"image": mask, "label": mask})
+    expected = Resized("label", (16, 16, -1), mode="nearest-exact")({"label": mask})["label"]
+    assert torch.equal(resized["label"], expected)
+    assert set(resized["image"].unique().tolist()) != {0.0, 1.0}
+
+
+def test_identical_modalities_give_a_warning(caplog):
+    volume = torch.rand(3, 4, 4, 2)
+    CheckVolumed("image")({"image": volume, "subject": "s1"})
+    assert not caplog.text
+    volume[2] = volume[0]
+    CheckVolumed("image")({"image": volume, "subject": "s1"})
+    assert "subject 's1': modalities 1 and 3 are identical" in caplog.text
+
+
+def test_an_empty_mask_is_marked():
+    label = torch.zeros(1, 4, 4, 3)
+    image = torch.ones(1, 4, 4, 3)
+    assert SliceIndicesd("label")({"image": image, "label": label})["empty"] is True
+    label[0, 1, 1, 1] = 1
+    assert SliceIndicesd("label")({"image": image, "label": label})["empty"] is False

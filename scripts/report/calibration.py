@@ -95,10 +95,8 @@ def fit_grades(prob: np.ndarray, truth: np.ndarray, prior_bias: np.ndarray) -> t
 
     def loss(values: np.ndarray) -> float:
         log_prob = _log_softmax(prob, np.exp(values[0]), prior_bias + values[1:])
-        return (
-            float(torch.nn.functional.nll_loss(log_prob, target, reduction="sum"))
-            + 0.5 * float(values @ values) / PRIOR_SD**2
-        )
+        likelihood = float(torch.nn.functional.nll_loss(log_prob, target, reduction="sum"))
+        return likelihood + 0.5 * float(values @ values) / PRIOR_SD**2
 
     found = minimize(loss, np.zeros(1 + len(prior_bias))).x
     return float(np.exp(found[0])), prior_bias + found[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from scripts.data.grades import grade_names
 from scripts.distributed import gather_from_all
 from scripts.sampling.probability import area_weighted_mean
 from scripts.training.losses import MultiTaskLoss, graded_slices
+
+# MONAI's Hausdorff distance calls a deprecated argument of its own
+warnings.filterwarnings("ignore", message=".*get_mask_edges:always_return_as_numpy", category=FutureWarning)
 
 EPOCH_PANELS = {  # the learning curves
     "losses": ["L_seg", "L_calib", "L_cls", "L_total"],
