@@ -57,7 +57,8 @@ def main() -> None:
     config.update(settings)
     network, trained = (config.get_parsed_content(key) for key in ("network_def", "settings"))
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({"model": network.state_dict(), "settings": trained}, f"{folder}/model.pt")
+        content = {"model": network.state_dict(), "settings": trained, "lineage": {"training": {}, "validation": {}}}
+        torch.save(content, f"{folder}/model.pt")
         options = ["--ckpt_path", f"{folder}/model.pt", "--output_dir", folder, "--inside", f"{folder}/parts.json"]
         start = time.perf_counter()
         command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], *options]

@@ -221,6 +221,13 @@ def test_unusable_settings(settings, message):
         VolumeInferer(**settings)
 
 
+def test_larger_slices_make_smaller_batches(network):
+    seen = []
+    network.calibrator.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
+    VolumeInferer(num_samples=2, sampling_batch_size=16).predict(torch.rand(1, 4, 256, 256, 5) + 1, network)
+    assert seen == [2, 2, 1]  # a quarter of 16 // 2
+
+
 def test_check_before_any_volume_is_read(network):
     VolumeInferer(1000).check(network, 16)
     with pytest.raises(InputError, match="divisible by 4"):

