@@ -110,9 +110,9 @@ def test_the_metrics_of_the_metadata_are_those_of_the_weights(tmp_path):
     python(ROOT, True, tmp_path, "-m", "monai.bundle", "run", "--config_file", str(names), *options)
     summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
     measured = {
-        "phantom_validation_dice_WT": summary["segmentation"]["WT"]["dice"]["mean"]["value"],
-        "phantom_validation_auc": summary["grading"]["auc"]["value"],
-        "phantom_validation_accuracy": summary["grading"]["accuracy"]["value"],
+        "phantom_test_dice_WT": summary["segmentation"]["WT"]["dice"]["mean"]["value"],
+        "phantom_test_auc": summary["grading"]["auc"]["value"],
+        "phantom_test_accuracy": summary["grading"]["accuracy"]["value"],
     }
     metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
     assert measured == pytest.approx(metadata["eval_metrics"], abs=0.002)
@@ -195,8 +195,8 @@ def test_a_push_to_the_hub_uploads_the_release_alone(released, tmp_path, monkeyp
     monkeypatch.setattr(monai.bundle.scripts.huggingface_hub, "HfApi", DryRun)
     bundle = tmp_path / NAME
     subprocess.run(["cp", "-r", str(released), str(bundle)], check=True)
-    monai.bundle.push_to_hf_hub("someone/medsegdiff", NAME, str(tmp_path), version="0.6.0")
-    assert sent["tag"] == "0.6.0"
+    monai.bundle.push_to_hf_hub("someone/medsegdiff", NAME, str(tmp_path), version="0.7.0")
+    assert sent["tag"] == "0.7.0"
     assert sent["files"] == {str(p.relative_to(released)) for p in released.rglob("*") if p.is_file()} | {"README.md"}
     assert "# Model card" in sent["card"]
 
