@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_VOXELS = 200_000  # per subject and region: bounds the memory and the weight of one subject
 COVERAGE = 0.9
-PRIOR_SD = 0.5  # of the log temperature and the bias of the grades
+SLOPE = (0.5, 0.5)  # mean and standard deviation of the prior of the grades' slope
+BIAS_SD = 0.5  # standard deviation of the prior of the grades' bias
 LOGITS = np.linspace(-18.5, 18.5, 741)  # thresholds at which the volume of a probability map is kept
 
 
@@ -78,28 +79,33 @@ def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> tuple[float]:
     return (float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)),)
 
 
-def fit_grades(prob: np.ndarray, truth: np.ndarray, prior_bias: np.ndarray) -> tuple[float, np.ndarray]:
+def fit_grades(
+    prob: np.ndarray, truth: np.ndarray, prior_bias: np.ndarray, slope: tuple[float, float] = SLOPE
+) -> tuple[float, np.ndarray]:
     """Temperature and bias of the grades: Platt scaling with intercept, for any number of grades.
 
     The loss is weighted by inverse frequency, so that the network assumes equal frequencies. ``prior_bias`` corrects
-    this in closed form. The fit starts from there. With few subjects it stays near: the negative log likelihood has
-    the penalties of normal priors on the log temperature and on the change of the bias, with the standard deviation
-    that suited 5 to 100 simulated patients best (``benchmarks/grades.py``).
+    this in closed form. With few subjects the fit stays near it: the negative log likelihood has the penalties of
+    normal priors on the slope (the inverse temperature) and on the change of the bias. The slope is expected below 1,
+    because networks are too sure of new subjects; ``benchmarks/grades.py`` compares priors.
 
     Args:
         prob: class probabilities ``[n, K]``.
         truth: class indices ``[n]``.
         prior_bias: minus the log of the class weights of the loss, ``[K]``.
+        slope: mean and standard deviation of the prior of the slope.
     """
     target = torch.as_tensor(truth).long()
 
     def loss(values: np.ndarray) -> float:
-        log_prob = _log_softmax(prob, np.exp(values[0]), prior_bias + values[1:])
+        log_prob = _log_softmax(prob, 1 / values[0], prior_bias + values[1:])
         likelihood = float(torch.nn.functional.nll_loss(log_prob, target, reduction="sum"))
-        return likelihood + 0.5 * float(values @ values) / PRIOR_SD**2
+        penalty = ((values[0] - slope[0]) / slope[1]) ** 2 + float(np.square(values[1:] / BIAS_SD).sum())
+        return likelihood + 0.5 * penalty
 
-    found = minimize(loss, np.zeros(1 + len(prior_bias))).x
-    return float(np.exp(found[0])), prior_bias + found[1:]
+    bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE), *[(None, None)] * len(prior_bias)]
+    found = minimize(loss, np.array([slope[0], *np.zeros(len(prior_bias))]), bounds=bounds).x
+    return float(1 / found[0]), prior_bias + found[1:]
 
 
 def cross_fitted(
