@@ -28,6 +28,8 @@ BENCHMARKS = {
     "data.py": {"--num_subjects": ["1"], "--image_size": ["32"]},
     "export.py": {"--repeats": ["1"], "--slices": ["2"]},
     "flops.py": {},
+    "folds.py": {},
+    "grades.py": {"--repeats": ["1"]},
     "inference.py": {},
     "network.py": {"--repeats": ["1"], "--image_size": ["32"]},
     "structure.py": {},
@@ -69,7 +71,11 @@ def reduced(words: list[str]) -> list[str]:
             return reduced_ablation(words, names)
         if "train.yaml" in bases:
             words = put(put(words, TRAINING, replace=False), EPOCHS, replace=True)
-        return put(words, {"--nproc_per_node": ["2"]}, replace=True) if "--nproc_per_node" in words else words
+        if "--nproc_per_node" in words:
+            words = put(words, {"--nproc_per_node": ["2"]}, replace=True)
+            if "train.yaml" in bases:  # one of ten subjects could not be shared by two processes
+                words = put(words, {"--validation_share": ["0.34"]}, replace=False)
+        return words
     if words[:2] == ["-m", "scripts.tools.phantom"]:
         count = min(10, int((values_of(words, "--num_subjects") or ["10"])[0]))
         words = put(words, {"--num_subjects": [str(count)]}, replace=True)

@@ -42,7 +42,7 @@ KNOWN_ERRORS = {
 # keys that may differ when training is resumed: they decide where and how fast it runs, not what is learned
 FREE_ON_RESUME = (
     "imports", "run", "bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "cache_dir", "device",
-    "num_workers", "distributed", "resume", "subset", "num_eval_cases", "datalist_file", "grade_csv",
+    "num_workers", "distributed", "resume", "dataset_name", "datalist_file", "grade_csv",
     "train::compile", "validate::inferer::sampling_batch_size",
 )  # fmt: skip
 

@@ -56,7 +56,10 @@ def shard(items: Sequence[T], even: bool = False) -> list[T]:
     if processes == 1 or not items:
         return list(items)
     if len(items) < processes:
-        raise InputError(f"{len(items)} subjects cannot be shared by {processes} processes: start at most {len(items)}")
+        raise InputError(
+            f"{len(items)} subjects cannot be shared by {processes} processes: start at most {len(items)}, or raise "
+            "validation_share if these are the validation subjects"
+        )
     return list(partition_dataset(items, num_partitions=processes, even_divisible=even)[idist.get_rank()])
 
 

@@ -109,6 +109,13 @@ def trained(phantoms, tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_renamed_data_folder_is_the_same_training(trained, phantoms, run_bundle, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "out")
+    shutil.copytree(phantoms, tmp_path / "renamed")
+    run_bundle(["train.yaml", "resume.yaml"], dataset_dir=str(tmp_path / "renamed"), **folders(tmp_path / "out"))
+    assert "training is complete" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

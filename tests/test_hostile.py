@@ -339,6 +339,10 @@ CHECKPOINTS = {
     "file as setting": (spoiled(lambda c, _: c["settings"].update(regions={"WT": ["%x"]})), "text that starts with"),
     "other settings": (spoiled(lambda c, _: c["settings"].update(image_size=64)), "was trained with image_size=64"),
     "no settings": (spoiled(lambda c, _: c.pop("settings")), "is older than version 0.7"),
+    "a lineage of numbers": (
+        spoiled(lambda c, _: c.update(lineage={"training": {"d": [1]}, "validation": {}})),
+        "is older than version 0.7",
+    ),
     "weights of another shape": (
         spoiled(lambda c, _: c["model"].update({"cls_head.6.weight": torch.ones(7, 7)})),
         "does not fit the configured network",

@@ -173,9 +173,18 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
         checkpoint["model"].keys()
     except Exception as error:
         raise InputError(f"ckpt_path '{ckpt_path}' cannot be read as a checkpoint of this bundle: {error!r}") from error
-    if not all(isinstance(checkpoint.get(name), dict) for name in ("settings", "lineage")):
+    if not isinstance(checkpoint.get("settings"), dict) or not _is_lineage(checkpoint.get("lineage")):
         raise InputError(f"ckpt_path '{ckpt_path}' is older than version 0.7; train it again")
     return checkpoint
+
+
+def _is_lineage(value: Any) -> bool:
+    """Whether a value has the form of :mod:`scripts.training.lineage`."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), dict)
+        and all(isinstance(text, str) for names in value[name].values() for text in names)
+        for name in ("training", "validation")
+    )
 
 
 def trained_settings(ckpt_path: str) -> dict[str, Any]:
