@@ -340,7 +340,7 @@ CHECKPOINTS = {
     "other settings": (spoiled(lambda c, _: c["settings"].update(image_size=64)), "was trained with image_size=64"),
     "no settings": (spoiled(lambda c, _: c.pop("settings")), "is older than version 0.7"),
     "a lineage of numbers": (
-        spoiled(lambda c, _: c.update(lineage={"training": {"d": [1]}, "validation": {}})),
+        spoiled(lambda c, _: c.update(lineage={"training": {"d": 1}, "validation": {"d": [1]}})),
         "is older than version 0.7",
     ),
     "weights of another shape": (

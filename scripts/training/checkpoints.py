@@ -178,11 +178,15 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
     return checkpoint
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _is_lineage(value: Any) -> bool:
     """Whether a value has the form of :mod:`scripts.training.lineage`."""
     return isinstance(value, dict) and all(
         isinstance(value.get(name), dict)
-        and all(isinstance(text, str) for names in value[name].values() for text in names)
+        and all(isinstance(names, list) and all(map(_is_text, names)) for names in value[name].values())
         for name in ("training", "validation")
     )
 
