@@ -154,8 +154,8 @@ class CalibrationFit:
     much higher, and valid only near the lesion.
 
     The result is saved in the checkpoint, with the sampling settings. ``calibration.json`` holds the scores before,
-    after, and cross-fitted. The cross-fitted scores are the ones to report: each subject is calibrated by a fit to
-    other patients.
+    after, and cross-fitted: each subject is calibrated by a fit to other patients. The scores to report are those of
+    the test subjects.
 
     Args:
         ckpt_path: the checkpoint.
