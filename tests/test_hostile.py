@@ -353,7 +353,9 @@ CHECKPOINTS = {
         "does not fit the configured network",
     ),
     "a calibration that is no JSON": (
-        spoiled(lambda c, _: c["model"].update({"calibration._extra_state": torch.tensor([36], dtype=torch.uint8)})),
+        spoiled(
+            lambda c, _: c["model"].update({"calibration._extra_state": torch.full((256,), 36, dtype=torch.uint8)})
+        ),
         "does not fit the configured network",
     ),
     "NaN among the weights": (

@@ -54,8 +54,8 @@ class Calibration(nn.Module):
         self.sampling: dict[str, Any] = {}
 
     def get_extra_state(self) -> torch.Tensor:
-        """The sampling settings as JSON in bytes: those who copy weights expect tensors."""
-        return torch.tensor(list(json.dumps(self.sampling).encode()), dtype=torch.uint8)
+        """The sampling settings as JSON in 256 bytes: MONAI copies only tensors, and only those of the same shape."""
+        return torch.tensor(list(json.dumps(self.sampling).ljust(256).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Undo :meth:`get_extra_state`."""

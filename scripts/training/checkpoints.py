@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 # settings that name and paint the outputs; weights may be used under others
 NAMING = ("grade_labels", "background_label")
-EXTRA_STATE = "_extra_state"  # torch's name for what get_extra_state returns
 
 
 class SaveCheckpoints:
@@ -242,8 +241,6 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
     check_settings(checkpoint["settings"], settings, f"ckpt_path '{ckpt_path}'")
     expected = network.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
-        if name in expected and name in weights and name.endswith(EXTRA_STATE):  # text of any length
-            continue
         ours, theirs = (_shape(state.get(name)) for state in (expected, weights))
         if ours != theirs:
             raise InputError(
