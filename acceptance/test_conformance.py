@@ -203,7 +203,7 @@ def test_a_push_to_the_hub_uploads_the_release_alone(released, tmp_path, monkeyp
 
 def test_weights_load_without_pickled_code():
     checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
-    assert {"model", "settings", "training_subjects"} <= checkpoint.keys()
+    assert {"model", "settings", "lineage"} <= checkpoint.keys()
     assert (ROOT / "models" / "model.pt").stat().st_size < 10e6
 
 
