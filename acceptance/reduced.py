@@ -30,6 +30,7 @@ BENCHMARKS = {
     "flops.py": {},
     "folds.py": {},
     "grades.py": {"--repeats": ["1"]},
+    "resize.py": {},
     "inference.py": {},
     "network.py": {"--repeats": ["1"], "--image_size": ["32"]},
     "structure.py": {},

@@ -1,13 +1,14 @@
 """Scores of all folds of a cross-validation together: every subject is judged by the weights that never saw it.
 
 Example:
-    python benchmarks/folds.py runs/tcga/fold*/evaluate
+    python benchmarks/folds.py runs/tcga/fold*/evaluate --against runs/dropout/fold*/evaluate
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,53 +17,61 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import markdown  # noqa: E402
+from scripts.report.evaluation import grade_scores, graded_subjects  # noqa: E402
 from scripts.report.intervals import with_intervals  # noqa: E402
-from scripts.report.metrics import grade_losses, grading_scores, mean_of_defined  # noqa: E402
+from scripts.report.metrics import mean_of_defined  # noqa: E402
+
+COLUMNS = ("dice_", "hd95_", "expected_dice_", "covered_", "ece_lesion_", "error_auroc_")
 
 
 def main() -> None:
     """Print each score with its 95 % interval over patients."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="output_dir of each fold's evaluation")
+    parser.add_argument("--against", nargs="+", type=Path, help="the same of another training: this one minus that")
     parser.add_argument("--subjects", nargs="+", help="only these subjects")
     args = parser.parse_args()
-    table = pd.concat([pd.read_csv(folder / "subjects.csv", dtype={"patient": str}) for folder in args.folders])
-    if repeated := table["subject"][table["subject"].duplicated()].tolist():
-        parser.error(f"in several folds: {repeated[:3]}")
-    if args.subjects:
-        table = table[table["subject"].isin(args.subjects)]
+    table = read(args.folders, args.subjects)
     print(f"{len(table)} subjects of {table['patient'].nunique()} patients")
-    print(markdown(pd.DataFrame(rows(table.reset_index(drop=True)))))
+    scores = subject_scores(table) | graded_scores(table)
+    if args.against:
+        other = read(args.against, args.subjects).set_index("subject").loc[table["subject"]].reset_index()
+        names = [name for name in table if name.startswith("dice_")]
+        difference = table[names].sub(other[names]).add_prefix("difference of ")
+        scores |= means(difference, table["patient"])
+    print(markdown(pd.DataFrame([{"score": name, **cell} for name, cell in scores.items()])))
 
 
-def rows(table: pd.DataFrame) -> list[dict]:
-    """One row per score."""
-    names = [
-        name
-        for prefix in ("dice_", "hd95_", "expected_dice_", "covered_", "ece_lesion_", "error_auroc_")
-        for name in table
-        if name.startswith(prefix)
-    ]
-    found = with_intervals(
-        lambda r: {name: mean_of_defined(table[name].to_numpy()[r]) for name in names}, table["patient"]
+def read(folders: Sequence[Path], subjects: Sequence[str] | None) -> pd.DataFrame:
+    """The tables of all folds as one."""
+    table = pd.concat([pd.read_csv(folder / "subjects.csv", dtype={"patient": str}) for folder in folders])
+    if repeated := table["subject"][table["subject"].duplicated()].tolist():
+        raise SystemExit(f"in several folds: {repeated[:3]}")
+    return (table[table["subject"].isin(subjects)] if subjects else table).reset_index(drop=True)
+
+
+def means(table: pd.DataFrame, patients: pd.Series) -> dict:
+    """Mean of each column, with its interval."""
+    return with_intervals(
+        lambda rows: {name: mean_of_defined(table[name].to_numpy()[rows]) for name in table}, patients
     )
-    found |= with_intervals(
-        lambda r: {f"median {n}": float(table[n].iloc[r].median()) for n in names if n.startswith("dice_")},
-        table["patient"],
+
+
+def subject_scores(table: pd.DataFrame) -> dict:
+    """Means of the scores of masks, median Dice, and share of subjects with a Dice below 0.5."""
+    chosen = table[[name for prefix in COLUMNS for name in table if name.startswith(prefix)]]
+    dice = chosen[[name for name in chosen if name.startswith("dice_")]]
+    found = means(chosen.join(dice.lt(0.5).astype(float).add_suffix(" below 0.5")), table["patient"])
+    return found | with_intervals(
+        lambda rows: dice.iloc[rows].median().add_prefix("median ").to_dict(), table["patient"]
     )
+
+
+def graded_scores(table: pd.DataFrame) -> dict:
+    """Scores of the grade of all folds; empty without grades."""
     grades = [name.removeprefix("prob_") for name in table if name.startswith("prob_")]
-    graded = table[table["grade"] >= 0].dropna(subset=[f"prob_{name}" for name in grades]) if grades else table[:0]
-    if len(graded):
-        truth = graded["grade"].to_numpy(int)
-        prob, prior = (graded[[f"{kind}_{name}" for name in grades]].to_numpy(float) for kind in ("prob", "prior"))
-
-        def scores(chosen):
-            losses = grade_losses(prob[chosen], truth[chosen])
-            prior_loss = grade_losses(prior[chosen], truth[chosen])["log_loss"]
-            return grading_scores(truth[chosen], prob[chosen], grades) | losses | {"log_loss_of_prior": prior_loss}
-
-        found |= with_intervals(scores, graded["patient"])
-    return [{"score": name, **cell} for name, cell in found.items()]
+    graded = graded_subjects(table, grades) if grades else table[:0]
+    return with_intervals(grade_scores(graded, grades), graded["patient"]) if len(graded) else {}
 
 
 if __name__ == "__main__":

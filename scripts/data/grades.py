@@ -92,16 +92,12 @@ def class_weights(items: Sequence[Mapping], grade_labels: Mapping[str, int]) -> 
 
 
 def class_frequencies(items: Sequence[Mapping], grade_labels: Mapping[str, int]) -> np.ndarray:
-    """Share of each grade among the graded subjects ``[K]``, each counted once more than it occurs (Laplace).
+    """Share of each grade among the graded subjects ``[K]``.
 
-    NaN without graded subjects.
+    Each grade counts once more than it occurs (Laplace), so that no share is 0.
     """
-    grades = [item["grade"] for item in items if item["grade"] != UNKNOWN_GRADE]
-    counts = (
-        np.bincount(grades, minlength=len(grade_names(grade_labels))) + 1.0
-        if grades
-        else np.full(len(grade_names(grade_labels)), np.nan)
-    )
+    grades = np.array([item["grade"] for item in items if item["grade"] != UNKNOWN_GRADE], dtype=int)
+    counts = np.bincount(grades, minlength=len(grade_names(grade_labels))) + 1.0
     return counts / counts.sum()
 
 

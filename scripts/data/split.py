@@ -77,7 +77,8 @@ def split(
     patients = {patient(item["subject"], patient_pattern) for item in rest}
     if len(patients) < 2:
         raise InputError(
-            f"{len(patients)} patient is left for training and validation; add subjects, or set validation_share=0"
+            f"{len(patients)} patient is left for training and validation, which need two; add subjects, or set "
+            "validation_share=0"
         )
     training, validation = _fold(rest, 0, min(round(1 / validation_share), len(patients)), seed, patient_pattern)
     return {"training": training, "validation": validation, "test": test}

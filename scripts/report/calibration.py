@@ -262,7 +262,7 @@ class CalibrationFit:
     def _fit_grades(self, new: Calibration) -> dict[str, Any]:
         """Fit the grades, write the result into ``new``, and return what is reported; empty without grades."""
         grades = gather_from_all(self.grades)
-        if len({grade for _, grade, _ in grades}) < 2 or np.isnan(self.prior).any():
+        if len({grade for _, grade, _ in grades}) < 2:
             logger.warning("fewer than two grades are present: the grade is not calibrated")
             return {}
         *columns, patients = map(list, zip(*grades, strict=True))

@@ -181,7 +181,7 @@ def summarise(
     if grades:
         graded = graded_subjects(table, grades)
         scores["graded_subjects"] = len(graded)
-        scores["grading"] = with_intervals(_grade_scores(graded, grades), graded["patient"].to_numpy(), seed)
+        scores["grading"] = with_intervals(grade_scores(graded, grades), graded["patient"].to_numpy(), seed)
     return scores
 
 
@@ -190,7 +190,7 @@ def graded_subjects(table: pd.DataFrame, grades: Sequence[str]) -> pd.DataFrame:
     return table[table["grade"] >= 0].dropna(subset=[f"prob_{name}" for name in grades])
 
 
-def _grade_scores(table: pd.DataFrame, grades: Sequence[str]) -> Callable[[np.ndarray], dict[str, float]]:
+def grade_scores(table: pd.DataFrame, grades: Sequence[str]) -> Callable[[np.ndarray], dict[str, float]]:
     """Return a function that computes the grading scores of the graded subjects in the given rows.
 
     ``log_loss_of_prior`` is the log loss of the prior alone, without the image: a useful grade is below it.

@@ -107,8 +107,12 @@ class VolumeInferer(Inferer):
         Returns:
             Maps ``[B, R, H, W, S]``, which are 0 in empty slices: ``prob``, the mean probability after temperature
             scaling; ``pred``, the fused samples, to be thresholded at 0.5; ``uncertainty``, the entropy of ``prob`` in
-            bits; ``variance`` over the samples, if there are several. Values: ``sample_dice [B, R]``, the mean Dice of
-            XX"""
+            bits; ``variance`` over the samples, if there are several; ``calib_prob``, the calibration map as a
+            probability, if the network has one. Values: ``sample_dice [B, R]``, the mean Dice of pairs of samples, NaN
+            for one sample; ``volume_temperature [B, R]``, which scales ``prob`` to the calibration of the foreground;
+            ``volume_margin [B, R]``, see :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``,
+            calibrated, and ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading.
+        """
         results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
         output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
         if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms

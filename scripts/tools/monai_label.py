@@ -50,10 +50,10 @@ def apply_label_request(parser: ConfigParser) -> None:
     for item in [*training, *(validation if isinstance(validation, list) else [])]:
         for key in ("image", "label"):  # an absolute path is never an expression
             item[key] = str(Path(item[key]).absolute())
-    changes: dict[str, Any] = {"train::handlers": [h for h in parser["train::handlers"] if not _loads_weights(h)]}
-    changes["init_ckpt"] = next(
-        (handler["load_path"] for handler in parser["train::handlers"] if _loads_weights(handler)), None
-    )
+    handlers = parser["train::handlers"]
+    changes: dict[str, Any] = {"train::handlers": [handler for handler in handlers if not _loads_weights(handler)]}
+    starts = [str(Path(handler["load_path"]).absolute()) for handler in handlers if _loads_weights(handler)]
+    changes["init_ckpt"] = starts[0] if starts else None
     if Path(parser.get_parsed_content("ckpt_path")).is_file():
         changes |= {"settings": TRAINED} | {key: f"$@settings['{key}']" for key in SETTINGS}
     changes["dataset_dir"] = str(Path(training[0]["image"]).parent)
