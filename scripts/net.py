@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.networks.base import Outputs, SegmentationNetwork
 from scripts.networks.baselines import GradingResNet, PlainUNet
-from scripts.networks.conditioning import HIGHWAY
+from scripts.networks.conditioning import HIGHWAY, STOCHASTIC
 from scripts.networks.grading import GradingHead
+from scripts.networks.stochastic import StochasticHead
 from scripts.networks.unets import Denoiser, ImageUNet
 from scripts.networks.variants import resolve_variant
 
@@ -31,6 +33,11 @@ class MedSegDiff(SegmentationNetwork):
     denoiser's output, which is zero in a fresh network. Training therefore starts like that of a plain U-Net, and the
     larger part of the computation is not repeated at every step. Without ``highway``, image and noisy mask are only
     concatenated.
+
+    With ``stochastic``, the second U-Net computes a distribution of masks (:class:`StochasticHead`), and the
+    calibration map is its marginal probability. The denoiser also sees features of that U-Net. The mask is trained to
+    overlap with the truth, the map to be a probability. Therefore no gradient of ``seg_logits`` reaches the map's own
+    layers, only the features that both share.
 
     Args:
         diffusion: noise schedule and prediction type.
@@ -71,14 +78,18 @@ class MedSegDiff(SegmentationNetwork):
         self.self_conditioning = self_conditioning
         self.has_calib_map = bool(image_channels)
         self.calibrator = ImageUNet(in_channels, out_channels, image_channels) if image_channels else None
+        self.is_stochastic = STOCHASTIC in resolved.conditioning
+        width = resolved.channels[0] if self.is_stochastic else 0
+        self.stochastic_head = StochasticHead(image_channels[0], out_channels) if self.is_stochastic else None
+        self.project = nn.Conv2d(image_channels[0], width, kernel_size=1) if self.is_stochastic else None
         masks = 1 + self.has_calib_map + self_conditioning
-        self.denoiser = Denoiser(in_channels + masks * out_channels, out_channels, resolved, image_channels)
+        self.denoiser = Denoiser(in_channels + masks * out_channels + width, out_channels, resolved, image_channels)
         self.cls_head = GradingHead(resolved.channels[-1], num_grades) if use_cls_head else None
 
     @property
     def noised_mask(self) -> str:  # type: ignore[override]
         """What training noises by default. Only the truth gives ``epsilon`` and ``v_prediction`` a bounded target."""
-        if self.diffusion.prediction_type != "sample":
+        if self.diffusion.prediction_type != "sample" or self.is_stochastic:
             return "truth"
         return "calibration" if self.has_calib_map else "prediction"
 
@@ -88,7 +99,10 @@ class MedSegDiff(SegmentationNetwork):
         if self.calibrator is None:
             return {}
         calib_map, features, decoded = self.calibrator(image)
-        return {"calib_map": calib_map, **self.denoiser.prepare(features, decoded)}
+        prepared = {"calib_map": calib_map, **self.denoiser.prepare(features, decoded)}
+        if self.stochastic_head is None or self.project is None:
+            return prepared
+        return prepared | self.stochastic_head(calib_map, decoded) | {"features": self.project(decoded)}
 
     def forward(
         self,
@@ -109,13 +123,16 @@ class MedSegDiff(SegmentationNetwork):
             condition = self.condition(image)
         calib_map = condition.get("calib_map")
         x = [image, x_t]
-        if calib_map is not None:
-            x.append(torch.tanh(calib_map / 2))
+        base = calib_map.detach() if calib_map is not None and self.is_stochastic else calib_map
+        if base is not None:
+            x.append(torch.tanh(base / 2))
+        if self.is_stochastic:
+            x.append(condition["features"])
         if self.self_conditioning:
             x.append(torch.zeros_like(x_t) if estimate is None else estimate)
         output, features = self.denoiser(torch.cat(x, dim=1), timesteps * (1000 / steps), condition)
-        if self.diffusion.prediction_type == "sample" and calib_map is not None:
-            output = calib_map + output
+        if self.diffusion.prediction_type == "sample" and base is not None:
+            output = base + output
         seg_logits = self.diffusion.to_logits(output, x_t, timesteps)
         if only_image:
             return seg_logits

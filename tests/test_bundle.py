@@ -53,7 +53,7 @@ def test_training_writes_what_the_docs_name(trained):
     }  # fmt: skip
     table = pd.read_csv(trained / "metrics.csv")
     assert list(table.columns) == [
-        "epoch", "split", "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_cls",
+        "epoch", "split", "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_draw", "L_cls",
         "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm", "learning_rate", "seconds",
     ]  # fmt: skip
     assert table["split"].tolist() == ["train", "validation"] * 2
@@ -221,6 +221,7 @@ def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tm
         {"self_conditioning": True, "train::inferer::noised_mask": "truth", "validate::inferer::eta": 1.0},
         {"conditioning": list(CONDITIONING), "amp": True, "num_samples": 2, "num_inference_steps": 2},
         {"conditioning": [], "loss::task_weighting": "sum"},
+        {"conditioning": ["highway", "stochastic"], "num_samples": 3, "fusion": "majority"},
         {"num_inference_steps": 0},
         {"cache_dir": "cache"},
     ],
@@ -346,6 +347,7 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
         ({"variant": "M", "channels": None}, "variant 'M'"),
         ({"conditioning": ["ff_parsers"]}, "conditioning=.*must be a list of names"),
         ({"conditioning": ["anchor"]}, "conditioning=.*add it"),
+        ({"conditioning": ["stochastic"]}, "conditioning=.*'stochastic'.*add it"),
         (
             {"conditioning": [], "train::inferer::noised_mask": "calibration"},
             "noised_mask='calibration' needs 'highway'",

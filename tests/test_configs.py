@@ -85,7 +85,7 @@ def test_both_bases_prepare_images_alike():
         inference.get_parsed_content("preprocessing").transforms,
     ]
     labels = [transform for transform in chains[0] if getattr(transform, "keys", None) == ("label",)]
-    assert len(labels) == 2
+    assert len(labels) == 3
     images = [transform for transform in chains[0] if transform not in labels]
     assert [type(transform) for transform in images] == [type(transform) for transform in chains[1]]
     for ours, theirs in zip(images, chains[1], strict=True):

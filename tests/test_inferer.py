@@ -9,6 +9,7 @@ from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
 from scripts.networks.baselines import PlainUNet
+from scripts.networks.stochastic import draw_logits, spread_noise
 from scripts.sampling.inferer import VolumeInferer
 from test_net import TINY, randomise
 
@@ -251,3 +252,88 @@ def test_no_evaluation_gives_the_calibration_map(network, volume):
     assert "grade_prob" not in result
     with pytest.raises(InputError, match="add 'highway'"):
         inferer.check(PlainUNet(GaussianDiffusion(), calib_channels=[8, 8, 16]), 16)
+
+
+# ---- a stochastic network
+@pytest.fixture
+def stochastic():
+    return randomise(MedSegDiff(GaussianDiffusion(), conditioning=["highway", "stochastic"], **TINY))
+
+
+def draws_of(network, image, seed, index, samples):
+    """Logits that the image branch draws for a slice, and the noise that is then added to their masks."""
+    noise, own = noise_of(seed, index, shape=(samples, 1, 16, 16), draws=2)
+    return draw_logits(network.condition(image), spread_noise(samples, seed), own[None])[0], noise
+
+
+def test_the_noise_of_draws_is_normal_and_even():
+    noise = torch.cat([spread_noise(16, seed) for seed in range(500)])
+    assert noise.shape == (500, 16, 10)
+    assert noise.mean().abs() < 0.02
+    assert noise.var() == pytest.approx(1, abs=0.03)
+    assert noise.mean(dim=1).var() < 0.3 / 16  # of independent draws it would be 1 / 16
+
+
+def test_several_samples_start_from_noised_draws(stochastic, volume):
+    image, t = volume[0].movedim(-1, 0)[1:2], torch.full((3,), 600)
+    draws, noise = draws_of(stochastic, image, 5, 1, 3)
+    x_t = stochastic.diffusion.add_noise(torch.tanh(draws / 2), noise, t)
+    expected = stochastic(image.expand(3, -1, -1, -1), x_t, t)[0].sigmoid()
+    found = VolumeInferer(num_samples=3, seed=5).sample(image, stochastic, [1])[0][0]
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_single_sample_starts_from_noise_alone(stochastic, volume):
+    image = volume[0].movedim(-1, 0)[1:2]
+    expected = stochastic(image, noise_of(0, 1)[0], torch.tensor([999]))[0].sigmoid()
+    for start in (300, None):
+        found = VolumeInferer(start_timestep=start).sample(image, stochastic, [1])[0]
+        assert torch.allclose(found[0], expected, atol=1e-6)
+
+
+def test_draws_are_masks_without_any_evaluation(stochastic, volume):
+    image = volume[0].movedim(-1, 0)[1:2]
+    draws, _ = draws_of(stochastic, image, 0, 1, 4)
+    stochastic.denoiser.forward = None  # is not called
+    found, _, grade = VolumeInferer(0, num_samples=4).sample(image, stochastic, [1])
+    assert torch.equal(found[0], (draws > 0).float())
+    assert grade is None
+
+
+def test_factors_are_common_to_the_slices_of_a_sample(stochastic, volume):
+    """The same noise in all slices: with the diagonal at 0, equal slices have equal draws."""
+    stochastic.stochastic_head.spread.bias.data[-1] = -100  # softplus is 0
+    stochastic.stochastic_head.spread.weight.data[-1] = 0
+    image = volume[0].movedim(-1, 0)[1:2].expand(2, -1, -1, -1)
+    samples = VolumeInferer(0, num_samples=8).sample(image, stochastic, [1, 2])[0]
+    assert (samples[0] == samples[1]).float().mean() > 0.99
+    assert not torch.equal(samples[0, 0], samples[0, 1])
+
+
+def test_the_probability_of_a_stochastic_network_is_its_calibration_map(stochastic, volume):
+    """Whatever is sampled. The samples decide the mask and the grade."""
+    sampled = VolumeInferer(num_samples=2, keep_samples=True).predict(volume, stochastic)
+    alone = VolumeInferer(0).predict(volume, stochastic)
+    assert torch.allclose(sampled["prob"], alone["prob"])
+    assert torch.equal(alone["prob"], alone["pred"])
+    assert torch.allclose(sampled["samples"].mean(dim=1, keepdim=True), sampled["pred"], atol=1e-6)
+    assert torch.equal(sampled["seg_prob"], sampled["pred"])
+    assert "samples" not in alone
+    stochastic.calibration.foreground_temperature.fill_(2.0)
+    calibrated = VolumeInferer(num_samples=2).predict(volume, stochastic)
+    assert torch.equal(calibrated["pred"], sampled["pred"])  # the mask is not the probability
+    assert not torch.equal(calibrated["prob"], sampled["prob"])
+
+
+def test_the_start_must_leave_room_for_the_steps(stochastic):
+    VolumeInferer(601, num_samples=2).check(stochastic, 16)
+    VolumeInferer(602).check(stochastic, 16)
+    with pytest.raises(InputError, match="between 1 and 601"):
+        VolumeInferer(602, num_samples=2).check(stochastic, 16)
+
+
+def test_samples_are_kept_region_by_region(volume):
+    network = randomise(MedSegDiff(GaussianDiffusion(), out_channels=3, **TINY))
+    result = VolumeInferer(num_samples=2, keep_samples=True).predict(volume, network)
+    assert result["samples"].shape == (1, 6, 16, 16, 6)
+    assert torch.allclose(result["samples"].unflatten(1, (2, 3)).mean(dim=1), result["pred"], atol=1e-6)

@@ -8,6 +8,7 @@ from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff, build
 from scripts.networks.conditioning import CONDITIONING, HIGHWAY, MODULES, ConditioningModule
+from scripts.networks.stochastic import RANK, StochasticHead, draw_logits, negative_log_likelihood
 from scripts.networks.unets import Denoiser
 from scripts.networks.variants import VARIANTS, Variant
 from scripts.sampling.inferer import VolumeInferer
@@ -186,6 +187,8 @@ def test_every_module_changes_the_answer(module):
 def test_conditioning_on_an_image_that_the_denoiser_does_not_see():
     """Each module uses its own part of the condition: if the part changes, the logits change."""
     network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=CONDITIONING, **TINY))
+    for parameter in network.denoiser.conditioning["bottom"].parameters():
+        parameter.data *= 5  # the attention's small random weights would hide its effect
     image, x_t, t = inputs()
     condition = network.condition(image)
     seg_logits = network(image, x_t, t, condition)[0]
@@ -198,6 +201,41 @@ def test_conditioning_on_an_image_that_the_denoiser_does_not_see():
 def test_a_fresh_network_answers_with_its_calibration_map(conditioning):
     seg_logits, _, calib_map = MedSegDiff(GaussianDiffusion(), conditioning=conditioning, **TINY)(*inputs())
     assert torch.equal(seg_logits, calib_map)
+
+
+def test_the_calibration_map_is_the_probability_of_the_draws():
+    """MacKay's approximation of the marginal is within 0.02 of the mean of many draws."""
+    torch.manual_seed(0)
+    mean, features = 3 * torch.randn(1, 2, 8, 8), 2 * torch.randn(1, 4, 8, 8)
+    distribution = StochasticHead(4, 2)(mean, features)
+    draws = draw_logits(distribution, torch.randn(1, 20000, RANK), torch.randn(1, 20000, 2, 8, 8))
+    variance = (distribution["factors"].unflatten(1, (RANK, 2)) ** 2).sum(dim=1) + distribution["deviation"] ** 2
+    assert torch.allclose(draws.var(dim=1), variance, rtol=0.1)
+    assert variance.max() > 4
+    assert (draws.sigmoid().mean(dim=1) - distribution["calib_map"].sigmoid()).abs().max() < 0.02
+
+
+def test_the_likelihood_of_draws():
+    """With draws that do not differ it is the cross entropy; with several it is the log of the mean likelihood."""
+    torch.manual_seed(0)
+    logits, label = torch.randn(3, 1, 2, 4, 4), (torch.rand(3, 2, 4, 4) > 0.5).float()
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], label)
+    assert torch.allclose(negative_log_likelihood(logits.expand(-1, 5, -1, -1, -1), label), entropy)
+    two = torch.randn(1, 2, 1, 2, 2)
+    truth = torch.ones(1, 1, 2, 2)
+    expected = -two[0].sigmoid().flatten(1).prod(dim=1).mean().log() / 4
+    assert torch.allclose(negative_log_likelihood(two, truth), expected)
+
+
+def test_uniform_slices_have_a_finite_likelihood():
+    """The paper's Cholesky decomposition fails where nothing varies; direct draws do not."""
+    network = MedSegDiff(GaussianDiffusion(), conditioning=["highway", "stochastic"], **TINY)
+    condition = network.condition(torch.zeros(1, 4, 16, 16))
+    draws = draw_logits(condition, torch.randn(1, 10, RANK), torch.randn(1, 10, 1, 16, 16))
+    loss = negative_log_likelihood(draws, torch.zeros(1, 1, 16, 16))
+    loss.backward()
+    assert loss.isfinite()
+    assert network.stochastic_head.spread.weight.grad.isfinite().all()
 
 
 def test_image_alone_gives_logits_for_export_and_verification():
@@ -223,7 +261,7 @@ def test_without_highway_image_and_mask_are_concatenated():
     assert network.calibrator is None
     assert network.denoiser.conv_in.conv.in_channels == 5
     assert network(*inputs())[2] is None
-    assert network.noised_mask == "prediction"
+    assert network.condition(inputs()[0]) == {}
 
 
 @pytest.mark.parametrize("deeper", [{"channels": [8, 8, 8, 8]}, {"calib_channels": [8, 8, 8, 8]}])
@@ -303,7 +341,7 @@ def test_the_noisy_mask_matters():
         timesteps = torch.full((8,), timestep)
         return network.diffusion.add_noise(2 * mask - 1, torch.randn_like(mask), timesteps), timesteps
 
-    for _ in range(60):
+    for _ in range(100):
         mask = (torch.rand(8, 1, 2, 2) > 0.5).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
         logits = network(image, *noised(mask, 50))[0]
         optimizer.zero_grad()

@@ -41,6 +41,7 @@ NETWORKS = {
         **TINY,
     ),
     "concatenation": lambda: make(channels=[8, 8, 8], conditioning=[]),
+    "stochastic": lambda: make(conditioning=["highway", "stochastic"], **TINY),
 }
 
 

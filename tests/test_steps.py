@@ -177,3 +177,50 @@ def test_half_precision_gives_the_same_losses(amp_dtype):
 def test_unknown_amp_dtype():
     with pytest.raises(InputError, match="amp_dtype 'half'"):
         DenoisingInferer(amp=True, amp_dtype="half")
+
+
+# ---- a stochastic network
+STOCHASTIC = {**TINY, "conditioning": ["highway", "stochastic"]}
+
+
+def test_a_stochastic_network_adds_draws_to_its_outputs():
+    torch.manual_seed(0)
+    network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
+    *_, draws = seen_by_denoiser(network, None, batch(4))[1]
+    assert draws.shape == (4, 10, 1, 16, 16)
+    assert draws.std(dim=1).min() > 0
+    draws.sum().backward()
+    assert network.stochastic_head.spread.weight.grad.abs().sum() > 0
+    assert network.denoiser.conv_in.conv.weight.grad is None
+
+
+def test_a_stochastic_network_noises_the_truth():
+    assert MedSegDiff(GaussianDiffusion(), **STOCHASTIC).noised_mask == "truth"
+    assert MedSegDiff(GaussianDiffusion(), **TINY).noised_mask == "calibration"
+
+
+def test_the_mask_does_not_train_the_probability():
+    """The calibration map is a probability: no gradient of the mask's loss reaches its own layers."""
+    network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
+    outputs = seen_by_denoiser(network, None, batch(2))[1]
+    outputs[0].sum().backward(retain_graph=True)
+    own = [*network.calibrator.output_block.parameters(), *network.stochastic_head.parameters()]
+    assert all(parameter.grad is None for parameter in own)
+    assert network.calibrator.input_block.conv1.conv.weight.grad.abs().sum() > 0  # the features are shared
+    outputs[2].sum().backward()
+    assert network.calibrator.output_block.conv.conv.weight.grad.abs().sum() > 0
+
+
+def test_the_losses_of_a_stochastic_network():
+    """L_calib is cross entropy, and L_draw is added to what is minimised, but not to the reported L_total."""
+    network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
+    image, targets, _, kwargs = DrawNoise(1000)(batch(4))
+    outputs = DenoisingInferer()(image, network, **kwargs)
+    loss = MultiTaskLoss(network.diffusion, tasks=["segmentation"], stochastic=True)
+    total, parts = loss(outputs, targets), loss.components
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs[2], targets["label"])
+    assert torch.allclose(parts["L_calib"], expected)
+    assert torch.allclose(parts["L_total"], parts["L_seg"] + parts["L_calib"])
+    assert torch.allclose(total, parts["L_total"] + parts["L_draw"])
+    loss(outputs[:3], targets)  # as in validation
+    assert "L_draw" not in loss.components

@@ -35,7 +35,7 @@ def test_grades_csv(tmp_path, item, evaluate_items):
 def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeypatch, evaluate_items):
     """The label values do not matter: here 255 is the background."""
     drawn = []
-    monkeypatch.setattr("scripts.report.overlays.plot_overlay", lambda image, pred, *rest: drawn.append(pred))
+    monkeypatch.setattr("scripts.report.plots.plot_overlay", lambda image, pred, *rest: drawn.append(pred))
     label = item.pop("label")
     item["pred"] = MetaTensor(torch.where(label.as_tensor() > 0, 0, 255), meta=label.meta)
     to_regions = LabelToRegionsd(

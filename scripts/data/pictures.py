@@ -45,15 +45,18 @@ def file_stem(file: str | Path) -> str:
     return EXTENSION.sub("", Path(file).name)
 
 
-def find_images(dataset_dir: str, image_dir: str, mask_dir: str | None) -> list[dict[str, Any]]:
+def find_images(
+    dataset_dir: str, image_dir: str, mask_dir: str | None, mask_names: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Items of a folder of images. Each image is a subject with the file stem as its name.
 
     If ``mask_dir`` is given, each item has a mask. The mask of ``7.jpg`` is called ``7``, ``7_mask``, ``7_seg`` or
     ``7_segmentation``, with any supported extension. Masks of further lesions have a number, such as ``7_mask_1`` and
-    ``7_mask_2``; the label is then the list of all, which are united.
+    ``7_mask_2``; the label is then the list of all, which are united. With ``mask_names``, the label is the list of
+    ``7_<name>``, one for each name.
 
     Raises:
-        InputError: if a folder is missing or empty, two files have the same stem, or an image has no mask.
+        InputError: if a folder is missing or empty, two files have the same stem, or an image lacks a mask.
     """
     images = _by_stem(Path(dataset_dir, image_dir), "image_dir")
     items: list[dict[str, Any]] = [{"subject": name, "image": [str(file)]} for name, file in images.items()]
@@ -62,24 +65,28 @@ def find_images(dataset_dir: str, image_dir: str, mask_dir: str | None) -> list[
     if Path(dataset_dir, image_dir).resolve() == Path(dataset_dir, mask_dir).resolve():
         raise InputError(f"image_dir and mask_dir are both '{mask_dir}': put images and masks into different folders")
     masks = _by_stem(Path(dataset_dir, mask_dir), "mask_dir")
-    unmasked: list[str] = []
     for item in items:
-        found = [masks.pop(item["subject"] + end) for end in MASK_ENDINGS if item["subject"] + end in masks]
-        if len(found) > 1:
-            raise InputError(f"image '{item['subject']}' has several masks: {[file.name for file in found]}; keep one")
-        further = re.compile(re.escape(item["subject"]) + r"(_mask|_seg|_segmentation)_\d+")
-        found += [masks.pop(stem) for stem in [stem for stem in masks if further.fullmatch(stem)]]
-        if found:
-            item["label"] = [str(file) for file in found]
-        else:
-            unmasked.append(item["subject"])
-    if unmasked:
+        item["label"] = [str(file) for file in _pop_masks(item["subject"], masks, mask_names)]
+    if unmasked := [item["subject"] for item in items if not item["label"]]:
+        names = f" called <image>_<name> for each name of {list(mask_names)}" if mask_names else ""
         raise InputError(
-            f"{len(unmasked)} of {len(items)} images in {image_dir} have no mask in {Path(dataset_dir, mask_dir)}: "
-            f"{unmasked[:5]}; add the masks, or remove the images"
+            f"{len(unmasked)} of {len(items)} images in {image_dir} have no mask{names} in "
+            f"{Path(dataset_dir, mask_dir)}: {unmasked[:5]}; add the masks, or remove the images"
         )
     warn_some(f"masks in {mask_dir} without an image are left out", sorted(masks))
     return items
+
+
+def _pop_masks(subject: str, masks: dict[str, Path], mask_names: Sequence[str]) -> list[Path]:
+    """Remove the masks of an image from those that are left, and return them; empty if one is missing."""
+    if mask_names:
+        stems = [f"{subject}_{name}" for name in mask_names]
+        return [masks.pop(stem) for stem in stems] if set(stems) <= set(masks) else []
+    found = [masks.pop(subject + end) for end in MASK_ENDINGS if subject + end in masks]
+    if len(found) > 1:
+        raise InputError(f"image '{subject}' has several masks: {[file.name for file in found]}; keep one")
+    further = re.compile(re.escape(subject) + r"(_mask|_seg|_segmentation)_\d+")
+    return found + [masks.pop(stem) for stem in [stem for stem in masks if further.fullmatch(stem)]]
 
 
 def _by_stem(folder: Path, key: str) -> dict[str, Path]:

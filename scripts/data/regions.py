@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, RandomizableTransform
 
 from scripts.config import InputError
 
+MAX_VOTE_ERROR = 0.1  # rounding of shares to 8 bits
 FAR_SHARE = 0.02  # largest share of pixels of a JPEG mask whose value may be far from every label value
 
 
@@ -68,14 +69,15 @@ class RegionCoding:
         return torch.stack(regions).float()
 
     def to_label(self, regions: torch.Tensor) -> torch.Tensor:
-        """Convert region channels ``[R, H, W, S]`` to a uint8 label map ``[1, H, W, S]``.
+        """Convert region channels ``[n * R, H, W, S]`` of n masks to uint8 label maps ``[n, H, W, S]``.
 
         Regions with many label values are painted first, so that the regions of the result are always nested (ET inside
         TC inside WT). Each region is painted with its first label value that no later region has.
         """
-        label = torch.full_like(regions[:1], self.background_label, dtype=torch.uint8)
+        masks = regions.unflatten(0, (-1, len(self.values)))
+        label = torch.full_like(masks[:, 0], self.background_label, dtype=torch.uint8)
         for channel, value in self.paint:
-            label[0].masked_fill_(regions[channel] > 0, value)
+            label.masked_fill_(masks[:, channel] > 0, value)
         return label
 
     def _unknown(self, label: torch.Tensor) -> list[float]:
@@ -102,10 +104,11 @@ class LabelToRegionsd(MapTransform):
     Args:
         keys: keys of the label maps.
         coding: regions and their label values.
+        allow_missing_keys: leave out a key that an item does not have.
     """
 
-    def __init__(self, keys: KeysCollection, coding: RegionCoding) -> None:
-        super().__init__(keys)
+    def __init__(self, keys: KeysCollection, coding: RegionCoding, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
         self.coding = coding
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
@@ -131,6 +134,117 @@ class RegionsToLabeld(LabelToRegionsd):
         for key in self.key_iterator(d):
             d[key] = self.coding.to_label(d[key])
         return d
+
+
+class AnnotationsToRegionsd(MapTransform):
+    """Region channels of A annotators ``[A * R, H, W, S]``, annotator by annotator, from the masks of an item.
+
+    - By default A is 1, and the masks ``[n, H, W, S]`` are label maps that are united.
+    - With ``annotators``, there is one label map for each annotator.
+    - With ``votes``, there is one mask for each region, whose value says how many of the annotators counted the voxel:
+      as a number from 0 to ``votes``, or as a share of 255. The masks are taken as nested: the a-th annotator counts
+      every voxel with at least a votes.
+
+    Args:
+        keys: keys of the masks.
+        coding: regions and their label values.
+        annotators: names of the annotators, in the order of the masks.
+        votes: number of annotators A whose votes the masks count.
+
+    Raises:
+        InputError: for another number of masks, an unknown label value, a value that is no number of votes, or if both
+            arguments are given.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        coding: RegionCoding,
+        annotators: Sequence[str] | None = None,
+        votes: int | None = None,
+    ) -> None:
+        super().__init__(keys)
+        if annotators and votes:
+            raise InputError("annotators and votes are both given; set one of them to null")
+        if votes is not None and (not isinstance(votes, int) or votes < 2):
+            raise InputError(f"votes={votes!r} must be a whole number, 2 or more, or null")
+        self.coding, self.annotators, self.votes = coding, annotators, votes
+        self.united = LabelToRegionsd(keys, coding)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        d = dict(data)
+        if not self.annotators and not self.votes:
+            return self.united(d)
+        for key in self.key_iterator(d):
+            masks = d[key]
+            names = self.annotators or [f"votes for {index + 1}" for index in range(len(self.coding.values))]
+            if len(masks) != len(names):
+                raise InputError(f"subject '{d.get('subject', '?')}': {len(masks)} masks, expected {len(names)}")
+            if self.votes:
+                counts = _votes(torch.as_tensor(masks), self.votes, f"subject '{d.get('subject', '?')}'")
+                regions = torch.cat([counts >= count for count in range(1, self.votes + 1)]).float()
+                d[key] = MetaTensor(regions, meta=masks.meta)
+            else:
+                each = [self.united({**d, key: mask[None]})[key] for mask in masks]
+                d[key] = MetaTensor(torch.cat(each), meta=masks.meta)
+        return d
+
+
+class DrawAnnotatord(RandomizableTransform, MapTransform):
+    """Keep the regions of one random annotator: ``[A * R, ...]`` becomes ``[R, ...]``.
+
+    Args:
+        keys: keys of the region channels.
+        num_regions: R.
+    """
+
+    def __init__(self, keys: KeysCollection, num_regions: int) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self)
+        self.num_regions = num_regions
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            count = len(d[key]) // self.num_regions
+            start = self.R.randint(count) * self.num_regions if count > 1 else 0
+            d[key] = d[key][start : start + self.num_regions]
+        return d
+
+
+class MajorityVoted(MapTransform):
+    """Replace the regions of A annotators ``[A * R, ...]`` by those that at least half of them count ``[R, ...]``.
+
+    With A > 1, the regions of all annotators are kept as ``annotations``.
+
+    Args:
+        keys: key of the region channels.
+        num_regions: R.
+    """
+
+    def __init__(self, keys: KeysCollection, num_regions: int) -> None:
+        super().__init__(keys)
+        self.num_regions = num_regions
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            if len(d[key]) > self.num_regions:
+                d["annotations"] = d[key]
+                share = torch.as_tensor(d[key]).unflatten(0, (-1, self.num_regions)).mean(dim=0)
+                d[key] = MetaTensor((share >= 0.5).float(), meta=d[key].meta)
+        return d
+
+
+def _votes(masks: torch.Tensor, number: int, where: str) -> torch.Tensor:
+    """Votes of each voxel from masks that hold them as numbers or as shares of 255."""
+    votes = masks if masks.max() <= number else masks / 255 * number
+    if (votes - votes.round()).abs().max() > MAX_VOTE_ERROR:
+        raise InputError(
+            f"{where}: the masks hold values that are neither 0 to {number} nor shares of 255, as votes of {number} "
+            "annotators are"
+        )
+    return votes.round()
 
 
 def _check(regions: Sequence[str], region_labels: Mapping[str, Sequence[int]], background_label: int) -> None:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_DISTANCE = 0.1  # between the same corner in two files of a subject, in voxels
 
-Item = dict  # {"subject": str, "image": [file per modality], "label": [masks, which are united] (if any), "grade": int}
+Item = dict  # {"subject": str, "image": [file per modality], "label": [masks] (if any), "grade": int}
 
 
 def load_subjects(
@@ -29,6 +29,7 @@ def load_subjects(
     modalities: Sequence[str],
     *,
     label_suffix: str = "seg",
+    mask_names: Sequence[str] = (),
     image_dir: str | None = None,
     mask_dir: str | None = None,
     grade_csv: str | None = None,
@@ -43,6 +44,8 @@ def load_subjects(
         modalities: file suffixes, e.g. ``["t1", "t1ce", "t2", "flair"]``; their order is the channel order. With
             ``image_dir``: names of the channels of each image.
         label_suffix: suffix of the segmentation file.
+        mask_names: ends of the names of several masks, which all must exist: ``<subject>_seg_<name>.nii.gz``, or
+            ``<image>_<name>.png`` in ``mask_dir``. They are annotators, or regions whose masks count votes.
         image_dir: folder in ``dataset_dir`` whose files are the subjects; None means one folder per subject.
         mask_dir: folder in ``dataset_dir`` with the masks of these files.
         grade_csv: table of grades; None takes ``<dataset_dir>/name_mapping.csv`` if it exists, else no grades.
@@ -56,7 +59,14 @@ def load_subjects(
     Raises:
         InputError: naming the invalid folder, file, subject or column.
     """
-    items = find_subjects(dataset_dir, modalities, label_suffix=label_suffix, image_dir=image_dir, mask_dir=mask_dir)
+    items = find_subjects(
+        dataset_dir,
+        modalities,
+        label_suffix=label_suffix,
+        mask_names=mask_names,
+        image_dir=image_dir,
+        mask_dir=mask_dir,
+    )
     return attach_grades(items, dataset_dir, grade_csv, subject_column, grade_column, grade_labels)
 
 
@@ -85,6 +95,7 @@ def find_subjects(
     modalities: Sequence[str],
     *,
     label_suffix: str = "seg",
+    mask_names: Sequence[str] = (),
     image_dir: str | None = None,
     mask_dir: str | None = None,
     require_label: bool = True,
@@ -100,16 +111,21 @@ def find_subjects(
         raise InputError(f"dataset_dir '{dataset_dir}' is not a folder")
     if isinstance(modalities, str) or len(set(modalities)) != len(modalities) or not modalities:
         raise InputError(f"modalities={modalities!r} must be a list of distinct file suffixes, such as ['t1', 'flair']")
+    if isinstance(mask_names, str) or len(set(mask_names)) != len(mask_names):
+        raise InputError(f"the masks {mask_names!r} must be a list of distinct names, such as ['1', '2']")
     if image_dir is None:
-        return _find_folders(root, modalities, label_suffix, require_label)
+        suffixes = [f"{label_suffix}_{name}" for name in mask_names] or [label_suffix]
+        return _find_folders(root, modalities, suffixes if require_label else [])
     if require_label and mask_dir is None:
         raise InputError(f"image_dir='{image_dir}' needs mask_dir, the folder of the masks below dataset_dir")
-    items = find_images(dataset_dir, image_dir, mask_dir if require_label else None)
+    items = find_images(dataset_dir, image_dir, mask_dir if require_label else None, mask_names)
     return check_all(items, lambda item: check_headers(item, modalities))
 
 
-def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, require_label: bool) -> list[Item]:
+def _find_folders(root: Path, modalities: Sequence[str], label_suffixes: Sequence[str]) -> list[Item]:
+    """Items of the folders below ``root``; without ``label_suffixes`` they have no label."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    require_label = bool(label_suffixes)
     volumes, series = _contents(folders, require_label)
     empty = [folder.name for folder in folders if folder not in volumes and folder not in series]
     if not volumes and share_study(series.values()):
@@ -121,7 +137,7 @@ def _find_folders(root: Path, modalities: Sequence[str], label_suffix: str, requ
         if folder in series:
             item = series_item(folder, series[folder], modalities)
         else:
-            item = _subject_item(folder.name, volumes[folder], modalities, label_suffix, require_label)
+            item = _subject_item(folder.name, volumes[folder], modalities, label_suffixes)
         return check_headers(item, modalities)
 
     items = check_all([*volumes, *series], item_of)
@@ -181,9 +197,7 @@ def _volumes(folder: Path) -> list[Path]:
     return sorted(path for path in names if re.search(r"\.nii(\.gz)?$", path.name, re.IGNORECASE))
 
 
-def _subject_item(
-    subject: str, volumes: list[Path], modalities: Sequence[str], label_suffix: str, require_label: bool
-) -> Item:
+def _subject_item(subject: str, volumes: list[Path], modalities: Sequence[str], label_suffixes: Sequence[str]) -> Item:
     images = []
     for modality in modalities:
         found = with_suffix(volumes, modality)
@@ -195,16 +209,17 @@ def _subject_item(
             )
         images.append(str(found[0]))
     item = {"subject": subject, "image": images}
-    if not require_label:
-        return item
-    # BraTS20_Training_355 calls its segmentation W39_1998.09.19_Segm.nii
-    labels = with_suffix(volumes, label_suffix) or with_suffix(volumes, f"{label_suffix}m")
-    if len(labels) != 1:
-        raise InputError(
-            f"subject '{subject}': {'several segmentations' if labels else 'no segmentation'} "
-            f"'*{label_suffix}.nii[.gz]' in {volumes[0].parent}; there must be exactly one"
-        )
-    return item | {"label": [str(labels[0])]}
+    labels = []
+    for suffix in label_suffixes:
+        # BraTS20_Training_355 calls its segmentation W39_1998.09.19_Segm.nii
+        found = with_suffix(volumes, suffix) or with_suffix(volumes, f"{suffix}m")
+        if len(found) != 1:
+            raise InputError(
+                f"subject '{subject}': {'several segmentations' if found else 'no segmentation'} "
+                f"'*{suffix}.nii[.gz]' in {volumes[0].parent}; there must be exactly one"
+            )
+        labels.append(str(found[0]))
+    return item | ({"label": labels} if labels else {})
 
 
 def with_suffix(volumes: list[Path], suffix: str) -> list[Path]:

@@ -17,8 +17,8 @@ from scripts.data.pictures import is_picture, write_picture
 class LikeInputWriter(NibabelWriter):
     """Write NIfTI files for volumes and pictures for pictures. Each file is written in one step.
 
-    For a picture, integers are saved in the input's format (as PNG for a JPEG, whose compression changes values). Other
-    numbers are saved as a float32 TIFF with one page per channel.
+    For a picture, integers are saved in the input's format (as PNG for a JPEG, whose compression changes values), and
+    several channels of them as the pages of a TIFF. Other numbers are saved as a float32 TIFF with a page per channel.
     """
 
     def set_data_array(self, data_array, channel_dim=0, squeeze_end_dims: bool = True, **kwargs) -> None:
@@ -34,7 +34,9 @@ class LikeInputWriter(NibabelWriter):
     def write(self, filename, verbose: bool = False, **obj_kwargs) -> None:
         if is_picture(self.source):
             kind = ".tif"
-            if np.issubdtype(self.output_dtype, np.integer):
+            if np.issubdtype(self.output_dtype, np.integer) and self.data_obj.ndim > 3:
+                kind = ".tiff"
+            elif np.issubdtype(self.output_dtype, np.integer):
                 kind = self.source.suffix.lower().replace(".jpeg", ".png").replace(".jpg", ".png")
             write_picture(np.asarray(self.data_obj, self.output_dtype), str(filename).removesuffix(".nii.gz") + kind)
             return

@@ -24,15 +24,17 @@ class SegmentationNetwork(nn.Module):
         divisor: the sides of a slice must be multiples of it.
 
     Attributes:
-        noised_mask: what training noises by default, see :class:`scripts.training.steps.DenoisingInferer`.
         self_conditioning: whether ``forward`` uses ``estimate``.
+        noised_mask: what training noises by default, see :class:`scripts.training.steps.DenoisingInferer`.
         has_calib_map: whether there is an image-only branch.
+        is_stochastic: whether masks can be drawn from that branch.
         calibration: what is fitted after training.
     """
 
     noised_mask: str = "truth"
     self_conditioning: bool = False
     has_calib_map: bool = False
+    is_stochastic: bool = False
     cls_head: nn.Module | None
 
     def __init__(self, diffusion: GaussianDiffusion, out_channels: int, num_grades: int, divisor: int) -> None:
@@ -50,7 +52,8 @@ class SegmentationNetwork(nn.Module):
     def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Everything that depends on the image ``[B, M, H, W]`` alone, by name; computed once per slice.
 
-        Every tensor has B first. ``calib_map`` holds the logits of the calibration map ``[B, R, H, W]``.
+        Every tensor has B first. ``calib_map`` holds the logits of the calibration map ``[B, R, H, W]``. A stochastic
+        network adds the distribution that masks are drawn from (:class:`~scripts.networks.stochastic.StochasticHead`).
         """
         self.check_image_size(image.shape[2:])
         return {}

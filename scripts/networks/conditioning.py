@@ -21,6 +21,7 @@ from torch.nn.functional import conv2d, interpolate
 from scripts.config import InputError
 
 HIGHWAY = "highway"  # the image-only U-Net itself
+STOCHASTIC = "stochastic"  # it draws masks (scripts/networks/stochastic.py)
 BLUR_RADIUS = 3
 
 
@@ -281,7 +282,7 @@ MODULES: dict[str, type[ConditioningModule]] = {  # in the order in which they a
     "anchor": UncertainSpatialAttention,
     "ss_former": SSFormer,
 }
-CONDITIONING = (HIGHWAY, *MODULES)
+CONDITIONING = (HIGHWAY, STOCHASTIC, *MODULES)
 
 
 def check_conditioning(conditioning: Sequence[str]) -> list[str]:
@@ -292,7 +293,8 @@ def check_conditioning(conditioning: Sequence[str]) -> list[str]:
     """
     if isinstance(conditioning, str) or not set(conditioning) <= set(CONDITIONING):
         raise InputError(f"conditioning={conditioning!r} must be a list of names from {list(CONDITIONING)}")
-    needing = [name for name in conditioning if name != HIGHWAY and MODULES[name].needs_highway]
+    alone = [HIGHWAY, *(name for name, module in MODULES.items() if not module.needs_highway)]
+    needing = [name for name in conditioning if name not in alone]
     if needing and HIGHWAY not in conditioning:
         raise InputError(f"conditioning={list(conditioning)}: {needing} need the features of 'highway'; add it")
     return [name for name in CONDITIONING if name in conditioning]

@@ -26,7 +26,7 @@ from scripts.data.split import patient
 from scripts.distributed import gather_from_all
 from scripts.networks.calibration import CALIBRATED_FOR, MIN_PROBABILITY, Calibration
 from scripts.report.metrics import grade_losses
-from scripts.report.overlays import read_background
+from scripts.report.plots import read_background
 from scripts.report.uncertainty import (
     LEVELS,
     calibration_bins,
@@ -34,6 +34,7 @@ from scripts.report.uncertainty import (
     nonconformity,
     region_of_interest,
     size_unit,
+    true_masks,
 )
 from scripts.training.checkpoints import read_checkpoint, store_calibration
 
@@ -151,7 +152,7 @@ class CalibrationFit:
     There are two sets of voxels. ``foreground`` are the voxels of the first modality that are not 0. ``lesion`` are the
     voxels of truth or prediction, dilated (:func:`~scripts.report.uncertainty.region_of_interest`). The second set
     contains every missed voxel but little of the background, which is right and certain. Its temperature is therefore
-    much higher, and valid only near the lesion.
+    much higher, and valid only near the lesion. Of several annotators, each one's mask counts as a truth.
 
     The result is saved in the checkpoint, with the sampling settings. ``calibration.json`` holds the scores before,
     after, and cross-fitted: each subject is calibrated by a fit to other patients. The scores to report are those of
@@ -203,12 +204,14 @@ class CalibrationFit:
             name = patient(item["subject"], self.patient_pattern)
             foreground = read_background(item) != 0
             for channel, region in enumerate(self.regions):
-                prob, label = np.asarray(item["prob"][channel].cpu()), np.asarray(item["label"][channel].cpu()) > 0
-                self._keep(region, "foreground", prob[foreground], label[foreground], name)
-                lesion = region_of_interest(prob > 0.5, label)
-                self._keep(region, "lesion", prob[lesion], label[lesion], name)
-                size = size_unit(item).voxel
-                self.volumes[region].append((volume_curve(prob) * size, float(label.sum()) * size, name))
+                prob, pred = (np.asarray(item[key][channel].cpu()) for key in ("prob", "pred"))
+                truths = true_masks(item, channel)
+                lesion = region_of_interest(pred > 0, np.any(truths, axis=0))
+                for label in truths:
+                    self._keep(region, "foreground", prob[foreground], label[foreground], name)
+                    self._keep(region, "lesion", prob[lesion], label[lesion], name)
+                    size = size_unit(item).voxel
+                    self.volumes[region].append((volume_curve(prob) * size, float(label.sum()) * size, name))
             if int(item["grade"]) >= 0 and "grade_prob" in item:
                 self.grades.append((torch.as_tensor(item["grade_prob"]).tolist(), int(item["grade"]), name))
 

@@ -21,10 +21,16 @@ from scripts.data.grades import grade_names
 from scripts.data.split import PATIENT_PATTERN, patient
 from scripts.distributed import gather_from_all
 from scripts.networks.calibration import CALIBRATED_FOR
+from scripts.report.annotators import METHODS, SCORES, annotator_scores
 from scripts.report.intervals import with_intervals
 from scripts.report.metrics import grade_losses, grading_scores, mask_scores, mean_of_defined
-from scripts.report.overlays import read_background, write_overlay
-from scripts.report.plots import plot_grade_calibration, plot_reliability, plot_risk_coverage
+from scripts.report.plots import (
+    plot_grade_calibration,
+    plot_reliability,
+    plot_risk_coverage,
+    read_background,
+    write_overlay,
+)
 from scripts.report.results import ResultsFile
 from scripts.report.tables import estimates, grade_columns, write_csv
 from scripts.report.uncertainty import (
@@ -35,6 +41,7 @@ from scripts.report.uncertainty import (
     region_of_interest,
     risk_coverage,
     size_unit,
+    true_masks,
 )
 
 logger = logging.getLogger(__name__)
@@ -104,14 +111,15 @@ class SubjectReport:
                 row[size.column("true", "", region)] = float(item["label"][channel].sum()) * size.voxel
                 self._score_uncertainty(item, channel, background != 0, row)
             row |= estimates(item, self.regions)
-            for region in self.regions:
-                low, high, true = (
-                    row[size.column(*name, region)] for name in (("", "low"), ("", "high"), ("true", ""))
-                )
-                row[f"covered_{region}"] = float(nonconformity(low, high, true) < 1e-6) if np.isfinite(low) else np.nan
+            for channel, region in enumerate(self.regions):
+                low, high = (row[size.column("", name, region)] for name in ("low", "high"))
+                volumes = true_masks(item, channel).sum(axis=(1, 2, 3)) * size.voxel
+                outside = np.array([nonconformity(low, high, volume) for volume in volumes])
+                row[f"covered_{region}"] = float((outside < 1e-6).mean()) if np.isfinite(low) else np.nan
             self.rows.append(row)
             title = f"{item['subject']}  Dice {row[f'dice_{self.regions[0]}']:.2f}"
-            write_overlay(item, background, title, self.output_dir / "overlays")
+            samples = item["samples"].unflatten(0, (-1, len(self.regions))) if "samples" in item else ()
+            write_overlay(item, background, title, self.output_dir / "overlays", samples)
 
     def _score_uncertainty(self, item: Mapping[str, Any], channel: int, foreground: np.ndarray, row: dict) -> None:
         region = self.regions[channel]
@@ -127,6 +135,10 @@ class SubjectReport:
         row[f"brier_{region}"] = brier_score_loss(label[lesion], prob[lesion].clip(0, 1)) if lesion.any() else np.nan
         row[f"error_auroc_{region}"] = error_auroc(uncertainty[foreground], wrong)
         row[f"aurc_{region}"] = risk.mean()
+        if "annotations" in item:
+            scores, votes = annotator_scores(item, channel, prob, size_unit(item).voxel)
+            row |= {f"{name}_{region}": value for name, value in scores.items()}
+            self.bins[-1] |= {f"{region} votes {name}": values for name, values in votes.items()}
 
     def completed(self, engine: Workflow) -> None:
         table, bins, risks = pd.DataFrame(gather_from_all(self.rows)), _stacked(self.bins), _stacked(self.risks)
@@ -177,7 +189,12 @@ def summarise(
     uncertainty = {
         region: with_intervals(_uncertainty_scores(table, region, bins), patients, seed) for region in regions
     }
-    scores = {"segmentation": masks, "uncertainty": uncertainty, "graded_subjects": 0, "grading": {}}
+    scores: dict[str, Any] = {"segmentation": masks, "uncertainty": uncertainty}
+    if f"ged_samples_{regions[0]}" in table:
+        scores["annotators"] = {
+            region: with_intervals(_annotator_scores(table, region, bins), patients, seed) for region in regions
+        }
+    scores |= {"graded_subjects": 0, "grading": {}}
     if grades:
         graded = graded_subjects(table, grades)
         scores["graded_subjects"] = len(graded)
@@ -245,6 +262,25 @@ def _uncertainty_scores(
     return scores
 
 
+def _annotator_scores(
+    table: pd.DataFrame, region: str, bins: Mapping[str, np.ndarray]
+) -> Callable[[np.ndarray], dict[str, float]]:
+    """Return a function that computes the means of :func:`annotator_scores` of the subjects in the given rows.
+
+    The ECE is computed over all voxels of these subjects. ``ged_gain`` is the distance of the level sets minus that of
+    the samples of the same subject.
+    """
+    names = ["diversity_annotators", *(f"{score}_{method}" for score in SCORES for method in METHODS)]
+    columns = {name: table[f"{name}_{region}"].to_numpy() for name in names}
+
+    def scores(rows: np.ndarray) -> dict[str, float]:
+        means = {name: mean_of_defined(values[rows]) for name, values in columns.items()}
+        ece = {f"ece_{name}": expected_calibration_error(bins[f"{region} votes {name}"][rows]) for name in METHODS}
+        return means | ece | {"ged_gain": means["ged_levels"] - means["ged_samples"]}
+
+    return scores
+
+
 def format_summary(summary: Mapping[str, Any]) -> str:
     """The summary as aligned text: each score with its 95 % interval."""
     rows = [
@@ -255,6 +291,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     ]
     for region, scores in summary["uncertainty"].items():
         rows += [(f"{region} {name}", cell) for name, cell in scores.items()]
+    for region, scores in summary.get("annotators", {}).items():
+        rows += [(f"{region} {name}", cell) for name, cell in scores.items()]
     rows += list(summary["grading"].items())
     lines = [
         f"{summary['subjects']} subjects of {summary['patients']} patients, {summary['graded_subjects']} with a grade"
@@ -263,5 +301,5 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         lines.append(f"{chosen} of them chose the weights or the calibration: these scores are too good")
     for name, cell in rows:
         value, low, high = ("undefined" if v is None else f"{v:.3f}" for v in cell.values())
-        lines.append(f"{name:<20} {value:>9}   95 % interval {low} to {high}")
+        lines.append(f"{name:<24} {value:>9}   95 % interval {low} to {high}")
     return "\n".join(lines)

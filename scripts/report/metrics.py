@@ -22,7 +22,7 @@ from scripts.training.losses import MultiTaskLoss, graded_slices
 warnings.filterwarnings("ignore", message=".*get_mask_edges:always_return_as_numpy", category=FutureWarning)
 
 EPOCH_PANELS = {  # the learning curves
-    "losses": ["L_seg", "L_calib", "L_cls", "L_total"],
+    "losses": ["L_seg", "L_calib", "L_draw", "L_cls", "L_total"],
     "Dice and IoU": ["dice", "iou"],
     "grading per subject": ["auc", "f1", "accuracy"],
     "sigma": ["sigma_seg", "sigma_cls"],
@@ -35,7 +35,8 @@ def epoch_columns(grade_labels: Mapping[str, int]) -> list[str]:
     """Columns of the epoch table of segmentation and grading."""
     names = grade_names(grade_labels)
     return [
-        *("dice", "iou", *grading_columns(names), "L_seg", "L_calib", "L_cls", "L_total", "sigma_seg", "sigma_cls"),
+        *("dice", "iou", *grading_columns(names), "L_seg", "L_calib", "L_draw", "L_cls", "L_total"),
+        *("sigma_seg", "sigma_cls"),
         *(f"alpha_{name}" for name in names),
         "grad_norm",
     ]
@@ -72,10 +73,11 @@ class AverageLosses(Metric):
 
 
 def sampled_losses(output: Sequence[Mapping[str, Any]], loss: MultiTaskLoss) -> Iterable[tuple[str, torch.Tensor]]:
-    """Loss components of one sampled volume: the training losses of its probability map, calibration map and grade."""
+    """Loss components of one sampled volume: the training losses of its mask, calibration map and grade."""
     (item,) = output
-    prob, label = torch.as_tensor(item["prob"])[None], torch.as_tensor(item["label"])[None]
-    calib = torch.logit(torch.as_tensor(item["calib_prob"])[None], eps=1e-6) if "calib_prob" in item else None
+    prob, label = torch.as_tensor(item.get("seg_prob", item["prob"]))[None], torch.as_tensor(item["label"])[None]
+    calib_prob = item["prob"] if "seg_prob" in item else item.get("calib_prob")  # of a stochastic network, and others
+    calib = None if calib_prob is None else torch.logit(torch.as_tensor(calib_prob)[None], eps=1e-6)
     cls_logits = torch.as_tensor(item["grade_prob"])[None].clamp(1e-6, 1).log() if "grade_prob" in item else None
     grade = torch.tensor([int(item["grade"])], device=prob.device)
     with torch.no_grad():
@@ -124,7 +126,7 @@ class SubjectGrades(Metric):
 
 def training_grades(output: Mapping[str, Any]) -> tuple:
     """Update of :class:`SubjectGrades` from a training step: the slices that L_cls uses."""
-    (seg_logits, cls_logits, _), targets = output["pred"], output["label"]
+    (seg_logits, cls_logits), targets = output["pred"][:2], output["label"]
     if cls_logits is None:
         return [], [], [], []
     prob = cls_logits.detach().float().softmax(dim=1)

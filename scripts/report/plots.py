@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import binomtest
 
 from scripts.config import atomic_path
+from scripts.data.pictures import read_volume
 from scripts.report.uncertainty import COVERAGE, expected_calibration_error
+
+SAMPLE_COLOURS = ("yellow", "cyan", "magenta")
 
 
 def plot_learning_curves(
@@ -45,9 +51,17 @@ def plot_learning_curves(
 
 
 def plot_overlay(
-    image: np.ndarray, pred: np.ndarray, uncertainty: np.ndarray, label: np.ndarray | None, title: str, file: str | Path
+    image: np.ndarray,
+    pred: np.ndarray,
+    uncertainty: np.ndarray,
+    label: np.ndarray | None,
+    title: str,
+    file: str | Path,
+    samples: Sequence[np.ndarray] = (),
 ) -> None:
     """Draw the axial slice with the largest mask: image with outlines (red: prediction, green: truth), and uncertainty.
+
+    Samples are outlined with dashes on an image of their own.
 
     Args:
         image: one modality ``[H, W, S]``, axes towards right, anterior and superior.
@@ -56,25 +70,69 @@ def plot_overlay(
         label: true masks ``[R, H, W, S]``, or None.
         title: text above the image.
         file: PNG to write.
+        samples: further masks ``[R, H, W, S]``; up to three are shown.
     """
     mask = pred if label is None or not label.any() else label
     index = int(mask.any(axis=0).sum(axis=(0, 1)).argmax()) if mask.any() else mask.shape[-1] // 2
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    panels = 3 if samples else 2
+    figure = Figure(figsize=(4.5 * panels, 4.5), layout="constrained")
+    left, *middle, right = figure.subplots(1, panels)
     turn = partial(np.rot90, k=1)  # anterior up, the patient's left on the right: the radiological convention
     flip = slice(None, None, -1)
-    for axes in (left, right):
+    for axes in (left, *middle, right):
         axes.imshow(turn(image[flip, :, index]), cmap="gray")
         axes.set_axis_off()
     shown = right.imshow(turn(uncertainty[flip, :, index]), cmap="magma", vmin=0, vmax=1, alpha=0.6)
     figure.colorbar(shown, ax=right, label="entropy (bits)")
-    for volumes, colour in ((pred, "red"), (label, "lime")):
-        for volume in () if volumes is None else volumes:
+    outlines = [(left, pred, "red"), (left, () if label is None else label, "lime")]
+    outlines += [(middle[0], sample, colour) for sample, colour in zip(samples, SAMPLE_COLOURS, strict=False)]
+    for axes, volumes, colour in outlines:
+        for volume in volumes:
             if volume[..., index].any():
-                left.contour(turn(volume[flip, :, index]), levels=[0.5], colors=colour, linewidths=1)
+                style = "solid" if axes is left else "dashed"
+                axes.contour(turn(volume[flip, :, index]), levels=[0.5], colors=colour, linewidths=1, linestyles=style)
     left.set_title(f"{title}, slice {index + 1}\nred: prediction" + ("" if label is None else ", green: truth"))
     right.set_title("uncertainty")
+    for axes in middle:
+        axes.set_title(f"samples: {len(samples)}")
     _save(figure, file)
+
+
+def read_background(item: Mapping[str, Any]) -> np.ndarray:
+    """First modality or channel of an evaluated item ``[H, W, S]``, as it is stored in its file."""
+    return read_volume(item["pred"].meta["filename_or_obj"])
+
+
+def write_overlay(
+    item: Mapping[str, Any],
+    background: np.ndarray,
+    title: str,
+    folder: Path,
+    samples: Sequence[torch.Tensor] = (),
+) -> None:
+    """Write ``<folder>/<subject>_overlay.png``.
+
+    Args:
+        item: an evaluated item with ``pred``, ``uncertainty`` and perhaps ``label``, all on the input's grid.
+        background: image ``[H, W, S]`` on the same grid.
+        title: text above the image.
+        folder: where the picture is written.
+        samples: region channels of each sample ``[R, H, W, S]``.
+    """
+    orientation = nib.io_orientation(np.asarray(item["pred"].affine))
+
+    def canonical(volume: torch.Tensor | np.ndarray) -> np.ndarray:
+        return nib.apply_orientation(np.asarray(volume), orientation)
+
+    file = folder / f"{item['subject']}_overlay.png"
+
+    def regions(mask: torch.Tensor) -> np.ndarray:
+        return np.stack([canonical(region.cpu()) > 0 for region in mask])
+
+    truth = regions(item["label"]) if "label" in item else None
+    uncertainty = canonical(item["uncertainty"].amax(dim=0).cpu())
+    shown = [regions(sample) for sample in samples[: len(SAMPLE_COLOURS)]]
+    plot_overlay(canonical(background), regions(item["pred"]), uncertainty, truth, title, file, shown)
 
 
 def plot_reliability(bins: Mapping[str, np.ndarray], file: str | Path) -> None:

@@ -16,7 +16,7 @@ from monai.engines.workflow import Workflow
 from scripts.config import atomic_path
 from scripts.data.grades import grade_names
 from scripts.distributed import gather_from_all
-from scripts.report.overlays import read_background, write_overlay
+from scripts.report.plots import read_background, write_overlay
 from scripts.report.uncertainty import size_unit, volume_estimate, volume_interval
 from scripts.sampling.probability import temperature_scaled
 
@@ -63,7 +63,8 @@ class GradeTable:
             self.rows.append(row)
             grade = row["grade"]
             title = item["subject"] + (f"  {grade}: {row[f'prob_{grade}']:.2f}" if grade else "")
-            write_overlay(self.to_regions(item), read_background(item), title, self.output_dir)
+            samples = [self.to_regions({"pred": mask[None]})["pred"] for mask in item.get("samples", ())]
+            write_overlay(self.to_regions(item), read_background(item), title, self.output_dir, samples)
         self._write(self.rows)  # the rows so far, in case the run is interrupted
 
     @idist.one_rank_only()

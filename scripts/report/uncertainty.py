@@ -27,6 +27,14 @@ def region_of_interest(pred: np.ndarray, label: np.ndarray) -> np.ndarray:
     return binary_dilation(pred | label, iterations=DILATION)
 
 
+def true_masks(item: Mapping[str, Any], channel: int) -> np.ndarray:
+    """Masks of the annotators ``[A, H, W, S]`` of one region of an evaluated item; the label if there is only one."""
+    masks = torch.as_tensor(item["annotations" if "annotations" in item else "label"]).unflatten(
+        0, (-1, len(item["pred"]))
+    )
+    return np.asarray(masks[:, channel].cpu()) > 0
+
+
 def calibration_bins(prob: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Sum of probabilities, sum of truth and number of voxels ``[n]`` in 20 equal bins of probability: ``[3, 20]``."""
     y_pred, y = (torch.as_tensor(values, dtype=torch.float32)[None, None] for values in (prob, truth))

@@ -16,7 +16,8 @@ class VolumeEvaluator(SupervisedEvaluator):
     """MONAI's evaluator for an inferer with several outputs.
 
     The output of an iteration holds ``image [B, M, H, W, S]``, the outputs of :meth:`VolumeInferer.predict`, and
-    ``subject``, ``grade`` and (if there is one) ``label [B, R, H', W', S']`` of the batch, on the input's grid.
+    ``subject``, ``grade`` and (if there are) ``label [B, R, H', W', S']`` and ``annotations`` of the batch, on the
+    input's grid.
     """
 
     inferer: VolumeInferer
@@ -37,7 +38,7 @@ class VolumeEvaluator(SupervisedEvaluator):
         with engine.mode(engine.network), autocast:
             engine.state.output |= engine.inferer.predict(image, engine.network)  # type: ignore[arg-type]
         engine.state.output["subject"] = batchdata["subject"]
-        for key in ("grade", "label"):
+        for key in ("grade", "label", "annotations"):
             if isinstance(batchdata.get(key), torch.Tensor):  # the label is not loaded in inference
                 engine.state.output[key] = batchdata[key].to(device)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)

@@ -15,11 +15,14 @@ from scripts.diffusion.samplers import make_sampler
 from scripts.diffusion.schedule import timestep_pairs
 from scripts.networks.base import SegmentationNetwork
 from scripts.networks.calibration import CALIBRATED_FOR, Calibration
+from scripts.networks.stochastic import DISTRIBUTION, draw_logits, spread_noise
 from scripts.sampling.ensemble import FUSIONS, fuse, pairwise_dice
 from scripts.sampling.probability import area_weighted_mean, entropy_bits, temperature_scaled
 
 logger = logging.getLogger(__name__)
 
+START = 0.6  # share of the diffusion steps: less noise keeps what is wrong with the draw, more forgets the draw
+MAPS = {"pred", "prob", "uncertainty", "variance", "calib_prob", "seg_prob", "samples"}  # results that are volumes
 BATCH_PIXELS = 128**2  # of a slice, up to which sampling_batch_size is used in full
 
 
@@ -29,8 +32,14 @@ class VolumeInferer(Inferer):
     The image-only branch runs once per slice. The noise of a slice depends only on the seed and the slice's number, so
     that the batch size does not change the masks.
 
+    Of a stochastic network a single sample is denoised from pure noise at T - 1, so it is the network's best mask.
+    Several samples show what the mask may also be: each starts from a drawn mask that is noised to ``start_timestep``.
+    The factors get the same noise in all slices of a sample: what an annotator counts in one slice is then counted in
+    the next.
+
     Args:
-        num_inference_steps: network evaluations per sample; 0 returns the calibration map itself, without a grade.
+        num_inference_steps: network evaluations per sample; 0 returns the calibration map itself, without a grade, or
+            drawn masks for several samples of a stochastic network.
         num_samples: samples per slice.
         sampling_batch_size: slices times samples in one batch, up to 128 px; larger slices make smaller batches. Bounds
             the memory.
@@ -38,10 +47,12 @@ class VolumeInferer(Inferer):
         sampler: ``ddpm``, ``ddim``, ``dpm_solver`` or ``unipc``.
         eta: noise that DDIM adds, 0 to 1.
         start_timestep: start at this timestep from the noised calibration map (truncated diffusion, Guo et al.,
-            PD-DDPM, ISBI 2023) instead of from pure noise at T - 1.
+            PD-DDPM, ISBI 2023) instead of from pure noise at T - 1. Several samples of a stochastic network start from
+            noised draws instead, by default at :data:`START` T.
         fusion: how samples become one mask: ``mean``, ``majority`` or ``staple``.
         calibrated_for: the voxels whose temperature is applied, ``foreground`` (not 0 in the image) or ``lesion``.
         grade_prior: frequency of each grade among the subjects; None takes those that the network was calibrated with.
+        keep_samples: also return the samples.
 
     Raises:
         InputError: for a number below 1, more samples than fit in a batch, an unknown name, or a prior that is no list
@@ -60,6 +71,7 @@ class VolumeInferer(Inferer):
         fusion: str = "mean",
         calibrated_for: str = "foreground",
         grade_prior: Sequence[float] | None = None,
+        keep_samples: bool = False,
     ) -> None:
         super().__init__()
         for name, value, minimum in (
@@ -86,6 +98,7 @@ class VolumeInferer(Inferer):
         self.fusion = fusion
         self.calibrated_for = calibrated_for
         self.grade_prior = grade_prior
+        self.keep_samples = keep_samples
         # what the probabilities depend on, and so does their calibration
         self.sampling: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
@@ -105,18 +118,21 @@ class VolumeInferer(Inferer):
         """Sample volumes ``[B, M, H, W, S]``.
 
         Returns:
-            Maps ``[B, R, H, W, S]``, which are 0 in empty slices: ``prob``, the mean probability after temperature
-            scaling; ``pred``, the fused samples, to be thresholded at 0.5; ``uncertainty``, the entropy of ``prob`` in
-            bits; ``variance`` over the samples, if there are several; ``calib_prob``, the calibration map as a
-            probability, if the network has one. Values: ``sample_dice [B, R]``, the mean Dice of pairs of samples, NaN
-            for one sample; ``volume_temperature [B, R]``, which scales ``prob`` to the calibration of the foreground;
-            ``volume_margin [B, R]``, see :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``,
-            calibrated, and ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading.
+            Maps ``[B, R, H, W, S]``, which are 0 in empty slices: ``pred``, the fused samples, to be thresholded at
+            0.5; ``prob``, the mean of the samples after temperature scaling, or that of the calibration map in a
+            stochastic network, which also has ``seg_prob``, the mean of the samples; ``uncertainty``, the entropy of
+            ``prob`` in bits; ``variance`` over the samples, if there are several; ``calib_prob``, the calibration map
+            as a probability, if there is one and it is not ``prob``; ``samples [B, N * R, H, W, S]``, sample by sample,
+            with ``keep_samples``. Values: ``sample_dice [B, R]``, the mean Dice of pairs of samples, NaN for one
+            sample; ``volume_temperature [B, R]``, which scales ``prob`` to the calibration of the foreground;
+            ``volume_margin [B, R]``, see
+            :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``, calibrated, and
+            ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading.
         """
         results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
         output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
         if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms
-            for name in output.keys() & {"pred", "prob", "uncertainty", "variance", "calib_prob"}:
+            for name in output.keys() & MAPS:
                 output[name] = MetaTensor(output[name], meta=inputs.meta)
         return output
 
@@ -137,12 +153,13 @@ class VolumeInferer(Inferer):
                 calib_prob[..., indices] = calib.movedim(0, -1)
             grades += [] if grade is None else [grade]
         mean = samples.mean(dim=0)
-        prob = torch.zeros_like(mean)
+        raw = calib_prob if calib_prob is not None and network.is_stochastic else mean
+        prob = torch.zeros_like(raw)
         calibration = self.calibration_of(network)
         temperature = calibration.get_buffer(f"{self.calibrated_for}_temperature")
-        prob[..., filled] = temperature_scaled(mean[..., filled], temperature[:, None, None, None])
+        prob[..., filled] = temperature_scaled(raw[..., filled], temperature[:, None, None, None])
         result = {
-            "pred": prob if self.fusion == "mean" else fuse(samples, self.fusion),
+            "pred": prob if self.fusion == "mean" and raw is mean else fuse(samples, self.fusion),
             "prob": prob,
             "uncertainty": entropy_bits(prob),
             "sample_dice": pairwise_dice(samples),
@@ -154,9 +171,10 @@ class VolumeInferer(Inferer):
             grade_prob = area_weighted_mean(torch.cat(grades), area)
             result["grade_prob"] = calibration.calibrated_grades(grade_prob, self.grade_prior)
             result["grade_prior"] = torch.tensor(self.grade_prior or calibration.grade_prior.tolist())
+        result |= {"variance": samples.var(dim=0)} if self.num_samples > 1 else {}
         if calib_prob is not None:
-            result["calib_prob"] = calib_prob
-        return result | ({"variance": samples.var(dim=0)} if self.num_samples > 1 else {})
+            result |= {"calib_prob": calib_prob} if raw is mean else {"seg_prob": mean}
+        return result | ({"samples": samples.flatten(0, 1)} if self.keep_samples else {})
 
     def calibration_of(self, network: SegmentationNetwork) -> Calibration:
         """The network's calibration, or one without effect if it was fitted with other sampling settings."""
@@ -187,30 +205,40 @@ class VolumeInferer(Inferer):
             None if there is none; and the probability of each grade ``[b, K]`` as the mean over samples and steps, or
             None if nothing was graded.
         """
-        diffusion = network.diffusion
+        diffusion, device, count = network.diffusion, image.device, self.num_samples
         prepared = network.condition(image)
         calib = prepared["calib_map"].float().sigmoid() if network.has_calib_map else None
-        if not self.num_inference_steps:
-            assert calib is not None  # see check
-            return calib[:, None].repeat_interleave(self.num_samples, dim=1), calib, None
-        pairs = timestep_pairs(diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
         # the factor is a prime larger than any slice number, so that no two seeds coincide
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + index) for index in indices]
-        shape = (self.num_samples, network.out_channels, *image.shape[2:])
+        shape = (count, network.out_channels, *image.shape[2:])
 
         def draw() -> torch.Tensor:
-            return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(image.device)
+            return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
-        condition = {name: part.repeat_interleave(self.num_samples, dim=0) for name, part in prepared.items()}
-        image = image.repeat_interleave(self.num_samples, dim=0)
-        x_t, estimate, grades = draw(), None, []
-        if self.start_timestep is not None:
-            timesteps = torch.full((len(image),), self.start_timestep, device=image.device)
-            x_t = diffusion.add_noise(torch.tanh(condition["calib_map"].float() / 2), x_t, timesteps)
+        x_t, draws = draw(), None
+        groups = (len(indices), count)
+        if self._draws(network):
+            common = spread_noise(count, self.seed).to(device).expand(len(indices), -1, -1)
+            draws = draw_logits(prepared, common, draw().unflatten(0, groups))
+        if not self.num_inference_steps:
+            assert calib is not None  # see check
+            masks = calib[:, None].repeat_interleave(count, dim=1) if draws is None else (draws > 0).float()
+            return masks, calib, None
+        start = self._start(network)
+        pairs = timestep_pairs(diffusion.num_train_timesteps, self.num_inference_steps, start)
+        condition = {
+            name: part.repeat_interleave(count, dim=0) for name, part in prepared.items() if name not in DISTRIBUTION
+        }
+        image = image.repeat_interleave(count, dim=0)
+        if start is not None:
+            logits = condition["calib_map"].float() if draws is None else draws.flatten(0, 1)
+            timesteps = torch.full((len(image),), start, device=device)
+            x_t = diffusion.add_noise(torch.tanh(logits / 2), x_t, timesteps)
+        estimate, grades = None, []
 
         def denoise(x_t: torch.Tensor, t: int) -> torch.Tensor:
             nonlocal estimate
-            timesteps = torch.full((len(image),), t, device=image.device)
+            timesteps = torch.full((len(image),), t, device=device)
             logits, cls_logits, _ = network(image, x_t.to(image.dtype), timesteps, condition, estimate)
             estimate = diffusion.to_x0(logits.float())
             if cls_logits is not None:
@@ -218,9 +246,18 @@ class VolumeInferer(Inferer):
             return estimate
 
         x_0 = self.sampler(denoise, x_t, pairs, diffusion.alphas_cumprod, draw)
-        groups = (len(indices), self.num_samples)
         grade = torch.stack(grades).mean(dim=0).unflatten(0, groups).mean(dim=1) if grades else None
         return ((x_0 + 1) / 2).unflatten(0, groups), calib, grade
+
+    def _draws(self, network: SegmentationNetwork) -> bool:
+        """Whether samples start from drawn masks."""
+        return network.is_stochastic and self.num_samples > 1
+
+    def _start(self, network: SegmentationNetwork) -> int | None:
+        """First timestep, if it is not T - 1 with pure noise."""
+        if self._draws(network) and self.start_timestep is None:
+            return round(START * network.diffusion.num_train_timesteps)
+        return None if network.is_stochastic and self.num_samples == 1 else self.start_timestep
 
     def check(self, network: SegmentationNetwork, image_size: int) -> None:
         """Raise InputError, before any volume is read, for a size or number of steps that the network cannot sample."""
@@ -228,7 +265,7 @@ class VolumeInferer(Inferer):
         if self.grade_prior is not None and len(self.grade_prior) != len(network.calibration.grade_prior):
             raise InputError(f"grade_prior={self.grade_prior} must have one number for each grade of the network")
         if self.num_inference_steps:
-            timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self.start_timestep)
+            timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self._start(network))
         if not network.has_calib_map and (self.start_timestep is not None or not self.num_inference_steps):
             raise InputError(
                 "start_timestep and num_inference_steps=0 need a calibration map: add 'highway' to conditioning"

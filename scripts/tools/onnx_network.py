@@ -27,6 +27,7 @@ from scripts.config import InputError, atomic_path, check_plain
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.networks.base import Outputs, SegmentationNetwork
 from scripts.networks.conditioning import ConditioningModule
+from scripts.networks.stochastic import DISTRIBUTION
 
 CONDITION, DENOISER = "condition.onnx", "denoiser.onnx"
 METADATA = "medsegdiff"
@@ -88,6 +89,7 @@ def export_onnx(network: SegmentationNetwork, onnx_dir: str, settings: Mapping[s
         "divisor": network.divisor,
         "self_conditioning": network.self_conditioning,
         "has_calib_map": network.has_calib_map,
+        "is_stochastic": network.is_stochastic,
         "calibration": {name: tensor.tolist() for name, tensor in network.calibration.state_dict().items()},
     }
     graphs = {CONDITION: ConditionGraph(network)} if network.has_calib_map else {}
@@ -108,10 +110,15 @@ def _inputs(network: SegmentationNetwork, shape: tuple[int, ...]) -> dict[str, d
     image = torch.randn(shape, generator=generator)
     x_t, estimate = torch.randn(2, shape[0], network.out_channels, *shape[2:], generator=generator)
     timesteps = torch.randint(network.diffusion.num_train_timesteps, shape[:1], generator=generator)
-    inputs = {"image": image, "x_t": x_t, "timesteps": timesteps, **network.condition(image)}
+    inputs = {"image": image, "x_t": x_t, "timesteps": timesteps, **_denoiser_inputs(network.condition(image))}
     if network.self_conditioning:
         inputs["estimate"] = estimate.tanh()
     return {CONDITION: {"image": image}, DENOISER: inputs}
+
+
+def _denoiser_inputs(condition: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the denoiser needs of the condition: all but the distribution that masks are drawn from."""
+    return {name: tensor for name, tensor in condition.items() if name not in DISTRIBUTION}
 
 
 def _write(graph: nn.Module, inputs: dict[str, torch.Tensor], metadata: Mapping[str, Any], file: Path) -> None:
@@ -162,6 +169,7 @@ class OnnxNetwork(SegmentationNetwork):
         self.settings: dict[str, Any] = settings
         self.self_conditioning = metadata["self_conditioning"]
         self.has_calib_map = metadata["has_calib_map"]
+        self.is_stochastic = metadata["is_stochastic"]
         self.denoiser, self.conditioner = denoiser, None
         if self.has_calib_map:
             self.conditioner, condition_metadata = _open(Path(onnx_dir, CONDITION), torch.device(device))
@@ -187,7 +195,7 @@ class OnnxNetwork(SegmentationNetwork):
         estimate: torch.Tensor | None = None,
     ) -> Outputs:
         """See :meth:`SegmentationNetwork.forward`."""
-        inputs = {"image": image, "x_t": x_t, "timesteps": timesteps, **condition}
+        inputs = {"image": image, "x_t": x_t, "timesteps": timesteps, **_denoiser_inputs(condition)}
         if self.self_conditioning:
             inputs["estimate"] = torch.zeros_like(x_t) if estimate is None else estimate
         outputs = _run(self.denoiser, inputs)

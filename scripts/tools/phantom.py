@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 
 from scripts.config import atomic_path
 
@@ -25,6 +25,9 @@ MEANS = {
 }
 OEDEMA, CORE, RIM = 5, 6, 7
 SEGMENTATION = {OEDEMA: 2, CORE: 1, RIM: 4}  # BraTS: 1 necrotic core, 2 oedema, 4 enhancing tumour
+HALO, SATELLITE = 8, 9  # with several annotators: what some count as oedema
+WHITE_MATTER = 3
+SHIFT = 0.3  # standard deviation of an annotator's outline (voxels)
 
 
 def make_dataset(
@@ -33,8 +36,12 @@ def make_dataset(
     shape: tuple[int, int, int] = (48, 48, 20),
     lgg_fraction: float = 0.4,
     seed: int = 0,
+    annotators: int = 0,
 ) -> None:
     """Write subject folders like those of BraTS 2020 and ``name_mapping.csv``. The same seed gives the same files.
+
+    With annotators, each lesion has a halo and a satellite, and there is a segmentation ``<subject>_seg_<number>`` of
+    each annotator (:func:`make_annotations`) instead of the one.
 
     Args:
         output_dir: folder of the data set.
@@ -42,6 +49,7 @@ def make_dataset(
         shape: number of voxels ``(H, W, S)``; the field of view is always 240 x 240 x 155 mm.
         lgg_fraction: share of low-grade subjects.
         seed: seed of all random numbers.
+        annotators: segmentations of each subject; 0 writes one that is certain.
     """
     output_dir = Path(output_dir)
     rng = np.random.default_rng(seed)
@@ -52,8 +60,13 @@ def make_dataset(
     spacing = np.array([240, 240, 155]) / shape
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # the axes of BraTS volumes are L, P, S
     for name, grade, subject_seed in zip(names, grades, rng.integers(2**31, size=num_subjects), strict=True):
-        images, segmentation = make_subject(str(grade), shape, int(subject_seed))
-        for suffix, volume in [*images.items(), ("seg", segmentation)]:
+        if annotators:
+            images, segmentations = make_annotations(str(grade), shape, int(subject_seed), annotators)
+            volumes = images | {f"seg_{i}": volume for i, volume in enumerate(segmentations, start=1)}
+        else:
+            images, segmentation = make_subject(str(grade), shape, int(subject_seed))
+            volumes = images | {"seg": segmentation}
+        for suffix, volume in volumes.items():
             with atomic_path(output_dir / name / f"{name}_{suffix}.nii.gz") as path:
                 nib.save(nib.Nifti1Image(volume, affine), path)
     with atomic_path(output_dir / "name_mapping.csv") as path, path.open("w", newline="") as file:
@@ -69,6 +82,42 @@ def make_subject(grade: str, shape: tuple[int, int, int], seed: int) -> tuple[di
     for value, label in SEGMENTATION.items():
         segmentation[tissue == value] = label
     return images, segmentation
+
+
+def make_annotations(
+    grade: str, shape: tuple[int, int, int], seed: int, annotators: int
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """One subject, and the segmentation ``uint8 [H, W, S]`` of each annotator.
+
+    The lesion has a halo, and a satellite elsewhere in the white matter. Each is counted as oedema with a probability
+    of its own, which is uniform and shows in its brightness. The outline of an annotator is shifted by a normal
+    distance. All annotators are drawn independently, so more of them are more draws of the same distribution.
+    """
+    rng = np.random.default_rng(seed)
+    tissue = _warp(_anatomy(grade, shape, rng), rng)
+    lesion = tissue >= OEDEMA
+    depth = gaussian_filter(distance_transform_edt(lesion) - distance_transform_edt(~lesion), 0.7)
+    white = tissue == WHITE_MATTER
+    probability = {HALO: rng.uniform(), SATELLITE: rng.uniform()}
+    centre = rng.choice(np.argwhere(white & (depth <= np.quantile(depth[white], 0.2))))  # far from the lesion
+    distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
+    tissue[white & (depth > -2.5)] = HALO
+    tissue[white & (distance < rng.uniform(2.5, 3.5))] = SATELLITE
+    images = {}
+    for modality, means in MEANS.items():
+        faint = [
+            means[WHITE_MATTER] + (0.2 + 0.8 * p) * (means[OEDEMA] - means[WHITE_MATTER]) for p in probability.values()
+        ]
+        images[modality] = _image(tissue, np.array([*means, *faint], float), rng)
+    segmentations = []
+    for _ in range(annotators):
+        counted = [value for value, p in probability.items() if rng.uniform() < p]
+        segmentation = np.where(np.isin(tissue, counted), SEGMENTATION[OEDEMA], 0).astype(np.uint8)
+        segmentation[(depth > rng.normal(0, SHIFT)) & (tissue > 1)] = SEGMENTATION[OEDEMA]
+        for value in (CORE, RIM):
+            segmentation[(tissue == value) & (segmentation > 0)] = SEGMENTATION[value]
+        segmentations.append(segmentation)
+    return images, segmentations
 
 
 def _anatomy(grade: str, shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
@@ -133,6 +182,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=(48, 48, 20))
     parser.add_argument("--lgg_fraction", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--annotators", type=int, default=0, help="segmentations of each subject that differ")
     args = vars(parser.parse_args())
     make_dataset(**args | {"shape": tuple(args["shape"])})
     print(f"{args['num_subjects']} subjects written to {args['output_dir']}")

@@ -13,6 +13,7 @@ from torch import nn
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.distributed import average_over_processes
+from scripts.networks.stochastic import negative_log_likelihood
 
 MIN_SIGMA = 0.1
 TASKS = ("segmentation", "grading")
@@ -77,7 +78,10 @@ class MultiTaskLoss(nn.Module):
     L_seg = Dice + lambda focal (gamma 1.5) of the predicted clean mask. Dice is computed over the whole batch: the
     Dice of a single empty slice would be a constant. For ``epsilon`` and ``v_prediction`` L_seg is the published
     regression loss, because Dice through x_0 = (x_t - ...) / sqrt(abar) has a gradient 158 times too large at T - 1.
-    L_calib = Dice + lambda focal of the calibration map, added to L_seg before the weighting.
+    L_calib = Dice + lambda focal of the calibration map, added to L_seg before the weighting. In a stochastic network
+    it is the cross entropy, so that the map is a probability.
+    L_draw = negative log-likelihood of the true mask under masks that a stochastic network draws, per voxel (Monteiro
+    et al., NeurIPS 2020). It is added to L_total with weight 1. The reported L_total is without it, as in validation.
     L_cls = focal loss (gamma 2) with class weights alpha, over the slices with foreground of subjects with a grade, and
     over all slices of a subject with a grade whose whole mask is empty. It is left out of a batch without such a slice.
     The weighting treats Dice + focal and L_cls as classifications, and the regression loss as a regression.
@@ -93,6 +97,7 @@ class MultiTaskLoss(nn.Module):
         calib_weight: weight of L_calib.
         tasks: what is learned, a list from :data:`TASKS`.
         task_weighting: ``uncertainty`` or ``sum``.
+        stochastic: whether the network is stochastic.
 
     Raises:
         InputError: for an unknown task, or none, or an unknown weighting.
@@ -108,6 +113,7 @@ class MultiTaskLoss(nn.Module):
         calib_weight: float = 1.0,
         tasks: Sequence[str] = TASKS,
         task_weighting: str = "uncertainty",
+        stochastic: bool = False,
     ) -> None:
         super().__init__()
         if not tasks or not set(tasks) <= set(TASKS):
@@ -119,6 +125,7 @@ class MultiTaskLoss(nn.Module):
         self.diffusion = diffusion
         self.calib_weight = calib_weight
         self.mask_loss = DiceFocalLoss(sigmoid=True, batch=True, gamma=seg_gamma, lambda_focal=lambda_focal)
+        self.stochastic = stochastic
         self.cls_loss = FocalLoss(
             to_onehot_y=True, use_softmax=True, gamma=cls_gamma, weight=list(alpha), reduction="none"
         )
@@ -128,31 +135,38 @@ class MultiTaskLoss(nn.Module):
 
     def forward(
         self,
-        outputs: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+        outputs: Sequence[torch.Tensor | None],
         targets: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """Compute L_total.
 
         Args:
-            outputs: ``(seg_logits [B, R, ...], cls_logits [B, K] or None, calib_map [B, R, ...] or None)``.
+            outputs: ``(seg_logits [B, R, ...], cls_logits [B, K] or None, calib_map [B, R, ...] or None)``, and in
+                training perhaps draws of masks ``[B, N, R, ...]``, as logits.
             targets: ``label [B, R, ...]`` of 0 and 1, ``grade [B]`` with -1 for unknown, and perhaps ``empty [B]``
                 (the subject's whole mask is empty) and, in training, ``timesteps [B]``.
         """
-        seg_logits, (cls_logits, calib_map) = outputs[0].float(), outputs[1:]
-        label = targets["label"].float()
+        seg_logits, cls_logits, calib_map, *drawn = outputs
+        draws = drawn[0] if drawn else None
+        assert seg_logits is not None
+        seg_logits, label = seg_logits.float(), targets["label"].float()
         if self.diffusion.prediction_type == "sample" or "timesteps" not in targets:
             loss_seg = self.mask_loss(seg_logits, label)
         else:
             loss_seg = self.diffusion.regression_loss(seg_logits, 2 * label - 1, targets["timesteps"])
         components = {"L_seg": loss_seg}
         if calib_map is not None:
-            components["L_calib"] = self.mask_loss(calib_map.float(), label)
+            calib_loss = nn.functional.binary_cross_entropy_with_logits if self.stochastic else self.mask_loss
+            components["L_calib"] = calib_loss(calib_map.float(), label)
         task_losses = {"segmentation": loss_seg + self.calib_weight * components.get("L_calib", 0)}
         if cls_logits is not None:
             loss_cls = self.grading_loss(cls_logits.float(), graded_slices(targets))
             if loss_cls is not None:
                 components["L_cls"] = task_losses["grading"] = loss_cls
         components["L_total"] = total = self._total(task_losses, cls_logits)
+        if draws is not None and "segmentation" in self.tasks:
+            components["L_draw"] = negative_log_likelihood(draws.float(), label)
+            total = total + components["L_draw"]
         self.components = {name: value.detach() for name, value in components.items()}
         return total
 

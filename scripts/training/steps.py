@@ -10,11 +10,13 @@ from monai.inferers import Inferer
 from torch.nn.parallel import DistributedDataParallel
 
 from scripts.config import InputError
-from scripts.networks.base import Outputs, SegmentationNetwork
+from scripts.networks.base import SegmentationNetwork
 from scripts.networks.baselines import Baseline
+from scripts.networks.stochastic import RANK, draw_logits
 
 NOISED_MASKS = ("truth", "prediction", "calibration")
 AMP_DTYPES = ("bfloat16", "float16")
+NUM_DRAWS = 10  # masks that are drawn per slice, for their likelihood
 
 
 class DrawNoise(PrepareBatch):
@@ -51,7 +53,8 @@ class DenoisingInferer(Inferer):
     The noise can be added to one of three masks. ``truth`` is the usual choice, but the network then learns to trust a
     mask that it never gets in sampling. ``prediction`` is the network's own prediction from pure noise (recycling, Fu
     et al., MELBA 2023), which needs one more evaluation per step. ``calibration`` is the calibration map, which is
-    computed anyway. The last two are used without gradients.
+    computed anyway. The last two are used without gradients. A stochastic network starts its samples near a drawn mask,
+    which is as good as the truth, so its default is ``truth``.
 
     A network with self-conditioning (Chen et al. 2023, Analog Bits) gets its own estimate of x_0 from the same x_t in a
     random half of the slices, and 0 in the others.
@@ -82,8 +85,11 @@ class DenoisingInferer(Inferer):
         label: torch.Tensor,
         noise: torch.Tensor,
         timesteps: torch.Tensor,
-    ) -> Outputs:
-        """Outputs of the network for ``inputs [B, M, H, W]``, ``label, noise [B, R, H, W]`` and ``timesteps [B]``."""
+    ) -> tuple:
+        """Outputs of the network for ``inputs [B, M, H, W]``, ``label, noise [B, R, H, W]`` and ``timesteps [B]``.
+
+        A stochastic network adds drawn masks ``[B, N, R, H, W]``, as logits.
+        """
         with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp):
             return self._denoise(inputs, network, label, noise, timesteps)
 
@@ -94,7 +100,7 @@ class DenoisingInferer(Inferer):
         label: torch.Tensor,
         noise: torch.Tensor,
         timesteps: torch.Tensor,
-    ) -> Outputs:
+    ) -> tuple:
         model: Any = network.module if isinstance(network, DistributedDataParallel) else network
         diffusion = model.diffusion
         condition = model.condition(inputs)
@@ -115,7 +121,12 @@ class DenoisingInferer(Inferer):
         if model.self_conditioning:
             half = torch.rand(len(inputs), 1, 1, 1, device=inputs.device) < 0.5
             estimate = predict(x_t, timesteps) * half
-        return network(inputs, x_t, timesteps, condition, estimate)
+        outputs = network(inputs, x_t, timesteps, condition, estimate)
+        if not model.is_stochastic:
+            return outputs
+        common = torch.randn(len(inputs), NUM_DRAWS, RANK, device=inputs.device)
+        own = torch.randn(len(inputs), NUM_DRAWS, *label.shape[1:], device=inputs.device)
+        return *outputs, draw_logits(condition, common, own)
 
     def check(self, network: SegmentationNetwork) -> None:
         """Raise InputError if the network has no calibration map to add noise to. Called before volumes are read."""
