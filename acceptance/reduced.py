@@ -25,6 +25,7 @@ TRAINING = {
 # Put in whatever a command says.
 EPOCHS = {"--max_epochs": ["1"]}
 BENCHMARKS = {
+    "annotators.py": {"--kinds": ["nested"], "--seeds": ["0"], "--steps": ["2"], "--pictures": ["2"]},
     "data.py": {"--num_subjects": ["1"], "--image_size": ["32"]},
     "export.py": {"--repeats": ["1"], "--slices": ["2"]},
     "flops.py": {},
