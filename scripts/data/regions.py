@@ -239,7 +239,7 @@ class MajorityVoted(MapTransform):
 def _votes(masks: torch.Tensor, number: int, where: str) -> torch.Tensor:
     """Votes of each voxel from masks that hold them as numbers or as shares of 255."""
     votes = masks if masks.max() <= number else masks / 255 * number
-    if (votes - votes.round()).abs().max() > MAX_VOTE_ERROR:
+    if votes.min() < 0 or not (votes - votes.round()).abs().max() <= MAX_VOTE_ERROR:  # NaN is refused too
         raise InputError(
             f"{where}: the masks hold values that are neither 0 to {number} nor shares of 255, as votes of {number} "
             "annotators are"

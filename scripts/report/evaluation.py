@@ -147,7 +147,8 @@ class SubjectReport:
 
     def _write(self, table: pd.DataFrame, bins: dict[str, np.ndarray], risks: dict[str, np.ndarray]) -> None:
         write_csv(table, self.output_dir / "subjects.csv")
-        plot_reliability(bins, self.output_dir / "reliability.png")
+        voxels = [f"{region} {name}" for region in self.regions for name in CALIBRATED_FOR]
+        plot_reliability({name: bins[name] for name in voxels}, self.output_dir / "reliability.png")
         plot_risk_coverage(risks, self.output_dir / "risk_coverage.png")
         scores = summarise(table, self.regions, self.grades, bins, self.seed)
         summary = {"subjects": len(table), "patients": table["patient"].nunique(), "settings": self.settings, **scores}

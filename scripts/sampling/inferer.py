@@ -125,9 +125,8 @@ class VolumeInferer(Inferer):
             as a probability, if there is one and it is not ``prob``; ``samples [B, N * R, H, W, S]``, sample by sample,
             with ``keep_samples``. Values: ``sample_dice [B, R]``, the mean Dice of pairs of samples, NaN for one
             sample; ``volume_temperature [B, R]``, which scales ``prob`` to the calibration of the foreground;
-            ``volume_margin [B, R]``, see
-            :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``, calibrated, and
-            ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading.
+            ``volume_margin [B, R]``, see :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``,
+            calibrated, and ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading.
         """
         results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
         output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
