@@ -31,7 +31,7 @@ from scripts.report.annotators import crps, energy_distance, mean_distance, quan
 from scripts.sampling.inferer import VolumeInferer  # noqa: E402
 from scripts.tools.phantom_pictures import GREY, KINDS, draw_masks, make_picture  # noqa: E402
 from scripts.training.losses import MultiTaskLoss  # noqa: E402
-from scripts.training.steps import DenoisingInferer  # noqa: E402
+from scripts.training.steps import DenoisingInferer, DrawNoise  # noqa: E402
 
 SIZE, BATCH, SAMPLES, DRAWN = 32, 16, 16, 64
 CHANNELS = [16, 32, 64]
@@ -184,11 +184,12 @@ def train_network(kind: str, seed: int, steps: int) -> MedSegDiff:
     widths = {"channels": CHANNELS, "calib_channels": CHANNELS}
     network = MedSegDiff(diffusion, 1, conditioning=["highway", "stochastic"], use_cls_head=False, **widths)
     loss, inferer = MultiTaskLoss(diffusion, tasks=["segmentation"], stochastic=True), DenoisingInferer()
+    draw_noise = DrawNoise(network)
 
     def step(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        timesteps = torch.randint(diffusion.num_train_timesteps, (len(image),))
-        outputs = inferer(image, network, label=label, noise=torch.randn_like(label), timesteps=timesteps)
-        return loss(outputs, {"label": label, "grade": torch.full((len(image),), -1)})
+        unknown = {"grade": torch.full((len(image),), -1), "empty": torch.zeros(len(image)), "subject": None}
+        image, targets, _, noise = draw_noise({"image": image, "label": label, **unknown})
+        return loss(inferer(image, network, **noise), targets)
 
     train(list(network.parameters()), kind, seed, steps, step)
     return network.eval()

@@ -34,10 +34,10 @@ class MedSegDiff(SegmentationNetwork):
     larger part of the computation is not repeated at every step. Without ``highway``, image and noisy mask are only
     concatenated.
 
-    With ``stochastic``, the second U-Net computes a distribution of masks (:class:`StochasticHead`), and the
-    calibration map is its marginal probability. The denoiser also sees features of that U-Net. The mask is trained to
-    overlap with the truth, the map to be a probability. Therefore no gradient of ``seg_logits`` reaches the map's own
-    layers, only the features that both share.
+    With ``stochastic``, a second decoder of that U-Net computes a distribution of masks (:class:`StochasticHead`), and
+    the calibration map is its marginal probability. What was the calibration map is then called the first mask. The
+    denoiser also sees the features of the second decoder. The masks are trained to overlap with the truth, the map to
+    be a probability. Therefore no gradient of the masks reaches the second decoder.
 
     Args:
         diffusion: noise schedule and prediction type.
@@ -80,8 +80,9 @@ class MedSegDiff(SegmentationNetwork):
         self.calibrator = ImageUNet(in_channels, out_channels, image_channels) if image_channels else None
         self.is_stochastic = STOCHASTIC in resolved.conditioning
         width = resolved.channels[0] if self.is_stochastic else 0
-        self.stochastic_head = StochasticHead(image_channels[0], out_channels) if self.is_stochastic else None
-        self.project = nn.Conv2d(image_channels[0], width, kernel_size=1) if self.is_stochastic else None
+        if self.calibrator is not None and self.is_stochastic:
+            self.stochastic_head = StochasticHead(self.calibrator.second_decoder(), image_channels[0], out_channels)
+            self.project = nn.Conv2d(image_channels[0], width, kernel_size=1)
         masks = 1 + self.has_calib_map + self_conditioning
         self.denoiser = Denoiser(in_channels + masks * out_channels + width, out_channels, resolved, image_channels)
         self.cls_head = GradingHead(resolved.channels[-1], num_grades) if use_cls_head else None
@@ -98,11 +99,12 @@ class MedSegDiff(SegmentationNetwork):
         super().condition(image)
         if self.calibrator is None:
             return {}
-        calib_map, features, decoded = self.calibrator(image)
-        prepared = {"calib_map": calib_map, **self.denoiser.prepare(features, decoded)}
-        if self.stochastic_head is None or self.project is None:
-            return prepared
-        return prepared | self.stochastic_head(calib_map, decoded) | {"features": self.project(decoded)}
+        first_mask, features, decoded = self.calibrator(image)
+        prepared = self.denoiser.prepare(features, decoded)
+        if not self.is_stochastic:
+            return prepared | {"calib_map": first_mask}
+        distribution, decoded = self.stochastic_head(features)
+        return prepared | distribution | {"first_mask": first_mask, "features": self.project(decoded.detach())}
 
     def forward(
         self,
@@ -122,17 +124,17 @@ class MedSegDiff(SegmentationNetwork):
         if condition is None:
             condition = self.condition(image)
         calib_map = condition.get("calib_map")
+        first_mask = condition.get("first_mask", calib_map)
         x = [image, x_t]
-        base = calib_map.detach() if calib_map is not None and self.is_stochastic else calib_map
-        if base is not None:
-            x.append(torch.tanh(base / 2))
+        if first_mask is not None:
+            x.append(torch.tanh(first_mask / 2))
         if self.is_stochastic:
             x.append(condition["features"])
         if self.self_conditioning:
             x.append(torch.zeros_like(x_t) if estimate is None else estimate)
         output, features = self.denoiser(torch.cat(x, dim=1), timesteps * (1000 / steps), condition)
-        if self.diffusion.prediction_type == "sample" and base is not None:
-            output = base + output
+        if self.diffusion.prediction_type == "sample" and first_mask is not None:
+            output = first_mask + output
         seg_logits = self.diffusion.to_logits(output, x_t, timesteps)
         if only_image:
             return seg_logits

@@ -147,6 +147,7 @@ def item(tmp_path):
         "sample_dice": torch.tensor([0.75]),
         "volume_temperature": torch.tensor([1.0]),
         "volume_margin": torch.tensor([0.0]),
+        "volumes_from": torch.tensor(0),
         "grade_prior": torch.tensor([0.5, 0.5]),
     }
 

@@ -291,7 +291,7 @@ def test_train_evaluate_and_save_samples(places, tmp_path):
     keys = {"dataset_dir": str(places), "ckpt_dir": str(tmp_path), "num_folds": 3, "num_samples": 4}
     keys |= {"validation_share": 0.25, "max_epochs": 1}
     run_configs(files, output_dir=str(tmp_path / "train"), **keys)
-    assert {"L_calib", "L_draw"} <= set(pd.read_csv(tmp_path / "train" / "metrics.csv").columns)
+    assert {"L_calib", "L_draw", "L_first"} <= set(pd.read_csv(tmp_path / "train" / "metrics.csv").columns)
     run_configs([*files, "evaluate.yaml"], output_dir=str(tmp_path / "evaluate"), **keys)
     scores = json.loads((tmp_path / "evaluate" / "summary.json").read_text())["annotators"]["lesion"]
     table = pd.read_csv(tmp_path / "evaluate" / "subjects.csv")
@@ -301,6 +301,9 @@ def test_train_evaluate_and_save_samples(places, tmp_path):
     )
     for name in ("ece_samples", "ece_mask", "ece_levels"):
         assert 0 <= scores[name]["value"] <= 1
+    run_configs([*files, "evaluate.yaml", "calibrate.yaml"], output_dir=str(tmp_path / "calibrate"), **keys)
+    held = json.loads((tmp_path / "calibrate" / "calibration.json").read_text())["lesion"]
+    assert set(held["volume_coverage"]) == {"levels", "samples"}
     run_configs(
         ["inference.yaml"],
         dataset_dir=str(places),
@@ -310,6 +313,8 @@ def test_train_evaluate_and_save_samples(places, tmp_path):
         num_samples=4,
         save_samples=True,
     )
+    grades = pd.read_csv(tmp_path / "out" / "grades.csv")
+    assert set(grades["area_from_lesion"]) == {held["volumes_from"]}
     with Image.open(tmp_path / "out" / "0000_samples.tiff") as image:
         assert image.n_frames == 4
         pages = np.stack([np.asarray(image.seek(page) or image) for page in range(4)])

@@ -54,7 +54,8 @@ def test_training_writes_what_the_docs_name(trained):
     table = pd.read_csv(trained / "metrics.csv")
     assert list(table.columns) == [
         "epoch", "split", "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_draw",
-        "L_cls", "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm", "learning_rate", "seconds",
+        "L_first", "L_cls", "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm",
+        "learning_rate", "seconds",
     ]  # fmt: skip
     assert table["split"].tolist() == ["train", "validation"] * 2
     always = ["dice", "iou", "auc", "f1", "accuracy", "L_seg", "L_cls", "L_total", "sigma_seg", "sigma_cls"]

@@ -212,6 +212,21 @@ def test_volumes_are_calibrated_with_enough_patients(tmp_path, items, fit):
     assert (calibration.volume_margin < 0).all()
 
 
+@pytest.mark.parametrize(("factors", "chosen"), [((0.5, 1.5), "samples"), ((0.1, 0.2), "levels")])
+def test_volumes_come_from_what_holds_them(tmp_path, checkpoint, items, fit, factors, chosen):
+    """Level sets of these unsure maps hold all 6 volumes: too many. Samples hold 5 (83 %), or none."""
+    found = items()
+    for i, item in enumerate(found):
+        item["prob"] = MetaTensor(0.4 + 0.2 * item["pred"], meta=item["pred"].meta)
+        volumes = item["label"].flatten(1).sum(dim=1)
+        item["sample_volumes"] = torch.cat([(factor if i else 0) * volumes for factor in factors])
+    calibration = fit(found)
+    report = json.loads((tmp_path / "calibration.json").read_text())["WT"]
+    assert calibration.volumes_from == report["volumes_from"] == chosen
+    expected = {"levels": 1.0, "samples": 5 / 6 if chosen == "samples" else 0.0}
+    assert report["volume_coverage"] == pytest.approx(expected)
+
+
 def test_one_class_leaves_the_grade_alone(caplog, items, fit):
     calibration = fit(items(grades=(1, 1)))
     assert calibration.grade_temperature == 1

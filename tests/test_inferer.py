@@ -302,8 +302,10 @@ def test_draws_are_masks_without_any_evaluation(stochastic, volume):
 
 def test_factors_are_common_to_the_slices_of_a_sample(stochastic, volume):
     """The same noise in all slices: with the diagonal at 0, equal slices have equal draws."""
-    stochastic.stochastic_head.spread.bias.data[-1] = -100  # softplus is 0
-    stochastic.stochastic_head.spread.weight.data[-1] = 0
+    stochastic.stochastic_head.distribution.weight.data *= 100
+    stochastic.stochastic_head.distribution.bias.data[:] = 0  # the masks must not be full or empty
+    stochastic.stochastic_head.distribution.bias.data[-1] = -100  # softplus is 0
+    stochastic.stochastic_head.distribution.weight.data[-1] = 0
     image = volume[0].movedim(-1, 0)[1:2].expand(2, -1, -1, -1)
     samples = VolumeInferer(0, num_samples=8).sample(image, stochastic, [1, 2])[0]
     assert (samples[0] == samples[1]).float().mean() > 0.99
@@ -323,6 +325,16 @@ def test_the_probability_of_a_stochastic_network_is_its_calibration_map(stochast
     calibrated = VolumeInferer(num_samples=2).predict(volume, stochastic)
     assert torch.equal(calibrated["pred"], sampled["pred"])  # the mask is not the probability
     assert not torch.equal(calibrated["prob"], sampled["prob"])
+
+
+def test_samples_are_kept_for_the_volumes_that_are_read_from_them(stochastic, volume):
+    assert "samples" not in VolumeInferer(num_samples=2).predict(volume, stochastic)
+    stochastic.calibration.volumes_from = "samples"
+    stochastic.calibration.sampling = VolumeInferer(num_samples=2).sampling
+    found = VolumeInferer(num_samples=2).predict(volume, stochastic)
+    assert found["samples"].shape[1] == 2
+    assert found["volumes_from"].tolist() == [1]
+    assert "samples" not in VolumeInferer().predict(volume, stochastic)  # fitted with other settings
 
 
 def test_the_start_must_leave_room_for_the_steps(stochastic):

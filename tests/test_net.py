@@ -7,9 +7,9 @@ from monai.networks.nets import DiffusionModelUNet
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff, build
-from scripts.networks.conditioning import CONDITIONING, HIGHWAY, MODULES, ConditioningModule
+from scripts.networks.conditioning import CONDITIONING, HIGHWAY, MODULES, STOCHASTIC, ConditioningModule
 from scripts.networks.stochastic import RANK, StochasticHead, draw_logits, negative_log_likelihood
-from scripts.networks.unets import Denoiser
+from scripts.networks.unets import Denoiser, ImageUNet
 from scripts.networks.variants import VARIANTS, Variant
 from scripts.sampling.inferer import VolumeInferer
 from scripts.training.losses import MultiTaskLoss
@@ -197,17 +197,30 @@ def test_conditioning_on_an_image_that_the_denoiser_does_not_see():
         assert not torch.allclose(network(image, x_t, t, changed)[0], seg_logits), name
 
 
-@pytest.mark.parametrize("conditioning", [["highway"], CONDITIONING])
+@pytest.mark.parametrize("conditioning", [["highway"], [name for name in CONDITIONING if name != STOCHASTIC]])
 def test_a_fresh_network_answers_with_its_calibration_map(conditioning):
     seg_logits, _, calib_map = MedSegDiff(GaussianDiffusion(), conditioning=conditioning, **TINY)(*inputs())
     assert torch.equal(seg_logits, calib_map)
 
 
+def test_a_fresh_stochastic_network_answers_with_its_first_mask():
+    network = MedSegDiff(GaussianDiffusion(), conditioning=["highway", "stochastic"], **TINY)
+    image, x_t, timesteps = inputs()
+    seg_logits, _, calib_map = network(image, x_t, timesteps)
+    condition = network.condition(image)
+    assert torch.equal(seg_logits, condition["first_mask"])
+    assert torch.equal(calib_map, condition["calib_map"])
+    assert not torch.equal(seg_logits, calib_map)
+
+
 def test_the_calibration_map_is_the_probability_of_the_draws():
     """MacKay's approximation of the marginal is within 0.02 of the mean of many draws."""
     torch.manual_seed(0)
-    mean, features = 3 * torch.randn(1, 2, 8, 8), 2 * torch.randn(1, 4, 8, 8)
-    distribution = StochasticHead(4, 2)(mean, features)
+    image_unet = ImageUNet(1, 2, [4, 8, 8])
+    head = StochasticHead(image_unet.second_decoder(), 4, 2)
+    features = [4 * feature for feature in image_unet(torch.randn(1, 1, 8, 8))[1]]
+    distribution, decoded = head(features)
+    assert decoded.shape == (1, 4, 8, 8)
     draws = draw_logits(distribution, torch.randn(1, 20000, RANK), torch.randn(1, 20000, 2, 8, 8))
     variance = (distribution["factors"].unflatten(1, (RANK, 2)) ** 2).sum(dim=1) + distribution["deviation"] ** 2
     assert torch.allclose(draws.var(dim=1), variance, rtol=0.1)
@@ -235,7 +248,7 @@ def test_uniform_slices_have_a_finite_likelihood():
     loss = negative_log_likelihood(draws, torch.zeros(1, 1, 16, 16))
     loss.backward()
     assert loss.isfinite()
-    assert network.stochastic_head.spread.weight.grad.isfinite().all()
+    assert network.stochastic_head.distribution.weight.grad.isfinite().all()
 
 
 def test_image_alone_gives_logits_for_export_and_verification():

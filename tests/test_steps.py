@@ -12,6 +12,8 @@ from scripts.training.losses import MultiTaskLoss
 from scripts.training.steps import DenoisingInferer, DrawNoise
 from test_net import TINY, randomise
 
+STOCHASTIC = {**TINY, "conditioning": ["highway", "stochastic"]}
+
 
 def batch(size):
     return {
@@ -25,7 +27,7 @@ def batch(size):
 
 def seen_by_denoiser(network, noised_mask, data):
     """Run a training step. Return the arguments of each call of the network, the outputs and the drawn noise."""
-    image, _, _, kwargs = DrawNoise(1000)(data)
+    image, _, _, kwargs = DrawNoise(network)(data)
     calls = []
     forward = network.forward
     network.forward = lambda image, *args: calls.append(args) or forward(image, *args)
@@ -35,7 +37,7 @@ def seen_by_denoiser(network, noised_mask, data):
 
 def test_prepares_what_the_loss_and_the_network_need():
     data = batch(4)
-    image, targets, args, kwargs = DrawNoise(7)(data)
+    image, targets, args, kwargs = DrawNoise(PlainUNet(GaussianDiffusion(7), calib_channels=[8, 8, 8]))(data)
     assert args == ()
     assert torch.equal(image, data["image"])
     assert targets["subject"] == data["subject"]
@@ -45,8 +47,16 @@ def test_prepares_what_the_loss_and_the_network_need():
 
 def test_timesteps_are_uniform():
     torch.manual_seed(0)
-    timesteps = DrawNoise(4)(batch(4000))[3]["timesteps"]
+    network = MedSegDiff(GaussianDiffusion(4), **TINY)
+    timesteps = DrawNoise(network)(batch(4000))[3]["timesteps"]
     assert timesteps.bincount().tolist() == pytest.approx([1000] * 4, rel=0.1)
+
+
+def test_half_of_the_slices_of_a_stochastic_network_start_from_noise():
+    torch.manual_seed(0)
+    network = MedSegDiff(GaussianDiffusion(4), **STOCHASTIC)
+    timesteps = DrawNoise(network)(batch(4000))[3]["timesteps"]
+    assert timesteps.bincount().tolist() == pytest.approx([500, 500, 500, 2500], rel=0.1)
 
 
 def test_noises_the_truth():
@@ -133,8 +143,7 @@ def test_unknown_noised_mask():
 def step_losses(network, data, **options):
     """Loss and gradient of a training step with options of precision."""
     torch.manual_seed(0)
-    prepare = DrawNoise(1000)
-    image, targets, _, kwargs = prepare(data)
+    image, targets, _, kwargs = DrawNoise(network)(data)
     loss = MultiTaskLoss(network.diffusion)(
         DenoisingInferer("calibration", **options)(image, network, **kwargs), targets
     )
@@ -180,18 +189,17 @@ def test_unknown_amp_dtype():
 
 
 # ---- a stochastic network
-STOCHASTIC = {**TINY, "conditioning": ["highway", "stochastic"]}
-
-
-def test_a_stochastic_network_adds_draws_to_its_outputs():
+def test_a_stochastic_network_adds_draws_and_the_first_mask_to_its_outputs():
     torch.manual_seed(0)
     network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
-    *_, draws = seen_by_denoiser(network, None, batch(4))[1]
+    *_, draws, first_mask = seen_by_denoiser(network, None, batch(4))[1]
     assert draws.shape == (4, 10, 1, 16, 16)
     assert draws.std(dim=1).min() > 0
+    assert first_mask.shape == (4, 1, 16, 16)
     draws.sum().backward()
-    assert network.stochastic_head.spread.weight.grad.abs().sum() > 0
+    assert network.stochastic_head.distribution.weight.grad.abs().min() > 0
     assert network.denoiser.conv_in.conv.weight.grad is None
+    assert network.calibrator.output_block.conv.conv.weight.grad is None
 
 
 def test_a_stochastic_network_noises_the_truth():
@@ -199,28 +207,32 @@ def test_a_stochastic_network_noises_the_truth():
     assert MedSegDiff(GaussianDiffusion(), **TINY).noised_mask == "calibration"
 
 
-def test_the_mask_does_not_train_the_probability():
-    """The calibration map is a probability: no gradient of the mask's loss reaches its own layers."""
+def test_masks_and_probability_have_decoders_of_their_own():
+    """No gradient of the mask reaches the decoder of the probability, and none the reverse."""
     network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
     outputs = seen_by_denoiser(network, None, batch(2))[1]
-    outputs[0].sum().backward(retain_graph=True)
-    own = [*network.calibrator.output_block.parameters(), *network.stochastic_head.parameters()]
-    assert all(parameter.grad is None for parameter in own)
-    assert network.calibrator.input_block.conv1.conv.weight.grad.abs().sum() > 0  # the features are shared
-    outputs[2].sum().backward()
-    assert network.calibrator.output_block.conv.conv.weight.grad.abs().sum() > 0
+    of_mask = [*network.calibrator.upsamples.parameters(), *network.calibrator.output_block.parameters()]
+    of_probability = list(network.stochastic_head.parameters())
+    shared = network.calibrator.input_block.conv1.conv.weight
+    for output, own, other in ((outputs[0], of_mask, of_probability), (outputs[2], of_probability, of_mask)):
+        network.zero_grad()
+        output.sum().backward(retain_graph=True)
+        assert all(parameter.grad is None for parameter in other)
+        assert all(parameter.grad.abs().sum() > 0 for parameter in own)
+        assert shared.grad.abs().sum() > 0
 
 
 def test_the_losses_of_a_stochastic_network():
-    """L_calib is cross entropy, and L_draw is added to what is minimised, but not to the reported L_total."""
+    """L_calib is cross entropy. L_draw and L_first are minimised too, but the reported L_total is without them."""
     network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
-    image, targets, _, kwargs = DrawNoise(1000)(batch(4))
+    image, targets, _, kwargs = DrawNoise(network)(batch(4))
     outputs = DenoisingInferer()(image, network, **kwargs)
     loss = MultiTaskLoss(network.diffusion, tasks=["segmentation"], stochastic=True)
     total, parts = loss(outputs, targets), loss.components
     expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs[2], targets["label"])
     assert torch.allclose(parts["L_calib"], expected)
+    assert torch.allclose(parts["L_first"], loss.mask_loss(outputs[4], targets["label"]))
     assert torch.allclose(parts["L_total"], parts["L_seg"] + parts["L_calib"])
-    assert torch.allclose(total, parts["L_total"] + parts["L_draw"])
+    assert torch.allclose(total, parts["L_total"] + parts["L_draw"] + parts["L_first"])
     loss(outputs[:3], targets)  # as in validation
-    assert "L_draw" not in loss.components
+    assert not {"L_draw", "L_first"} & set(loss.components)

@@ -7,7 +7,7 @@ from monai.data import MetaTensor
 
 from scripts.data.grades import grade_names
 from scripts.data.regions import LabelToRegionsd, RegionCoding
-from scripts.report.tables import GradeTable, grade_row
+from scripts.report.tables import GradeTable, estimates, grade_row
 
 TO_WT = LabelToRegionsd("pred", RegionCoding(["WT"], {"WT": [1]}))
 
@@ -27,9 +27,21 @@ def test_grades_csv(tmp_path, item, evaluate_items):
     ]  # fmt: skip
     assert list(written.columns[4:]) == [
         "prior_LGG", "prior_HGG", "volume_expected_ml_WT", "volume_low_ml_WT", "volume_high_ml_WT",
-        "expected_dice_WT", "sample_dice_WT"
+        "volume_from_WT", "expected_dice_WT", "sample_dice_WT"
     ]  # fmt: skip
     assert written["volume_high_ml_WT"].tolist() == pytest.approx([4 * 4 * 2 * 8 / 1000] * 3)
+
+
+def test_volumes_can_be_those_of_the_samples(item):
+    voxel = 8 / 1000
+    assert estimates(item, ["WT"])["volume_from_WT"] == "levels"
+    sampled = item | {"volumes_from": torch.tensor(1), "sample_volumes": torch.tensor([10.0, 20, 30, 40, 50])}
+    row = estimates(sampled, ["WT"])
+    assert row["volume_from_WT"] == "samples"
+    assert row["volume_expected_ml_WT"] == pytest.approx(30 * voxel)
+    assert row["volume_low_ml_WT"] == pytest.approx(12 * voxel)
+    assert row["volume_high_ml_WT"] == pytest.approx(48 * voxel)
+    assert row["expected_dice_WT"] == estimates(item, ["WT"])["expected_dice_WT"]
 
 
 def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeypatch, evaluate_items):

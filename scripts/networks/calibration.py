@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+VOLUMES_FROM = ("levels", "samples")  # what the volume intervals are read from
 CALIBRATED_FOR = ("foreground", "lesion")  # the voxels on which a temperature of the masks is fitted
 MIN_PROBABILITY = 1e-8  # with a larger bound, a high temperature would turn the background into foreground volume
 
@@ -34,6 +35,7 @@ class Calibration(nn.Module):
             because the loss is weighted by inverse frequency.
         volume_margin: widens the volume interval ``[R]``, in cube roots of ml (or of pixels); infinite without a fit.
         sampling: sampling settings of the fit; empty before the fit.
+        volumes_from: one of :data:`VOLUMES_FROM`: the level sets of the probability, or the samples.
     """
 
     foreground_temperature: torch.Tensor
@@ -52,14 +54,17 @@ class Calibration(nn.Module):
         self.register_buffer("grade_prior", torch.full((num_grades,), 1 / num_grades))
         self.register_buffer("volume_margin", torch.full((num_regions,), math.inf))
         self.sampling: dict[str, Any] = {}
+        self.volumes_from = VOLUMES_FROM[0]
 
     def get_extra_state(self) -> torch.Tensor:
-        """The sampling settings as JSON in 256 bytes: MONAI copies only tensors, and only those of the same shape."""
-        return torch.tensor(list(json.dumps(self.sampling).ljust(256).encode()), dtype=torch.uint8)
+        """What is no number, as JSON in 256 bytes: MONAI copies only tensors, and only those of the same shape."""
+        text = json.dumps(self.sampling | {"volumes_from": self.volumes_from})
+        return torch.tensor(list(text.ljust(256).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Undo :meth:`get_extra_state`."""
         self.sampling = json.loads(bytes(state.tolist()))
+        self.volumes_from = self.sampling.pop("volumes_from", VOLUMES_FROM[0])
 
     def reset(self) -> None:
         """Return to the state before a fit."""

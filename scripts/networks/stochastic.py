@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+
+from scripts.networks.unets import decode
 
 RANK = 10  # of the covariance, as in the paper
 MIN_DEVIATION = 1e-3
@@ -21,33 +23,37 @@ class StochasticHead(nn.Module):
     The factors F join the voxels that an annotator counts together. Draws are made directly, without the covariance
     matrix, whose Cholesky decomposition fails on a uniform background. The marginal probability is the calibration map.
 
+    It decodes the features of the image-only U-Net by itself: what makes a good mask makes no good probability.
+
     Args:
-        in_channels: C, features of a voxel.
+        decoder: decoder of the image-only U-Net's features, with C channels at the end.
+        channels: C.
         num_regions: R.
     """
 
-    def __init__(self, in_channels: int, num_regions: int) -> None:
+    def __init__(self, decoder: nn.ModuleList, channels: int, num_regions: int) -> None:
         super().__init__()
-        self.spread = nn.Conv2d(in_channels, (RANK + 1) * num_regions, kernel_size=1)
+        self.decoder = decoder
+        self.parts = [num_regions, RANK * num_regions, num_regions]
+        self.distribution = nn.Conv2d(channels, sum(self.parts), kernel_size=1)
 
-    def forward(self, mean: torch.Tensor, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Distribution of the logits, by name, as float32.
+    def forward(self, features: Sequence[torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Distribution of the logits, by name, as float32, and the decoded features ``[B, C, H, W]``.
 
         Args:
-            mean: mu ``[B, R, H, W]``.
-            features: ``[B, C, H, W]``.
+            features: of each level of the image-only U-Net ``[B, C', h, w]``.
 
         Returns:
-            ``mean [B, R, H, W]``; ``factors [B, K * R, H, W]`` of rank K; ``deviation [B, R, H, W]``, the square root
-            of d; and ``calib_map [B, R, H, W]``, the logits of the marginal probability E sigmoid(eta), by the
+            ``mean [B, R, H, W]``, mu; ``factors [B, K * R, H, W]`` of rank K; ``deviation [B, R, H, W]``, the square
+            root of d; and ``calib_map [B, R, H, W]``, the logits of the marginal probability E sigmoid(eta), by the
             approximation of MacKay (Neural Computation 1992).
         """
-        mean, spread = mean.float(), self.spread(features).float()
-        factors, diagonal = spread.split([RANK * mean.shape[1], mean.shape[1]], dim=1)
+        decoded = decode(self.decoder, features)
+        mean, factors, diagonal = self.distribution(decoded).float().split(self.parts, dim=1)
         deviation = nn.functional.softplus(diagonal) + MIN_DEVIATION
         variance = factors.square().unflatten(1, (RANK, -1)).sum(dim=1) + deviation.square()
         calib_map = mean / (1 + math.pi / 8 * variance).sqrt()
-        return {"calib_map": calib_map, "mean": mean, "factors": factors, "deviation": deviation}
+        return {"calib_map": calib_map, "mean": mean, "factors": factors, "deviation": deviation}, decoded
 
 
 def spread_noise(count: int, seed: int) -> torch.Tensor:

@@ -9,10 +9,11 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import numpy as np
+import pandas as pd
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
@@ -24,7 +25,7 @@ from scripts.config import InputError, atomic_path
 from scripts.data.grades import class_frequencies
 from scripts.data.split import patient
 from scripts.distributed import gather_from_all
-from scripts.networks.calibration import CALIBRATED_FOR, MIN_PROBABILITY, Calibration
+from scripts.networks.calibration import CALIBRATED_FOR, MIN_PROBABILITY, VOLUMES_FROM, Calibration
 from scripts.report.metrics import grade_losses
 from scripts.report.plots import read_background
 from scripts.report.uncertainty import (
@@ -33,6 +34,7 @@ from scripts.report.uncertainty import (
     expected_calibration_error,
     nonconformity,
     region_of_interest,
+    sampled_volume,
     size_unit,
     true_masks,
 )
@@ -146,6 +148,22 @@ def conformal_margin(scores: Sequence[float], patients: Sequence[str]) -> float:
     return float(np.asarray(scores)[order][reached][0])
 
 
+class Volume(NamedTuple):
+    """True volume of one mask, in ml or pixels, and what predicts it."""
+
+    curve: np.ndarray  # see volume_curve
+    sampled: dict[str, float]  # see sampled_volume; empty without samples
+    true: float
+    patient: str
+
+    def score(self, volumes_from: str, temperature: float) -> float:
+        """:func:`nonconformity` of the interval that is not corrected; ``temperature`` scales the probability."""
+        if volumes_from == "samples":
+            return nonconformity(self.sampled["low"], self.sampled["high"], self.true)
+        low, high = (volume_at(self.curve, level, temperature) for level in LEVELS)
+        return nonconformity(low, high, self.true)
+
+
 class CalibrationFit:
     """Evaluation handler that fits the :class:`~scripts.networks.calibration.Calibration` of a checkpoint.
 
@@ -195,7 +213,7 @@ class CalibrationFit:
         network: Any = engine.network
         network.calibration.reset()  # the fit needs probabilities that are not calibrated
         self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
-        self.volumes: dict[str, list[tuple[np.ndarray, float, str]]] = defaultdict(list)
+        self.volumes: dict[str, list[Volume]] = defaultdict(list)
         self.grades: list[tuple[list[float], int, str]] = []
         self.rng = np.random.default_rng(0)
 
@@ -207,11 +225,17 @@ class CalibrationFit:
                 prob, pred = (np.asarray(item[key][channel].cpu()) for key in ("prob", "pred"))
                 truths = true_masks(item, channel)
                 lesion = region_of_interest(pred > 0, np.any(truths, axis=0))
+                sampled = {}
+                if "sample_volumes" in item:
+                    sampled = sampled_volume(item["sample_volumes"][channel :: len(self.regions)])
                 for label in truths:
                     self._keep(region, "foreground", prob[foreground], label[foreground], name)
                     self._keep(region, "lesion", prob[lesion], label[lesion], name)
                     size = size_unit(item).voxel
-                    self.volumes[region].append((volume_curve(prob) * size, float(label.sum()) * size, name))
+                    bounds = {kind: value * size for kind, value in sampled.items()}
+                    self.volumes[region].append(
+                        Volume(volume_curve(prob) * size, bounds, float(label.sum()) * size, name)
+                    )
             if int(item["grade"]) >= 0 and "grade_prob" in item:
                 self.grades.append((torch.as_tensor(item["grade_prob"]).tolist(), int(item["grade"]), name))
 
@@ -233,10 +257,7 @@ class CalibrationFit:
             scores, (temperature,) = _fit(probs, truths, patients, fit_temperature, voxel_scores)
             new.get_buffer(f"{voxels}_temperature")[self.regions.index(region)] = temperature
             report[region][voxels] = {"temperature": temperature, **scores}
-        for channel, region in enumerate(self.regions):
-            margin = self._margin(region, float(new.foreground_temperature[channel]))
-            new.volume_margin[channel] = margin
-            report[region]["volume_margin"] = None if math.isinf(margin) else margin
+        self._fit_volumes(new, report)
         if fitted := self._fit_grades(new):
             report["grade"] = fitted
         if idist.get_rank() == 0:
@@ -247,20 +268,33 @@ class CalibrationFit:
                 path.write_text(json.dumps(report, indent=1), encoding="utf-8")
             logger.info("\n" + json.dumps(report, indent=1))
 
-    def _margin(self, region: str, temperature: float) -> float:
-        """Conformal margin of a region's volumes, whose probabilities are scaled by ``temperature``."""
-        curves, true, patients = map(list, zip(*gather_from_all(self.volumes[region]), strict=True))
-        scores = [
-            nonconformity(volume_at(curve, LEVELS[0], temperature), volume_at(curve, LEVELS[1], temperature), volume)
-            for curve, volume in zip(curves, true, strict=True)
-        ]
-        margin = conformal_margin(scores, patients)
-        if math.isinf(margin):
-            logger.warning(
-                f"{len(set(patients))} patients are too few for intervals of the volume of '{region}': 9 are needed. "
-                "None will be given; raise validation_share"
-            )
-        return margin
+    def _fit_volumes(self, new: Calibration, report: dict[str, Any]) -> None:
+        """Choose what the volume intervals are read from, and fit their margins.
+
+        The choice is the source whose uncorrected intervals hold a share of the volumes that is nearest to 90 %.
+        """
+        volumes = {region: gather_from_all(self.volumes[region]) for region in self.regions}
+        patients = {region: [volume.patient for volume in found] for region, found in volumes.items()}
+        sources = VOLUMES_FROM if all(volume.sampled for volume in volumes[self.regions[0]]) else VOLUMES_FROM[:1]
+        scores = {
+            (name, region): [volume.score(name, float(temperature)) for volume in volumes[region]]
+            for name in sources
+            for region, temperature in zip(self.regions, new.foreground_temperature, strict=True)
+        }
+        held = {(name, region): held_share(found, patients[region]) for (name, region), found in scores.items()}
+        distance = {name: sum(abs(held[name, region] - COVERAGE) for region in self.regions) for name in sources}
+        new.volumes_from = min(sources, key=distance.__getitem__)
+        for channel, region in enumerate(self.regions):
+            margin = conformal_margin(scores[new.volumes_from, region], patients[region])
+            new.volume_margin[channel] = margin
+            report[region]["volume_margin"] = None if math.isinf(margin) else margin
+            report[region]["volumes_from"] = new.volumes_from
+            report[region]["volume_coverage"] = {name: held[name, region] for name in sources}
+            if math.isinf(margin):
+                logger.warning(
+                    f"{len(set(patients[region]))} patients are too few for intervals of the volume of '{region}': 9 "
+                    "are needed. None will be given; raise validation_share"
+                )
 
     def _fit_grades(self, new: Calibration) -> dict[str, Any]:
         """Fit the grades, write the result into ``new``, and return what is reported; empty without grades."""
@@ -280,6 +314,11 @@ class CalibrationFit:
         new.grade_prior.copy_(torch.as_tensor(self.prior))
         fitted = {"temperature": temperature, "bias": list(map(float, bias)), "prior": list(map(float, self.prior))}
         return fitted | scores
+
+
+def held_share(scores: Sequence[float], patients: Sequence[str]) -> float:
+    """Share of the volumes inside of their intervals (:func:`nonconformity` up to 0); every patient counts equally."""
+    return float(pd.Series(scores).le(1e-6).groupby(list(patients)).mean().mean())
 
 
 def volume_curve(prob: np.ndarray) -> np.ndarray:

@@ -16,8 +16,9 @@ from monai.engines.workflow import Workflow
 from scripts.config import atomic_path
 from scripts.data.grades import grade_names
 from scripts.distributed import gather_from_all
+from scripts.networks.calibration import VOLUMES_FROM
 from scripts.report.plots import read_background, write_overlay
-from scripts.report.uncertainty import size_unit, volume_estimate, volume_interval
+from scripts.report.uncertainty import sampled_volume, size_unit, volume_estimate, volume_interval
 from scripts.sampling.probability import temperature_scaled
 
 
@@ -92,25 +93,31 @@ def grade_columns(item: Mapping[str, Any], grades: Sequence[str], kind: str = "p
     return {f"{kind}_{name}": value for name, value in zip(grades, values, strict=True)}
 
 
-def estimates(item: Mapping[str, Any], regions: Sequence[str]) -> dict[str, float]:
+def estimates(item: Mapping[str, Any], regions: Sequence[str]) -> dict[str, Any]:
     """What is known of each region without the truth: volumes, expected Dice, agreement of the samples.
 
+    The calibration decides whether the volumes are those of level sets of the probability or those of the samples.
+
     Args:
-        item: an evaluated item.
+        item: an evaluated item; ``sample_volumes [N * R]`` are needed if the volumes are those of the samples.
         regions: names of its channels.
     """
-    row: dict[str, float] = {}
+    row: dict[str, Any] = {}
     size = size_unit(item)
+    volumes_from = VOLUMES_FROM[int(item["volumes_from"])]
     for channel, region in enumerate(regions):
         # volumes need the calibration of the foreground; that of the lesion raises the whole background
         temperature = torch.as_tensor(item["volume_temperature"][channel])
         prob = temperature_scaled(torch.as_tensor(item["prob"][channel]), temperature)
         found = volume_estimate(prob.cpu().numpy())
+        if volumes_from == "samples":
+            found |= sampled_volume(item["sample_volumes"][channel :: len(regions)])
         low, high = volume_interval(
             found["low"] * size.voxel, found["high"] * size.voxel, float(item["volume_margin"][channel])
         )
         values = {"expected": found["expected"] * size.voxel, "low": low, "high": high}
         row |= {size.column("", kind, region): value for kind, value in values.items()}
+        row[f"{size.name}_from_{region}"] = volumes_from
         row[f"expected_dice_{region}"] = found["dice"]
         row[f"sample_dice_{region}"] = float(item["sample_dice"][channel])
     return row

@@ -16,7 +16,7 @@ from scripts.data.pictures import is_picture
 
 DILATION = 3  # voxels
 COVERAGE = np.linspace(0.01, 1, 100)
-LEVELS = (0.95, 0.05)  # of the level sets that bound the volume
+LEVELS = (0.95, 0.05)  # of the level sets that bound the volume; the quantiles of samples are the same numbers
 
 
 def region_of_interest(pred: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -97,6 +97,13 @@ def volume_interval(low: float, high: float, margin: float) -> tuple[float, floa
         return math.nan, math.nan
     widened = np.maximum(np.cbrt([low, high]) + np.array([-margin, margin]), 0) ** 3
     return float(widened[0]), float(max(widened))
+
+
+def sampled_volume(volumes: torch.Tensor) -> dict[str, float]:
+    """Mean (``expected``), 5 % quantile (``low``) and 95 % quantile (``high``) of the volumes of samples ``[N]``."""
+    values = np.asarray(volumes.cpu(), float)
+    low, high = np.quantile(values, LEVELS[::-1])
+    return {"expected": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def volume_estimate(prob: np.ndarray) -> dict[str, float]:

@@ -14,7 +14,7 @@ from scripts.config import InputError
 from scripts.diffusion.samplers import make_sampler
 from scripts.diffusion.schedule import timestep_pairs
 from scripts.networks.base import SegmentationNetwork
-from scripts.networks.calibration import CALIBRATED_FOR, Calibration
+from scripts.networks.calibration import CALIBRATED_FOR, VOLUMES_FROM, Calibration
 from scripts.networks.stochastic import DISTRIBUTION, draw_logits, spread_noise
 from scripts.sampling.ensemble import FUSIONS, fuse, pairwise_dice
 from scripts.sampling.probability import area_weighted_mean, entropy_bits, temperature_scaled
@@ -52,7 +52,7 @@ class VolumeInferer(Inferer):
         fusion: how samples become one mask: ``mean``, ``majority`` or ``staple``.
         calibrated_for: the voxels whose temperature is applied, ``foreground`` (not 0 in the image) or ``lesion``.
         grade_prior: frequency of each grade among the subjects; None takes those that the network was calibrated with.
-        keep_samples: also return the samples.
+        keep_samples: return the samples even if no volume is read from them.
 
     Raises:
         InputError: for a number below 1, more samples than fit in a batch, an unknown name, or a prior that is no list
@@ -123,10 +123,11 @@ class VolumeInferer(Inferer):
             stochastic network, which also has ``seg_prob``, the mean of the samples; ``uncertainty``, the entropy of
             ``prob`` in bits; ``variance`` over the samples, if there are several; ``calib_prob``, the calibration map
             as a probability, if there is one and it is not ``prob``; ``samples [B, N * R, H, W, S]``, sample by sample,
-            with ``keep_samples``. Values: ``sample_dice [B, R]``, the mean Dice of pairs of samples, NaN for one
+            if they are needed. Values: ``sample_dice [B, R]``, the mean Dice of pairs of samples, NaN for one
             sample; ``volume_temperature [B, R]``, which scales ``prob`` to the calibration of the foreground;
-            ``volume_margin [B, R]``, see :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``,
-            calibrated, and ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading.
+            ``volume_margin [B, R]`` and ``volumes_from [B]``, a position in ``VOLUMES_FROM``, see
+            :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``, calibrated, and
+            ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading.
         """
         results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
         output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
@@ -164,6 +165,7 @@ class VolumeInferer(Inferer):
             "sample_dice": pairwise_dice(samples),
             "volume_temperature": calibration.foreground_temperature / temperature,
             "volume_margin": calibration.volume_margin,
+            "volumes_from": torch.tensor(VOLUMES_FROM.index(calibration.volumes_from)),
         }
         if grades:
             area = (mean[..., filled] > 0.5).sum(dim=(0, 1, 2))
@@ -173,7 +175,8 @@ class VolumeInferer(Inferer):
         result |= {"variance": samples.var(dim=0)} if self.num_samples > 1 else {}
         if calib_prob is not None:
             result |= {"calib_prob": calib_prob} if raw is mean else {"seg_prob": mean}
-        return result | ({"samples": samples.flatten(0, 1)} if self.keep_samples else {})
+        needed = self.keep_samples or calibration.volumes_from == "samples"
+        return result | ({"samples": samples.flatten(0, 1)} if needed else {})
 
     def calibration_of(self, network: SegmentationNetwork) -> Calibration:
         """The network's calibration, or one without effect if it was fitted with other sampling settings."""

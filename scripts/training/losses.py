@@ -80,8 +80,9 @@ class MultiTaskLoss(nn.Module):
     regression loss, because Dice through x_0 = (x_t - ...) / sqrt(abar) has a gradient 158 times too large at T - 1.
     L_calib = Dice + lambda focal of the calibration map, added to L_seg before the weighting. In a stochastic network
     it is the cross entropy, so that the map is a probability.
-    L_draw = negative log-likelihood of the true mask under masks that a stochastic network draws, per voxel (Monteiro
-    et al., NeurIPS 2020). It is added to L_total with weight 1. The reported L_total is without it, as in validation.
+    A stochastic network has two further losses, which are added to L_total with weight 1. The reported L_total is
+    without them, as in validation. L_draw = negative log-likelihood of the true mask under drawn masks, per voxel
+    (Monteiro et al., NeurIPS 2020). L_first = Dice + lambda focal of the first mask.
     L_cls = focal loss (gamma 2) with class weights alpha, over the slices with foreground of subjects with a grade, and
     over all slices of a subject with a grade whose whole mask is empty. It is left out of a batch without such a slice.
     The weighting treats Dice + focal and L_cls as classifications, and the regression loss as a regression.
@@ -142,12 +143,12 @@ class MultiTaskLoss(nn.Module):
 
         Args:
             outputs: ``(seg_logits [B, R, ...], cls_logits [B, K] or None, calib_map [B, R, ...] or None)``, and in
-                training perhaps draws of masks ``[B, N, R, ...]``, as logits.
+                the training of a stochastic network drawn masks ``[B, N, R, ...]`` and the first mask ``[B, R, ...]``,
+                as logits.
             targets: ``label [B, R, ...]`` of 0 and 1, ``grade [B]`` with -1 for unknown, and perhaps ``empty [B]``
                 (the subject's whole mask is empty) and, in training, ``timesteps [B]``.
         """
-        seg_logits, cls_logits, calib_map, *drawn = outputs
-        draws = drawn[0] if drawn else None
+        seg_logits, cls_logits, calib_map, *further = outputs
         assert seg_logits is not None
         seg_logits, label = seg_logits.float(), targets["label"].float()
         if self.diffusion.prediction_type == "sample" or "timesteps" not in targets:
@@ -164,9 +165,13 @@ class MultiTaskLoss(nn.Module):
             if loss_cls is not None:
                 components["L_cls"] = task_losses["grading"] = loss_cls
         components["L_total"] = total = self._total(task_losses, cls_logits)
-        if draws is not None and "segmentation" in self.tasks:
+        if further and "segmentation" in self.tasks:
+            draws, first_mask = further
+            assert draws is not None
+            assert first_mask is not None
             components["L_draw"] = negative_log_likelihood(draws.float(), label)
-            total = total + components["L_draw"]
+            components["L_first"] = self.mask_loss(first_mask.float(), label)
+            total = total + components["L_draw"] + components["L_first"]
         self.components = {name: value.detach() for name, value in components.items()}
         return total
 

@@ -22,12 +22,15 @@ NUM_DRAWS = 10  # masks that are drawn per slice, for their likelihood
 class DrawNoise(PrepareBatch):
     """Draw uniform timesteps and normal noise for a batch.
 
+    A stochastic network gets T - 1 in a random half of the slices: its best mask starts there, from pure noise.
+
     Args:
-        num_train_timesteps: T; the timesteps are 0 to T - 1.
+        network: gives the number of timesteps T, which are 0 to T - 1.
     """
 
-    def __init__(self, num_train_timesteps: int) -> None:
-        self.num_train_timesteps = num_train_timesteps
+    def __init__(self, network: SegmentationNetwork) -> None:
+        self.num_train_timesteps = network.diffusion.num_train_timesteps
+        self.stochastic = network.is_stochastic
 
     def __call__(  # type: ignore[override]
         self,
@@ -41,7 +44,10 @@ class DrawNoise(PrepareBatch):
             torch.as_tensor(batchdata[key]).to(device=device, non_blocking=non_blocking, **kwargs)
             for key in ("image", "label", "grade", "empty")
         )
-        timesteps = torch.randint(self.num_train_timesteps, (len(image),)).to(image.device)
+        timesteps = torch.randint(self.num_train_timesteps, (len(image),))
+        if self.stochastic:
+            timesteps[torch.rand(len(image)) < 0.5] = self.num_train_timesteps - 1
+        timesteps = timesteps.to(image.device)
         targets = {"label": label, "grade": grade, "empty": empty, "timesteps": timesteps}
         targets["subject"] = batchdata["subject"]
         return image, targets, (), {"label": label, "noise": torch.randn_like(label), "timesteps": timesteps}
@@ -88,7 +94,7 @@ class DenoisingInferer(Inferer):
     ) -> tuple:
         """Outputs of the network for ``inputs [B, M, H, W]``, ``label, noise [B, R, H, W]`` and ``timesteps [B]``.
 
-        A stochastic network adds drawn masks ``[B, N, R, H, W]``, as logits.
+        A stochastic network adds drawn masks ``[B, N, R, H, W]`` and the first mask ``[B, R, H, W]``, as logits.
         """
         with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp):
             return self._denoise(inputs, network, label, noise, timesteps)
@@ -126,7 +132,7 @@ class DenoisingInferer(Inferer):
             return outputs
         common = torch.randn(len(inputs), NUM_DRAWS, RANK, device=inputs.device)
         own = torch.randn(len(inputs), NUM_DRAWS, *label.shape[1:], device=inputs.device)
-        return *outputs, draw_logits(condition, common, own)
+        return *outputs, draw_logits(condition, common, own), condition["first_mask"]
 
     def check(self, network: SegmentationNetwork) -> None:
         """Raise InputError if the network has no calibration map to add noise to. Called before volumes are read."""
