@@ -28,6 +28,8 @@ from scripts.diffusion.schedule import GaussianDiffusion  # noqa: E402
 from scripts.net import MedSegDiff  # noqa: E402
 from scripts.networks.unets import ImageUNet  # noqa: E402
 from scripts.report.annotators import crps, energy_distance, mean_distance, quantile_coverage  # noqa: E402
+from scripts.report.calibration import COVERAGE, conformal_margin  # noqa: E402
+from scripts.report.uncertainty import LEVELS, nonconformity  # noqa: E402
 from scripts.sampling.inferer import VolumeInferer  # noqa: E402
 from scripts.tools.phantom_pictures import GREY, KINDS, draw_masks, make_picture  # noqa: E402
 from scripts.training.losses import MultiTaskLoss  # noqa: E402
@@ -38,6 +40,7 @@ CHANNELS = [16, 32, 64]
 LEARNING_RATE = 1e-3
 STEPS = 1200
 PICTURES = 60
+CALIBRATED = 30  # further pictures, to which the intervals of the area are fitted
 
 
 def main() -> None:
@@ -54,8 +57,10 @@ def main() -> None:
         rows: list[dict] = []
         for seed in args.seeds:
             network = train_network(kind, seed, args.steps)
-            rows += judge(kind, seed, args.pictures, network, train_plain(kind, seed, args.steps))
-        print(f"\n{kind}\n{markdown(summary(pd.DataFrame(rows)))}", flush=True)
+            rows += judge(kind, seed, args.pictures + CALIBRATED, network, train_plain(kind, seed, args.steps))
+        table = pd.DataFrame(rows)
+        print(f"\n{kind}\n{markdown(summary(table[table['picture'] < args.pictures]))}")
+        print(intervals(table, args.pictures), flush=True)
     if args.plot:
         plot(kind, network, args.plot)
 
@@ -67,6 +72,25 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     against = ged.sub(ged["level sets"], axis=0)
     means["ged - level sets"], means["standard error"] = against.mean(), against.sem()
     return means.reset_index()
+
+
+def intervals(rows: pd.DataFrame, pictures: int) -> str:
+    """How many areas lie in their 90 % interval, which is chosen and widened as ``calibrate.yaml`` does it.
+
+    Both are fitted to the pictures from number ``pictures`` on, by one annotator each, and judged on the others.
+    """
+    sources = rows[rows["method"].isin(["level sets", "1 evaluations"])]
+    fitted = sources[sources["picture"] >= pictures]
+    held = fitted.groupby("method")["outside"].agg(lambda found: np.mean([values[0] <= 0 for values in found]))
+    chosen = (held - COVERAGE).abs().idxmin()
+    shares = []
+    for _, found in sources[sources["method"] == chosen].groupby("seed"):
+        calibrated = found[found["picture"] >= pictures]
+        scores = [values[0] for values in calibrated["outside"]]
+        margin = conformal_margin(scores, [str(picture) for picture in calibrated["picture"]])
+        judged = np.stack(found[found["picture"] < pictures]["outside"])
+        shares.append((judged <= margin).mean())
+    return f"calibrated 90 % interval of the area, from {chosen}: holds {np.mean(shares):.3f} ({np.round(shares, 3)})"
 
 
 def judge(kind: str, seed: int, pictures: int, network: MedSegDiff, plain: ImageUNet) -> list[dict]:
@@ -138,12 +162,14 @@ def methods(network: MedSegDiff, plain: ImageUNet, image: torch.Tensor, index: i
 def scores(masks: np.ndarray, prob: np.ndarray | None, truth: np.ndarray) -> dict[str, float]:
     """Scores of masks ``[n, V]``, and of a probability ``[V]``, against drawn annotators ``[m, V]``."""
     volumes, expected = masks.sum(axis=1).astype(float), truth.sum(axis=1).astype(float)
+    bounds = np.quantile(volumes, LEVELS[::-1])
     return {
         "ged": energy_distance(masks, truth),
         "diversity": mean_distance(masks),
         "crps of the area": crps(volumes, expected),
         "90 % interval holds": quantile_coverage(volumes, expected),
         "sd of the area": float(volumes.std()),
+        "outside": [nonconformity(*bounds, area) for area in expected],
         "brier": np.nan if prob is None else float(np.square(prob - truth.mean(axis=0)).mean()),
     }
 

@@ -54,7 +54,8 @@ class MedSegDiff(SegmentationNetwork):
             Bits).
 
     Raises:
-        InputError: for an unknown variant or module, or an unusable list of channels.
+        InputError: for an unknown variant or module, an unusable list of channels, or a stochastic network with another
+            prediction type than the mask.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class MedSegDiff(SegmentationNetwork):
         self.has_calib_map = bool(image_channels)
         self.calibrator = ImageUNet(in_channels, out_channels, image_channels) if image_channels else None
         self.is_stochastic = STOCHASTIC in resolved.conditioning
+        if self.is_stochastic and diffusion.prediction_type != "sample":
+            raise InputError(f"conditioning 'stochastic' needs prediction_type=sample, not {diffusion.prediction_type}")
         width = resolved.channels[0] if self.is_stochastic else 0
         if self.calibrator is not None and self.is_stochastic:
             self.stochastic_head = StochasticHead(self.calibrator.second_decoder(), image_channels[0], out_channels)

@@ -291,7 +291,7 @@ def test_train_evaluate_and_save_samples(places, tmp_path):
     keys = {"dataset_dir": str(places), "ckpt_dir": str(tmp_path), "num_folds": 3, "num_samples": 4}
     keys |= {"validation_share": 0.25, "max_epochs": 1}
     run_configs(files, output_dir=str(tmp_path / "train"), **keys)
-    assert {"L_calib", "L_draw", "L_first"} <= set(pd.read_csv(tmp_path / "train" / "metrics.csv").columns)
+    assert {"L_calib", "L_draw", "L_first", "L_sample"} <= set(pd.read_csv(tmp_path / "train" / "metrics.csv").columns)
     run_configs([*files, "evaluate.yaml"], output_dir=str(tmp_path / "evaluate"), **keys)
     scores = json.loads((tmp_path / "evaluate" / "summary.json").read_text())["annotators"]["lesion"]
     table = pd.read_csv(tmp_path / "evaluate" / "subjects.csv")

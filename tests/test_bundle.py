@@ -54,7 +54,7 @@ def test_training_writes_what_the_docs_name(trained):
     table = pd.read_csv(trained / "metrics.csv")
     assert list(table.columns) == [
         "epoch", "split", "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_draw",
-        "L_first", "L_cls", "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm",
+        "L_first", "L_sample", "L_cls", "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm",
         "learning_rate", "seconds",
     ]  # fmt: skip
     assert table["split"].tolist() == ["train", "validation"] * 2
@@ -349,6 +349,10 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
         ({"conditioning": ["ff_parsers"]}, "conditioning=.*must be a list of names"),
         ({"conditioning": ["anchor"]}, "conditioning=.*add it"),
         ({"conditioning": ["stochastic"]}, "conditioning=.*'stochastic'.*add it"),
+        (
+            {"conditioning": ["highway", "stochastic"], "prediction_type": "epsilon"},
+            "'stochastic' needs prediction_type",
+        ),
         (
             {"conditioning": [], "train::inferer::noised_mask": "calibration"},
             "noised_mask='calibration' needs 'highway'",

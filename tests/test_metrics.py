@@ -88,8 +88,8 @@ def test_three_grades_one_against_the_rest():
 
 def test_columns_follow_the_grades():
     assert epoch_columns(TWO) == [
-        "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_draw", "L_first", "L_cls",
-        "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm",
+        "dice", "iou", "auc", "f1", "f1_LGG", "f1_HGG", "accuracy", "L_seg", "L_calib", "L_draw", "L_first",
+        "L_sample", "L_cls", "L_total", "sigma_seg", "sigma_cls", "alpha_LGG", "alpha_HGG", "grad_norm",
     ]  # fmt: skip
     three = {"G2": 0, "G3": 1, "G4": 2}
     assert {"f1_G4", "alpha_G2", "alpha_G4"} <= set(epoch_columns(three))

@@ -189,13 +189,22 @@ def test_unknown_amp_dtype():
 
 
 # ---- a stochastic network
-def test_a_stochastic_network_adds_draws_and_the_first_mask_to_its_outputs():
+def test_what_a_stochastic_network_adds_to_its_outputs():
     torch.manual_seed(0)
     network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
-    *_, draws, first_mask = seen_by_denoiser(network, None, batch(4))[1]
-    assert draws.shape == (4, 10, 1, 16, 16)
+    calls, (seg_logits, cls_logits, calib_map, draws, first_mask, second), kwargs = seen_by_denoiser(
+        network, None, batch(8)
+    )
+    assert seg_logits.shape == calib_map.shape == first_mask.shape == (8, 1, 16, 16)
+    assert cls_logits.shape == (8, 2)
+    assert draws.shape == (8, 10, 1, 16, 16)
     assert draws.std(dim=1).min() > 0
-    assert first_mask.shape == (4, 1, 16, 16)
+    again = kwargs["timesteps"] < 999
+    assert 0 < again.sum() < 8
+    ((x_t, timesteps, *_),) = calls
+    assert torch.equal(timesteps[8:], kwargs["timesteps"][again])
+    assert not torch.equal(x_t[8:], x_t[:8][again])
+    assert second.shape == seg_logits[again].shape
     draws.sum().backward()
     assert network.stochastic_head.distribution.weight.grad.abs().min() > 0
     assert network.denoiser.conv_in.conv.weight.grad is None
@@ -223,16 +232,50 @@ def test_masks_and_probability_have_decoders_of_their_own():
 
 
 def test_the_losses_of_a_stochastic_network():
-    """L_calib is cross entropy. L_draw and L_first are minimised too, but the reported L_total is without them."""
+    """L_calib is cross entropy. The other losses are minimised too, but the reported L_total is without them."""
+    torch.manual_seed(0)
     network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
-    image, targets, _, kwargs = DrawNoise(network)(batch(4))
+    image, targets, _, kwargs = DrawNoise(network)(batch(8))
     outputs = DenoisingInferer()(image, network, **kwargs)
     loss = MultiTaskLoss(network.diffusion, tasks=["segmentation"], stochastic=True)
     total, parts = loss(outputs, targets), loss.components
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs[2], targets["label"])
-    assert torch.allclose(parts["L_calib"], expected)
-    assert torch.allclose(parts["L_first"], loss.mask_loss(outputs[4], targets["label"]))
+    label, from_noise = targets["label"], targets["timesteps"] == 999
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(outputs[2], label)
+    sampled = loss.energy_score(outputs[0][~from_noise], outputs[5], label[~from_noise])
+    assert torch.allclose(parts["L_seg"], loss.mask_loss(outputs[0][from_noise], label[from_noise]))
+    assert torch.allclose(parts["L_calib"], entropy)
+    assert torch.allclose(parts["L_first"], loss.mask_loss(outputs[4], label))
+    assert torch.allclose(parts["L_sample"], sampled)
     assert torch.allclose(parts["L_total"], parts["L_seg"] + parts["L_calib"])
-    assert torch.allclose(total, parts["L_total"] + parts["L_draw"] + parts["L_first"])
+    assert torch.allclose(total, sum(parts[name] for name in ("L_total", "L_draw", "L_first", "L_sample")))
     loss(outputs[:3], targets)  # as in validation
-    assert not {"L_draw", "L_first"} & set(loss.components)
+    assert not {"L_draw", "L_first", "L_sample"} & set(loss.components)
+
+
+@pytest.mark.parametrize("timestep", [0, 999])
+def test_batches_without_one_of_the_two_roles(timestep):
+    network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
+    image, targets, _, kwargs = DrawNoise(network)(batch(2))
+    targets["timesteps"] = kwargs["timesteps"] = torch.full((2,), timestep)
+    loss = MultiTaskLoss(network.diffusion, stochastic=True)
+    loss(DenoisingInferer()(image, network, **kwargs), targets).backward()
+    assert ("L_seg" in loss.components) == (timestep == 999)
+    assert (loss.components["L_sample"] == 0) == (timestep == 999)
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+def test_the_energy_score_is_lowest_for_the_distribution_of_the_truth():
+    """Two masks, each the truth in half of the cases: samples of both beat the same mask twice, and their mean."""
+    one, two = torch.zeros(2, 1, 1, 8, 8)
+    one[..., :4], two[..., 4:] = 1, 1
+    loss = MultiTaskLoss(GaussianDiffusion(), stochastic=True)
+
+    def expected(samples):
+        pairs = [(first, second, label) for first in samples for second in samples for label in (one, two)]
+        first, second, label = (torch.cat(part) for part in zip(*pairs, strict=True))
+        return loss.energy_score(torch.logit(first, 1e-6), torch.logit(second, 1e-6), label)
+
+    both, always, mean = (expected(samples) for samples in ([one, two], [one], [(one + two) / 2]))
+    assert both < always - 0.1
+    assert both < mean - 0.1
+    assert expected([torch.zeros_like(one)]) > both

@@ -22,7 +22,7 @@ from scripts.training.losses import MultiTaskLoss, graded_slices
 warnings.filterwarnings("ignore", message=".*get_mask_edges:always_return_as_numpy", category=FutureWarning)
 
 EPOCH_PANELS = {  # the learning curves
-    "losses": ["L_seg", "L_calib", "L_draw", "L_first", "L_cls", "L_total"],
+    "losses": ["L_seg", "L_calib", "L_draw", "L_first", "L_sample", "L_cls", "L_total"],
     "Dice and IoU": ["dice", "iou"],
     "grading per subject": ["auc", "f1", "accuracy"],
     "sigma": ["sigma_seg", "sigma_cls"],
@@ -35,8 +35,9 @@ def epoch_columns(grade_labels: Mapping[str, int]) -> list[str]:
     """Columns of the epoch table of segmentation and grading."""
     names = grade_names(grade_labels)
     return [
-        *("dice", "iou", *grading_columns(names), "L_seg", "L_calib", "L_draw", "L_first", "L_cls", "L_total"),
-        *("sigma_seg", "sigma_cls"),
+        *("dice", "iou", *grading_columns(names)),
+        *EPOCH_PANELS["losses"],
+        *EPOCH_PANELS["sigma"],
         *(f"alpha_{name}" for name in names),
         "grad_norm",
     ]

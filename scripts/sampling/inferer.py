@@ -21,7 +21,7 @@ from scripts.sampling.probability import area_weighted_mean, entropy_bits, tempe
 
 logger = logging.getLogger(__name__)
 
-START = 0.6  # share of the diffusion steps: less noise keeps what is wrong with the draw, more forgets the draw
+START = 0.5  # share of the diffusion steps: less noise keeps what is wrong with the draw, more forgets the draw
 MAPS = {"pred", "prob", "uncertainty", "variance", "calib_prob", "seg_prob", "samples"}  # results that are volumes
 BATCH_PIXELS = 128**2  # of a slice, up to which sampling_batch_size is used in full
 

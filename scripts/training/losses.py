@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import ignite.distributed as idist
 import torch
-from monai.losses import DiceFocalLoss, FocalLoss
+from monai.losses import DiceFocalLoss, DiceLoss, FocalLoss
 from torch import nn
 
 from scripts.config import InputError
@@ -80,9 +80,11 @@ class MultiTaskLoss(nn.Module):
     regression loss, because Dice through x_0 = (x_t - ...) / sqrt(abar) has a gradient 158 times too large at T - 1.
     L_calib = Dice + lambda focal of the calibration map, added to L_seg before the weighting. In a stochastic network
     it is the cross entropy, so that the map is a probability.
-    A stochastic network has two further losses, which are added to L_total with weight 1. The reported L_total is
-    without them, as in validation. L_draw = negative log-likelihood of the true mask under drawn masks, per voxel
-    (Monteiro et al., NeurIPS 2020). L_first = Dice + lambda focal of the first mask.
+    The L_seg of a stochastic network is that of the slices that start from pure noise. It has three further losses,
+    which are added to L_total with weight 1. The reported L_total is without them, as in validation.
+    L_draw = negative log-likelihood of the true mask under drawn masks, per voxel (Monteiro et al., NeurIPS 2020).
+    L_first = Dice + lambda focal of the first mask.
+    L_sample = energy score of two samples of the other slices (:meth:`energy_score`).
     L_cls = focal loss (gamma 2) with class weights alpha, over the slices with foreground of subjects with a grade, and
     over all slices of a subject with a grade whose whole mask is empty. It is left out of a batch without such a slice.
     The weighting treats Dice + focal and L_cls as classifications, and the regression loss as a regression.
@@ -127,6 +129,8 @@ class MultiTaskLoss(nn.Module):
         self.calib_weight = calib_weight
         self.mask_loss = DiceFocalLoss(sigmoid=True, batch=True, gamma=seg_gamma, lambda_focal=lambda_focal)
         self.stochastic = stochastic
+        # smoothed by a voxel: without it, the loss of an empty slice has no gradient
+        self.distance = DiceLoss(jaccard=True, squared_pred=True, smooth_nr=1.0, smooth_dr=1.0)
         self.cls_loss = FocalLoss(
             to_onehot_y=True, use_softmax=True, gamma=cls_gamma, weight=list(alpha), reduction="none"
         )
@@ -143,37 +147,56 @@ class MultiTaskLoss(nn.Module):
 
         Args:
             outputs: ``(seg_logits [B, R, ...], cls_logits [B, K] or None, calib_map [B, R, ...] or None)``, and in
-                the training of a stochastic network drawn masks ``[B, N, R, ...]`` and the first mask ``[B, R, ...]``,
-                as logits.
+                the training of a stochastic network the logits that :class:`~scripts.training.steps.DenoisingInferer`
+                adds.
             targets: ``label [B, R, ...]`` of 0 and 1, ``grade [B]`` with -1 for unknown, and perhaps ``empty [B]``
                 (the subject's whole mask is empty) and, in training, ``timesteps [B]``.
         """
         seg_logits, cls_logits, calib_map, *further = outputs
         assert seg_logits is not None
         seg_logits, label = seg_logits.float(), targets["label"].float()
-        if self.diffusion.prediction_type == "sample" or "timesteps" not in targets:
-            loss_seg = self.mask_loss(seg_logits, label)
+        components: dict[str, torch.Tensor] = {}
+        if further:
+            from_noise = targets["timesteps"] == self.diffusion.num_train_timesteps - 1
+            if from_noise.any():
+                components["L_seg"] = self.mask_loss(seg_logits[from_noise], label[from_noise])
+        elif self.diffusion.prediction_type == "sample" or "timesteps" not in targets:
+            components["L_seg"] = self.mask_loss(seg_logits, label)
         else:
-            loss_seg = self.diffusion.regression_loss(seg_logits, 2 * label - 1, targets["timesteps"])
-        components = {"L_seg": loss_seg}
+            components["L_seg"] = self.diffusion.regression_loss(seg_logits, 2 * label - 1, targets["timesteps"])
         if calib_map is not None:
             calib_loss = nn.functional.binary_cross_entropy_with_logits if self.stochastic else self.mask_loss
             components["L_calib"] = calib_loss(calib_map.float(), label)
-        task_losses = {"segmentation": loss_seg + self.calib_weight * components.get("L_calib", 0)}
+        zero = 0 * seg_logits.sum()
+        task_losses = {"segmentation": components.get("L_seg", zero) + self.calib_weight * components.get("L_calib", 0)}
         if cls_logits is not None:
             loss_cls = self.grading_loss(cls_logits.float(), graded_slices(targets))
             if loss_cls is not None:
                 components["L_cls"] = task_losses["grading"] = loss_cls
         components["L_total"] = total = self._total(task_losses, cls_logits)
         if further and "segmentation" in self.tasks:
-            draws, first_mask = further
-            assert draws is not None
-            assert first_mask is not None
-            components["L_draw"] = negative_log_likelihood(draws.float(), label)
-            components["L_first"] = self.mask_loss(first_mask.float(), label)
-            total = total + components["L_draw"] + components["L_first"]
+            draws, first_mask, second = (part.float() for part in further if part is not None)
+            added = {
+                "L_draw": negative_log_likelihood(draws, label),
+                "L_first": self.mask_loss(first_mask, label),
+                "L_sample": self.energy_score(seg_logits[~from_noise], second, label[~from_noise]),
+            }
+            components |= added
+            total = total + sum(added.values())
         self.components = {name: value.detach() for name, value in components.items()}
         return total
+
+    def energy_score(self, first: torch.Tensor, second: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Energy score of two samples, as logits, and a true mask, each ``[B, R, H, W]``; 0 without any slice.
+
+        The mean distance of both samples to the truth, minus half of their distance: it is lowest if the samples have
+        the distribution of the truth (Gneiting and Raftery, JASA 2007; De Bortoli et al. 2025 for diffusion). The
+        distance is 1 - IoU of the probabilities.
+        """
+        if not len(label):
+            return 0 * first.sum()
+        one, two = first.sigmoid(), second.sigmoid()
+        return (self.distance(one, label) + self.distance(two, label) - self.distance(one, two)) / 2
 
     def _total(self, task_losses: dict[str, torch.Tensor], cls_logits: torch.Tensor | None) -> torch.Tensor:
         """L_total; adds every output times 0, because DistributedDataParallel waits for a gradient of each."""

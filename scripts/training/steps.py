@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scripts.config import InputError
 from scripts.networks.base import SegmentationNetwork
 from scripts.networks.baselines import Baseline
-from scripts.networks.stochastic import RANK, draw_logits
+from scripts.networks.stochastic import DISTRIBUTION, RANK, draw_logits
 
 NOISED_MASKS = ("truth", "prediction", "calibration")
 AMP_DTYPES = ("bfloat16", "float16")
@@ -94,7 +94,8 @@ class DenoisingInferer(Inferer):
     ) -> tuple:
         """Outputs of the network for ``inputs [B, M, H, W]``, ``label, noise [B, R, H, W]`` and ``timesteps [B]``.
 
-        A stochastic network adds drawn masks ``[B, N, R, H, W]`` and the first mask ``[B, R, H, W]``, as logits.
+        A stochastic network adds logits: drawn masks ``[B, N, R, H, W]``, the first mask ``[B, R, H, W]``, and a second
+        sample of the slices whose timestep is below T - 1, from the same mask with other noise.
         """
         with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp):
             return self._denoise(inputs, network, label, noise, timesteps)
@@ -122,6 +123,16 @@ class DenoisingInferer(Inferer):
             x_0 = predict(torch.randn_like(noise), torch.full_like(timesteps, diffusion.num_train_timesteps - 1))
         else:
             x_0 = torch.tanh(condition["calib_map"].detach().float() / 2)
+        count = len(inputs)
+        if model.is_stochastic:
+            common = torch.randn(count, NUM_DRAWS, RANK, device=inputs.device)
+            own = torch.randn(count, NUM_DRAWS, *label.shape[1:], device=inputs.device)
+            further = draw_logits(condition, common, own), condition["first_mask"]
+            again = torch.nonzero(timesteps < diffusion.num_train_timesteps - 1).flatten()
+            rows = torch.cat([torch.arange(count, device=inputs.device), again])
+            inputs, x_0, timesteps = inputs[rows], x_0[rows], timesteps[rows]
+            noise = torch.cat([noise, torch.randn_like(noise[again])])
+            condition = {name: part[rows] for name, part in condition.items() if name not in DISTRIBUTION}
         x_t = diffusion.add_noise(x_0, noise, timesteps)
         estimate = None
         if model.self_conditioning:
@@ -130,9 +141,8 @@ class DenoisingInferer(Inferer):
         outputs = network(inputs, x_t, timesteps, condition, estimate)
         if not model.is_stochastic:
             return outputs
-        common = torch.randn(len(inputs), NUM_DRAWS, RANK, device=inputs.device)
-        own = torch.randn(len(inputs), NUM_DRAWS, *label.shape[1:], device=inputs.device)
-        return *outputs, draw_logits(condition, common, own), condition["first_mask"]
+        first = tuple(None if output is None else output[:count] for output in outputs)
+        return *first, *further, outputs[0][count:]
 
     def check(self, network: SegmentationNetwork) -> None:
         """Raise InputError if the network has no calibration map to add noise to. Called before volumes are read."""
