@@ -7,21 +7,26 @@ Example:
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import markdown  # noqa: E402
+from scripts.report.annotators import METHODS  # noqa: E402
 from scripts.report.evaluation import grade_scores, graded_subjects  # noqa: E402
 from scripts.report.intervals import with_intervals  # noqa: E402
 from scripts.report.metrics import mean_of_defined  # noqa: E402
 
 COLUMNS = ("dice_", "hd95_", "expected_dice_", "covered_", "ece_lesion_", "error_auroc_")
+ANNOTATORS = ("ged_", "diversity_", "matched_iou_", "crps_", "coverage_", "vote_brier_")
 
 
 def main() -> None:
@@ -33,13 +38,16 @@ def main() -> None:
     args = parser.parse_args()
     table = read(args.folders, args.subjects)
     print(f"{len(table)} subjects of {table['patient'].nunique()} patients")
-    scores = subject_scores(table) | graded_scores(table)
+    scores = subject_scores(table) | quality_ranks(table) | graded_scores(table)
     if args.against:
         other = read(args.against, args.subjects).set_index("subject").loc[table["subject"]].reset_index()
         names = [name for name in table if name.startswith("dice_")]
         difference = table[names].sub(other[names]).add_prefix("difference of ")
         scores |= means(difference, table["patient"])
     print(markdown(pd.DataFrame([{"score": name, **cell} for name, cell in scores.items()])))
+    if found := vote_errors(args.folders):
+        print("\nECE against the share of the annotators, mean of the folds")
+        print(markdown(pd.DataFrame(found)))
 
 
 def read(folders: Sequence[Path], subjects: Sequence[str] | None) -> pd.DataFrame:
@@ -59,12 +67,35 @@ def means(table: pd.DataFrame, patients: pd.Series) -> dict:
 
 def subject_scores(table: pd.DataFrame) -> dict:
     """Means of the scores of masks, median Dice, and share of subjects with a Dice below 0.5."""
-    chosen = table[[name for prefix in COLUMNS for name in table if name.startswith(prefix)]]
+    chosen = table[[name for prefix in COLUMNS + ANNOTATORS for name in table if name.startswith(prefix)]]
     dice = chosen[[name for name in chosen if name.startswith("dice_")]]
     found = means(chosen.join(dice.lt(0.5).astype(float).add_suffix(" below 0.5")), table["patient"])
     return found | with_intervals(
         lambda rows: dice.iloc[rows].median().add_prefix("median ").to_dict(), table["patient"]
     )
+
+
+def quality_ranks(table: pd.DataFrame) -> dict:
+    """Spearman's rank correlation of expected and true Dice of each region."""
+    regions = [name.removeprefix("expected_dice_") for name in table if name.startswith("expected_dice_")]
+
+    def ranks(rows: np.ndarray) -> dict[str, float]:
+        return {
+            f"quality_rank_{region}": spearmanr(*(table[f"{name}_{region}"].iloc[rows] for name in pair)).statistic
+            for region in regions
+        }
+
+    pair = ("expected_dice", "dice")
+    return with_intervals(ranks, table["patient"])
+
+
+def vote_errors(folders: Sequence[Path]) -> list[dict]:
+    """Expected calibration error of each method and region against the share of the annotators; empty for one."""
+    summaries = [json.loads((folder / "summary.json").read_text()).get("annotators", {}) for folder in folders]
+    return [
+        {"region": region} | {name: np.mean([s[region][f"ece_{name}"]["value"] for s in summaries]) for name in METHODS}
+        for region in summaries[0]
+    ]
 
 
 def graded_scores(table: pd.DataFrame) -> dict:

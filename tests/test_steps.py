@@ -260,7 +260,7 @@ def test_batches_without_one_of_the_two_roles(timestep):
     loss = MultiTaskLoss(network.diffusion, stochastic=True)
     loss(DenoisingInferer()(image, network, **kwargs), targets).backward()
     assert ("L_seg" in loss.components) == (timestep == 999)
-    assert (loss.components["L_sample"] == 0) == (timestep == 999)
+    assert ("L_sample" in loss.components) == (timestep == 0)
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 

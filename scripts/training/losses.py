@@ -155,15 +155,7 @@ class MultiTaskLoss(nn.Module):
         seg_logits, cls_logits, calib_map, *further = outputs
         assert seg_logits is not None
         seg_logits, label = seg_logits.float(), targets["label"].float()
-        components: dict[str, torch.Tensor] = {}
-        if further:
-            from_noise = targets["timesteps"] == self.diffusion.num_train_timesteps - 1
-            if from_noise.any():
-                components["L_seg"] = self.mask_loss(seg_logits[from_noise], label[from_noise])
-        elif self.diffusion.prediction_type == "sample" or "timesteps" not in targets:
-            components["L_seg"] = self.mask_loss(seg_logits, label)
-        else:
-            components["L_seg"] = self.diffusion.regression_loss(seg_logits, 2 * label - 1, targets["timesteps"])
+        components = self._mask_losses(seg_logits, label, targets.get("timesteps"))
         if calib_map is not None:
             calib_loss = nn.functional.binary_cross_entropy_with_logits if self.stochastic else self.mask_loss
             components["L_calib"] = calib_loss(calib_map.float(), label)
@@ -176,25 +168,38 @@ class MultiTaskLoss(nn.Module):
         components["L_total"] = total = self._total(task_losses, cls_logits)
         if further and "segmentation" in self.tasks:
             draws, first_mask, second = (part.float() for part in further if part is not None)
-            added = {
-                "L_draw": negative_log_likelihood(draws, label),
-                "L_first": self.mask_loss(first_mask, label),
-                "L_sample": self.energy_score(seg_logits[~from_noise], second, label[~from_noise]),
-            }
+            again = self._sampled(targets["timesteps"])
+            added = {"L_draw": negative_log_likelihood(draws, label), "L_first": self.mask_loss(first_mask, label)}
+            if again.any():
+                added["L_sample"] = self.energy_score(seg_logits[again], second, label[again])
             components |= added
             total = total + sum(added.values())
         self.components = {name: value.detach() for name, value in components.items()}
         return total
 
+    def _mask_losses(
+        self, seg_logits: torch.Tensor, label: torch.Tensor, timesteps: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """L_seg; nothing for a batch of which every slice trains the samples."""
+        if timesteps is not None and self.stochastic:
+            rows = ~self._sampled(timesteps)
+            seg_logits, label = seg_logits[rows], label[rows]
+        elif timesteps is not None and self.diffusion.prediction_type != "sample":
+            return {"L_seg": self.diffusion.regression_loss(seg_logits, 2 * label - 1, timesteps)}
+        return {"L_seg": self.mask_loss(seg_logits, label)} if len(label) else {}
+
+    def _sampled(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The slices ``[B]`` of a stochastic network that do not start from pure noise."""
+        return timesteps < self.diffusion.num_train_timesteps - 1
+
     def energy_score(self, first: torch.Tensor, second: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Energy score of two samples, as logits, and a true mask, each ``[B, R, H, W]``; 0 without any slice.
+        """Energy score of two samples, as logits, and a true mask, each ``[B, R, H, W]``.
 
         The mean distance of both samples to the truth, minus half of their distance: it is lowest if the samples have
-        the distribution of the truth (Gneiting and Raftery, JASA 2007; De Bortoli et al. 2025 for diffusion). The
+        the distribution of the truth (Gneiting and Raftery, JASA 2007; for diffusion De Bortoli et al.,
+        ICML 2025). The
         distance is 1 - IoU of the probabilities.
         """
-        if not len(label):
-            return 0 * first.sum()
         one, two = first.sigmoid(), second.sigmoid()
         return (self.distance(one, label) + self.distance(two, label) - self.distance(one, two)) / 2
 
