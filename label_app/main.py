@@ -78,11 +78,13 @@ class SegmentAndGrade(BundleInferTask):
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, dict]:
         """File of the selected volume, and the subject's row of ``grades.csv``."""
         from scripts.data.grades import grade_names
+        from scripts.data.regions import LabelToRegionsd
         from scripts.report.tables import grade_row
 
         name = data["volume"] if isinstance(data["volume"], str) else data["volume"][0]
         settings = self.bundle_config.get_parsed_content("settings")
-        row = grade_row(data, settings["regions"], grade_names(settings["grade_labels"]))
+        to_regions: Any = LabelToRegionsd("pred", self.bundle_config.get_parsed_content("region_coding"))
+        row = grade_row(to_regions(data), settings["regions"], grade_names(settings["grade_labels"]))
         row = {key: None if value != value else value for key, value in row.items()}  # JSON has no NaN
         if name != "mask":
             return write_volume(data[VOLUMES[name]]), row

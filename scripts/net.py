@@ -19,7 +19,7 @@ from scripts.networks.base import Outputs, SegmentationNetwork
 from scripts.networks.baselines import GradingResNet, PlainUNet
 from scripts.networks.conditioning import HIGHWAY, STOCHASTIC
 from scripts.networks.grading import GradingHead
-from scripts.networks.stochastic import StochasticHead
+from scripts.networks.stochastic import StochasticUNet
 from scripts.networks.unets import Denoiser, ImageUNet
 from scripts.networks.variants import resolve_variant
 
@@ -34,10 +34,10 @@ class MedSegDiff(SegmentationNetwork):
     larger part of the computation is not repeated at every step. Without ``highway``, image and noisy mask are only
     concatenated.
 
-    With ``stochastic``, a second decoder of that U-Net computes a distribution of masks (:class:`StochasticHead`), and
-    the calibration map is its marginal probability. What was the calibration map is then called the first mask. The
-    denoiser also sees the features of the second decoder. The masks are trained to overlap with the truth, the map to
-    be a probability. Therefore no gradient of the masks reaches the second decoder.
+    With ``stochastic``, a third U-Net computes a distribution of masks from the image (:class:`StochasticUNet`), and
+    the calibration map is its marginal probability. The map of the second U-Net is then called the first mask. The
+    denoiser also sees the decoded features of the third. The masks are trained to overlap with the truth, the map to be
+    a probability. Therefore no gradient of the masks reaches the third U-Net.
 
     Args:
         diffusion: noise schedule and prediction type.
@@ -84,7 +84,7 @@ class MedSegDiff(SegmentationNetwork):
             raise InputError(f"conditioning 'stochastic' needs prediction_type=sample, not {diffusion.prediction_type}")
         width = resolved.channels[0] if self.is_stochastic else 0
         if self.calibrator is not None and self.is_stochastic:
-            self.stochastic_head = StochasticHead(self.calibrator.second_decoder(), image_channels[0], out_channels)
+            self.distribution = StochasticUNet(in_channels, out_channels, image_channels)
             self.project = nn.Conv2d(image_channels[0], width, kernel_size=1)
         masks = 1 + self.has_calib_map + self_conditioning
         self.denoiser = Denoiser(in_channels + masks * out_channels + width, out_channels, resolved, image_channels)
@@ -106,7 +106,7 @@ class MedSegDiff(SegmentationNetwork):
         prepared = self.denoiser.prepare(features, decoded)
         if not self.is_stochastic:
             return prepared | {"calib_map": first_mask}
-        distribution, decoded = self.stochastic_head(features)
+        distribution, decoded = self.distribution(image)
         return prepared | distribution | {"first_mask": first_mask, "features": self.project(decoded.detach())}
 
     def forward(

@@ -302,10 +302,10 @@ def test_draws_are_masks_without_any_evaluation(stochastic, volume):
 
 def test_factors_are_common_to_the_slices_of_a_sample(stochastic, volume):
     """The same noise in all slices: with the diagonal at 0, equal slices have equal draws."""
-    stochastic.stochastic_head.distribution.weight.data *= 100
-    stochastic.stochastic_head.distribution.bias.data[:] = 0  # the masks must not be full or empty
-    stochastic.stochastic_head.distribution.bias.data[-1] = -100  # softplus is 0
-    stochastic.stochastic_head.distribution.weight.data[-1] = 0
+    stochastic.distribution.output_block.conv.conv.weight.data *= 100
+    stochastic.distribution.output_block.conv.conv.bias.data[:] = 0  # the masks must not be full or empty
+    stochastic.distribution.output_block.conv.conv.bias.data[-1] = -100  # softplus is 0
+    stochastic.distribution.output_block.conv.conv.weight.data[-1] = 0
     image = volume[0].movedim(-1, 0)[1:2].expand(2, -1, -1, -1)
     samples = VolumeInferer(0, num_samples=8).sample(image, stochastic, [1, 2])[0]
     assert (samples[0] == samples[1]).float().mean() > 0.99

@@ -8,8 +8,8 @@ from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff, build
 from scripts.networks.conditioning import CONDITIONING, HIGHWAY, MODULES, STOCHASTIC, ConditioningModule
-from scripts.networks.stochastic import RANK, StochasticHead, draw_logits, negative_log_likelihood
-from scripts.networks.unets import Denoiser, ImageUNet
+from scripts.networks.stochastic import RANK, StochasticUNet, draw_logits, negative_log_likelihood
+from scripts.networks.unets import Denoiser
 from scripts.networks.variants import VARIANTS, Variant
 from scripts.sampling.inferer import VolumeInferer
 from scripts.training.losses import MultiTaskLoss
@@ -216,10 +216,9 @@ def test_a_fresh_stochastic_network_answers_with_its_first_mask():
 def test_the_calibration_map_is_the_probability_of_the_draws():
     """MacKay's approximation of the marginal is within 0.02 of the mean of many draws."""
     torch.manual_seed(0)
-    image_unet = ImageUNet(1, 2, [4, 8, 8])
-    head = StochasticHead(image_unet.second_decoder(), 4, 2)
-    features = [4 * feature for feature in image_unet(torch.randn(1, 1, 8, 8))[1]]
-    distribution, decoded = head(features)
+    network = StochasticUNet(1, 2, [4, 8, 8])
+    network.output_block.conv.conv.weight.data *= 4
+    distribution, decoded = network(torch.randn(1, 1, 8, 8))
     assert decoded.shape == (1, 4, 8, 8)
     draws = draw_logits(distribution, torch.randn(1, 20000, RANK), torch.randn(1, 20000, 2, 8, 8))
     variance = (distribution["factors"].unflatten(1, (RANK, 2)) ** 2).sum(dim=1) + distribution["deviation"] ** 2
@@ -248,7 +247,7 @@ def test_uniform_slices_have_a_finite_likelihood():
     loss = negative_log_likelihood(draws, torch.zeros(1, 1, 16, 16))
     loss.backward()
     assert loss.isfinite()
-    assert network.stochastic_head.distribution.weight.grad.isfinite().all()
+    assert network.distribution.output_block.conv.conv.weight.grad.isfinite().all()
 
 
 def test_image_alone_gives_logits_for_export_and_verification():

@@ -82,20 +82,25 @@ def test_volume_of_a_certain_mask():
     prob = np.zeros((10, 10, 10))
     prob[:] = 0.01  # a low probability everywhere
     prob[2:6, 2:6, 2:6] = 1
-    estimate = volume_estimate(prob)
+    estimate = volume_estimate(prob, prob > 0.5)
     assert estimate["expected"] == estimate["low"] == estimate["high"] == 64
     assert estimate["dice"] == 1
-    assert volume_estimate(np.zeros((4, 4, 4))) == {"expected": 0, "low": 0, "high": 0, "dice": 1}
+    empty = np.zeros((4, 4, 4))
+    assert volume_estimate(empty, empty > 0) == {"expected": 0, "low": 0, "high": 0, "dice": 1}
+    assert volume_estimate(prob, prob > 1)["dice"] == 0
+    half = (prob > 0.5) & (np.arange(10) < 4)
+    assert volume_estimate(prob, half)["dice"] == pytest.approx(2 * 32 / (64 + 32))
 
 
 def test_volume_and_dice_are_those_of_drawn_truths():
     """Mean, quantiles and Dice agree with those of true masks {prob > u}, where u is drawn for each mask."""
     rng = np.random.default_rng(0)
     prob = np.linspace(0, 1, 2001)[1:-1]
-    estimate = volume_estimate(prob)
-    drawn = np.array([(prob > u).sum() for u in rng.random(5000)])
-    mask = (prob > 0.5).sum()
-    dice = 2 * np.minimum(drawn, mask) / (drawn + mask)
+    mask = (prob > 0.4) & (prob < 0.9)
+    estimate = volume_estimate(prob, mask)
+    levels = rng.random(5000)
+    drawn = np.array([(prob > u).sum() for u in levels])
+    dice = np.array([2 * (mask & (prob > u)).sum() for u in levels]) / (drawn + mask.sum())
     assert estimate["expected"] == pytest.approx(drawn.mean(), rel=0.03)
     assert estimate["low"] == pytest.approx(np.quantile(drawn, 0.05), abs=20)
     assert estimate["high"] == pytest.approx(np.quantile(drawn, 0.95), abs=20)

@@ -53,7 +53,7 @@ class SegmentationNetwork(nn.Module):
         """Everything that depends on the image ``[B, M, H, W]`` alone, by name; computed once per slice.
 
         Every tensor has B first. ``calib_map`` holds the logits of the calibration map ``[B, R, H, W]``. A stochastic
-        network adds the distribution that masks are drawn from (:class:`~scripts.networks.stochastic.StochasticHead`)
+        network adds the distribution that masks are drawn from (:class:`~scripts.networks.stochastic.StochasticUNet`)
         and ``first_mask``, logits ``[B, R, H, W]``.
         """
         self.check_image_size(image.shape[2:])

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from scripts.networks.unets import decode
+from scripts.networks.unets import ImageUNet
 
 RANK = 10  # of the covariance, as in the paper
 MIN_DEVIATION = 1e-3
 DISTRIBUTION = ("mean", "factors", "deviation")  # names of its parameters
 
 
-class StochasticHead(nn.Module):
+class StochasticUNet(ImageUNet):
     r"""Stochastic segmentation network (Monteiro et al., NeurIPS 2020): a low-rank normal distribution of the logits.
 
     .. math:: \eta = \mu + F \epsilon + \sqrt{d} \odot \epsilon', \quad \epsilon, \epsilon' \sim N(0, I)
@@ -23,33 +23,25 @@ class StochasticHead(nn.Module):
     The factors F join the voxels that an annotator counts together. Draws are made directly, without the covariance
     matrix, whose Cholesky decomposition fails on a uniform background. The marginal probability is the calibration map.
 
-    It decodes the features of the image-only U-Net by itself: what makes a good mask makes no good probability.
-
     Args:
-        decoder: decoder of the image-only U-Net's features, with C channels at the end.
-        channels: C.
+        in_channels: M, number of modalities.
         num_regions: R.
+        channels: channels of its levels, first C.
     """
 
-    def __init__(self, decoder: nn.ModuleList, channels: int, num_regions: int) -> None:
-        super().__init__()
-        self.decoder = decoder
+    def __init__(self, in_channels: int, num_regions: int, channels: Sequence[int]) -> None:
         self.parts = [num_regions, RANK * num_regions, num_regions]
-        self.distribution = nn.Conv2d(channels, sum(self.parts), kernel_size=1)
+        super().__init__(in_channels, sum(self.parts), channels)
 
-    def forward(self, features: Sequence[torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Distribution of the logits, by name, as float32, and the decoded features ``[B, C, H, W]``.
+    def forward(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # type: ignore[override]
+        """Map ``[B, M, H, W]`` to the distribution of the logits, by name, and decoded features ``[B, C, H, W]``.
 
-        Args:
-            features: of each level of the image-only U-Net ``[B, C', h, w]``.
-
-        Returns:
-            ``mean [B, R, H, W]``, mu; ``factors [B, K * R, H, W]`` of rank K; ``deviation [B, R, H, W]``, the square
-            root of d; and ``calib_map [B, R, H, W]``, the logits of the marginal probability E sigmoid(eta), by the
-            approximation of MacKay (Neural Computation 1992).
+        The distribution is float32: ``mean [B, R, H, W]``, mu; ``factors [B, K * R, H, W]`` of rank K;
+        ``deviation [B, R, H, W]``, the square root of d; and ``calib_map [B, R, H, W]``, the logits of the marginal
+        probability E sigmoid(eta), by the approximation of MacKay (Neural Computation 1992).
         """
-        decoded = decode(self.decoder, features)
-        mean, factors, diagonal = self.distribution(decoded).float().split(self.parts, dim=1)
+        output, _, decoded = super().forward(x)
+        mean, factors, diagonal = output.float().split(self.parts, dim=1)
         deviation = nn.functional.softplus(diagonal) + MIN_DEVIATION
         variance = factors.square().unflatten(1, (RANK, -1)).sum(dim=1) + deviation.square()
         calib_map = mean / (1 + math.pi / 8 * variance).sqrt()
@@ -69,7 +61,7 @@ def draw_logits(distribution: Mapping[str, torch.Tensor], common: torch.Tensor, 
     """N draws of the logits ``[B, N, R, H, W]``.
 
     Args:
-        distribution: result of :class:`StochasticHead`.
+        distribution: result of :class:`StochasticUNet`.
         common: normal noise epsilon ``[B, N, K]``.
         own: normal noise epsilon' ``[B, N, R, H, W]``.
     """

@@ -43,20 +43,10 @@ class ImageUNet(DynUNet):
         features = [self.input_block(x)]
         for layer in (*self.downsamples, self.bottleneck):
             features.append(layer(features[-1]))
-        decoded = decode(self.upsamples, features)
+        decoded = features[-1]
+        for layer, skip in zip(self.upsamples, reversed(features[:-1]), strict=True):
+            decoded = layer(decoded, skip)
         return self.output_block(decoded), features, decoded
-
-    def second_decoder(self) -> nn.ModuleList:
-        """A further decoder of the same features, with its own weights; :func:`decode` applies it."""
-        return self.get_upsamples().apply(self.initialize_weights)
-
-
-def decode(upsamples: nn.ModuleList, features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Decoded features ``[B, C, H, W]`` of a U-Net's levels, finest first."""
-    decoded = features[-1]
-    for layer, skip in zip(upsamples, reversed(features[:-1]), strict=True):
-        decoded = layer(decoded, skip)
-    return decoded
 
 
 class Denoiser(DiffusionModelUNet):

@@ -60,12 +60,13 @@ class GradeTable:
 
     def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
-            row = grade_row(item, self.regions, self.grades)
+            found = self.to_regions(item)
+            row = grade_row(found, self.regions, self.grades)
             self.rows.append(row)
             grade = row["grade"]
             title = item["subject"] + (f"  {grade}: {row[f'prob_{grade}']:.2f}" if grade else "")
             samples = [self.to_regions({"pred": mask[None]})["pred"] for mask in item.get("samples", ())]
-            write_overlay(self.to_regions(item), read_background(item), title, self.output_dir, samples)
+            write_overlay(found, read_background(item), title, self.output_dir, samples)
         self._write(self.rows)  # the rows so far, in case the run is interrupted
 
     @idist.one_rank_only()
@@ -77,7 +78,7 @@ def grade_row(item: Mapping[str, Any], regions: Sequence[str], grades: Sequence[
     """Row of ``grades.csv`` of an item whose maps lie on the input's grid.
 
     Args:
-        item: an inferred item.
+        item: an inferred item, with the region channels ``pred [R, H, W, S]``.
         regions: names of the region channels.
         grades: names of the grades.
     """
@@ -109,7 +110,7 @@ def estimates(item: Mapping[str, Any], regions: Sequence[str]) -> dict[str, Any]
         # volumes need the calibration of the foreground; that of the lesion raises the whole background
         temperature = torch.as_tensor(item["volume_temperature"][channel])
         prob = temperature_scaled(torch.as_tensor(item["prob"][channel]), temperature)
-        found = volume_estimate(prob.cpu().numpy())
+        found = volume_estimate(prob.cpu().numpy(), np.asarray(item["pred"][channel].cpu()) > 0)
         if volumes_from == "samples":
             found |= sampled_volume(item["sample_volumes"][channel :: len(regions)])
         low, high = volume_interval(

@@ -106,8 +106,8 @@ def sampled_volume(volumes: torch.Tensor) -> dict[str, float]:
     return {"expected": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-def volume_estimate(prob: np.ndarray) -> dict[str, float]:
-    """Expected volume, volumes of two level sets, and expected Dice of the mask at 0.5, from ``prob [H, W, S]``.
+def volume_estimate(prob: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """Expected volume, volumes of two level sets, and expected Dice of a mask, from a probability map.
 
     Errors of neighbouring voxels are correlated. The model is therefore: one random number u, uniform between 0 and 1,
     decides all voxels, and the true mask is the level set of voxels with prob > u. Then
@@ -115,22 +115,24 @@ def volume_estimate(prob: np.ndarray) -> dict[str, float]:
     - the expected volume is the mean volume of the level sets,
     - the level sets at 0.95 and 0.05 bound 90 % of the volumes: ``low`` and ``high``, which conformal prediction then
       corrects,
-    - the expected Dice is the mean Dice of the level sets with the mask at 0.5; two empty masks have Dice 1.
+    - the expected Dice is the mean Dice of the level sets with the mask; two empty masks have Dice 1.
 
     The means are over 20 levels from 0.025 to 0.975. A low probability everywhere adds nothing to the expected volume;
     it would add much to the sum of ``prob``. One probability map is enough; no second sample is needed.
 
     Args:
-        prob: calibrated probability.
+        prob: calibrated probability ``[H, W, S]``.
+        mask: predicted mask ``[H, W, S]``, of bool.
 
     Returns:
         ``expected``, ``low`` and ``high`` in voxels, and ``dice``.
     """
     levels = np.linspace(0.025, 0.975, 20)
     bounds = [float((prob > u).sum()) for u in LEVELS]
-    prob = prob[prob > levels[0]]
+    total = np.full(len(levels), float(mask.sum()))
+    prob, mask = prob[prob > levels[0]], mask[prob > levels[0]]
     volumes = np.array([(prob > u).sum() for u in levels], dtype=float)
-    mask = (prob > 0.5).sum()
-    total = volumes + mask
-    dice = np.where(total > 0, 2 * np.minimum(volumes, mask) / np.maximum(total, 1), 1.0)
+    overlap = np.array([(prob[mask] > u).sum() for u in levels], dtype=float)
+    total += volumes
+    dice = np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0)
     return {"expected": float(volumes.mean()), "low": bounds[0], "high": bounds[1], "dice": float(dice.mean())}
