@@ -84,7 +84,8 @@ class SegmentAndGrade(BundleInferTask):
         name = data["volume"] if isinstance(data["volume"], str) else data["volume"][0]
         settings = self.bundle_config.get_parsed_content("settings")
         to_regions: Any = LabelToRegionsd("pred", self.bundle_config.get_parsed_content("region_coding"))
-        row = grade_row(to_regions(data), settings["regions"], grade_names(settings["grade_labels"]))
+        item = to_regions(data | {"pred": data["pred"][None]})  # MONAI Label removed the axis of the label map
+        row = grade_row(item, settings["regions"], grade_names(settings["grade_labels"]))
         row = {key: None if value != value else value for key, value in row.items()}  # JSON has no NaN
         if name != "mask":
             return write_volume(data[VOLUMES[name]]), row

@@ -58,8 +58,8 @@ class Calibration(nn.Module):
 
     def get_extra_state(self) -> torch.Tensor:
         """What is no number, as JSON in 256 bytes: MONAI copies only tensors, and only those of the same shape."""
-        text = json.dumps(self.sampling | {"volumes_from": self.volumes_from})
-        return torch.tensor(list(text.ljust(256).encode()), dtype=torch.uint8)
+        state = self.sampling if self.volumes_from == "levels" else self.sampling | {"volumes_from": self.volumes_from}
+        return torch.tensor(list(json.dumps(state).ljust(256).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Undo :meth:`get_extra_state`."""
