@@ -111,7 +111,7 @@ def judge(kind: str, seed: int, pictures: int, network: MedSegDiff, plain: Image
 
 @torch.no_grad()
 def plot(kind: str, network: MedSegDiff, file: Path) -> None:
-    """Draw three pictures, each with masks of four annotators, the calibrated map, the one mask and four samples."""
+    """Draw three pictures, each with four annotators, the calibrated map, the one mask and four of 16 samples."""
     rng, count = np.random.default_rng(10_000), 4
     titles = ["picture", *["annotator"] * count, "probability", "mask", *["sample"] * count]
     figure = Figure(figsize=(1.3 * len(titles), 4.4), layout="constrained")
@@ -119,10 +119,10 @@ def plot(kind: str, network: MedSegDiff, file: Path) -> None:
         image, parts, probability = make_picture(kind, SIZE, rng)
         inputs = torch.as_tensor(normalised(image))[None, None]
         mask, calib, _ = VolumeInferer().sample(inputs, network, [index])
-        samples, _, _ = VolumeInferer(num_samples=count).sample(inputs, network, [index])
+        samples, _, _ = VolumeInferer(num_samples=SAMPLES).sample(inputs, network, [index])
         annotators = draw_masks(kind, parts, probability, count, rng)
         assert calib is not None
-        shown = [image, *annotators, calib[0, 0], mask[0, 0, 0] > 0.5, *(samples[0, :, 0] > 0.5)]
+        shown = [image, *annotators, calib[0, 0], mask[0, 0, 0] > 0.5, *(samples[0, :: SAMPLES // count, 0] > 0.5)]
         for axes, title, panel in zip(row, titles, shown, strict=True):
             axes.imshow(panel, cmap="gray", vmin=0, vmax=255 if title == "picture" else 1)
             axes.set_axis_off()
