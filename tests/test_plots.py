@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import image as mpimg
 
-from scripts.report.plots import plot_ablation, plot_overlay, plot_reliability, plot_risk_coverage
+from scripts.report.plots import plot_ablation, plot_overlay, plot_reliability, plot_risk_coverage, write_overlay
 from scripts.report.uncertainty import calibration_bins, risk_coverage
 
 
@@ -57,3 +57,11 @@ def test_ablation_has_a_dot_for_each_seed(tmp_path):
     assert len(rows) > 10
     assert rows.max() < picture.shape[0] / 2
     assert columns.max() < picture.shape[1] / 2  # the right half is the AUC, which is missing
+
+
+def test_the_shown_samples_are_spread_over_all(tmp_path, item, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("scripts.report.plots.plot_overlay", lambda *args: drawn.extend(args[-1]))
+    samples = [item["label"] * (number in (0, 5, 10)) for number in range(16)]
+    write_overlay(item, np.zeros((16, 16, 4)), "", tmp_path, samples)
+    assert [bool(sample.any()) for sample in drawn] == [True, True, True]

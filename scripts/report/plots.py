@@ -131,7 +131,9 @@ def write_overlay(
 
     truth = regions(item["label"]) if "label" in item else None
     uncertainty = canonical(item["uncertainty"].amax(dim=0).cpu())
-    shown = [regions(sample) for sample in samples[: len(SAMPLE_COLOURS)]]
+    # spread over all of them: three in a row may be alike by chance
+    step = max(1, len(samples) // len(SAMPLE_COLOURS))
+    shown = [regions(sample) for sample in samples[::step][: len(SAMPLE_COLOURS)]]
     plot_overlay(canonical(background), regions(item["pred"]), uncertainty, truth, title, file, shown)
 
 
