@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -159,7 +160,7 @@ def methods(network: MedSegDiff, plain: ImageUNet, image: torch.Tensor, index: i
     return found
 
 
-def scores(masks: np.ndarray, prob: np.ndarray | None, truth: np.ndarray) -> dict[str, float]:
+def scores(masks: np.ndarray, prob: np.ndarray | None, truth: np.ndarray) -> dict[str, Any]:
     """Scores of masks ``[n, V]``, and of a probability ``[V]``, against drawn annotators ``[m, V]``."""
     volumes, expected = masks.sum(axis=1).astype(float), truth.sum(axis=1).astype(float)
     bounds = np.quantile(volumes, LEVELS[::-1])

@@ -312,6 +312,11 @@ def spoiled(change: Callable[[dict, Path], None]) -> Callable[[Path], None]:
     return write
 
 
+def calibration_text(text: str) -> Callable[[Path], None]:
+    state = torch.tensor(list(text.ljust(256).encode()), dtype=torch.uint8)
+    return spoiled(lambda c, _: c["model"].update({"calibration._extra_state": state}))
+
+
 CHECKPOINTS = {
     "0 bytes": (lambda file: file.write_bytes(b""), "cannot be read as a checkpoint"),
     "text": (lambda file: file.write_text("weights"), "cannot be read as a checkpoint"),
@@ -355,6 +360,11 @@ CHECKPOINTS = {
     "a calibration that is no JSON": (
         spoiled(lambda c, _: c["model"]["calibration._extra_state"].fill_(36)),
         "does not fit the configured network",
+    ),
+    "a calibration that is a list": (calibration_text("[]"), "does not fit the configured network"),
+    "a calibration with unknown volumes": (
+        calibration_text('{"volumes_from": "$import os"}'),
+        "'\\$import os' is not one of",
     ),
     "NaN among the weights": (
         spoiled(lambda c, _: c["model"]["cls_head.6.weight"].fill_(torch.nan)),

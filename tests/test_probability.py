@@ -34,12 +34,13 @@ def test_another_prior_is_bayes_rule():
 def test_calibration_is_saved_with_its_sampling_settings_and_reset():
     fitted, loaded = Calibration(2, 3), Calibration(2, 3)
     fitted.grade_bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
-    fitted.sampling = {"sampler": "ddim", "start_timestep": None}
+    fitted.sampling, fitted.volumes_from = {"sampler": "ddim", "start_timestep": None}, "samples"
     loaded.load_state_dict(fitted.state_dict())
     assert loaded.sampling == fitted.sampling
+    assert loaded.volumes_from == "samples"
     assert loaded.grade_bias.tolist() == [0, 1, 2]
     loaded.reset()
-    assert loaded.sampling == {}
+    assert (loaded.sampling, loaded.volumes_from) == ({}, "levels")
     assert not loaded.grade_bias.any()
     assert loaded.volume_margin.isinf().all()
 

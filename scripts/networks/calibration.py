@@ -62,9 +62,14 @@ class Calibration(nn.Module):
         return torch.tensor(list(json.dumps(state).ljust(256).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Undo :meth:`get_extra_state`."""
-        self.sampling = json.loads(bytes(state.tolist()))
-        self.volumes_from = self.sampling.pop("volumes_from", VOLUMES_FROM[0])
+        """Undo :meth:`get_extra_state`. Raises ValueError for any other text."""
+        sampling = json.loads(bytes(state.tolist()))
+        if not isinstance(sampling, dict):
+            raise ValueError(f"the calibration holds {sampling!r}, not sampling settings")
+        volumes_from = sampling.pop("volumes_from", VOLUMES_FROM[0])
+        if volumes_from not in VOLUMES_FROM:
+            raise ValueError(f"the calibration's volumes_from {volumes_from!r} is not one of {list(VOLUMES_FROM)}")
+        self.sampling, self.volumes_from = sampling, volumes_from
 
     def reset(self) -> None:
         """Return to the state before a fit."""

@@ -195,10 +195,9 @@ class MultiTaskLoss(nn.Module):
     def energy_score(self, first: torch.Tensor, second: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Energy score of two samples, as logits, and a true mask, each ``[B, R, H, W]``.
 
-        The mean distance of both samples to the truth, minus half of their distance: it is lowest if the samples have
-        the distribution of the truth (Gneiting and Raftery, JASA 2007; for diffusion De Bortoli et al.,
-        ICML 2025). The
-        distance is 1 - IoU of the probabilities.
+        The mean distance of both samples to the truth, minus half of their distance to each other: it is lowest if the
+        samples have the distribution of the truth (Gneiting and Raftery, JASA 2007; for diffusion De Bortoli et al.,
+        ICML 2025). The distance is 1 - IoU of the probabilities.
         """
         one, two = first.sigmoid(), second.sigmoid()
         return (self.distance(one, label) + self.distance(two, label) - self.distance(one, two)) / 2
