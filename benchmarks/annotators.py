@@ -40,6 +40,7 @@ SIZE, BATCH, SAMPLES, DRAWN = 32, 16, 16, 64
 CHANNELS = [16, 32, 64]
 LEARNING_RATE = 1e-3
 STEPS = 1200
+PLAIN_STEPS = 9  # of the U-Net for each of the diffusion network, which takes as long
 PICTURES = 60
 CALIBRATED = 30  # further pictures, to which the intervals of the area are fitted
 
@@ -58,7 +59,9 @@ def main() -> None:
         rows: list[dict] = []
         for seed in args.seeds:
             network = train_network(kind, seed, args.steps)
-            rows += judge(kind, seed, args.pictures + CALIBRATED, network, train_plain(kind, seed, args.steps))
+            rows += judge(
+                kind, seed, args.pictures + CALIBRATED, network, train_plain(kind, seed, PLAIN_STEPS * args.steps)
+            )
         table = pd.DataFrame(rows)
         print(f"\n{kind}\n{markdown(summary(table[table['picture'] < args.pictures]))}")
         print(intervals(table, args.pictures), flush=True)
@@ -119,11 +122,10 @@ def plot(kind: str, network: MedSegDiff, file: Path) -> None:
     for index, row in enumerate(figure.subplots(3, len(titles))):
         image, parts, probability = make_picture(kind, SIZE, rng)
         inputs = torch.as_tensor(normalised(image))[None, None]
-        mask, calib, _ = VolumeInferer().sample(inputs, network, [index])
-        samples, _, _ = VolumeInferer(num_samples=SAMPLES).sample(inputs, network, [index])
+        samples, mask, calib, _ = VolumeInferer(num_samples=SAMPLES).sample(inputs, network, [index])
         annotators = draw_masks(kind, parts, probability, count, rng)
         assert calib is not None
-        shown = [image, *annotators, calib[0, 0], mask[0, 0, 0] > 0.5, *(samples[0, :: SAMPLES // count, 0] > 0.5)]
+        shown = [image, *annotators, calib[0, 0], mask[0, 0] > 0.5, *(samples[0, :: SAMPLES // count, 0] > 0.5)]
         for axes, title, panel in zip(row, titles, shown, strict=True):
             axes.imshow(panel, cmap="gray", vmin=0, vmax=255 if title == "picture" else 1)
             axes.set_axis_off()
@@ -140,7 +142,7 @@ def methods(network: MedSegDiff, plain: ImageUNet, image: torch.Tensor, index: i
 
     def sampled(count: int, **options: int) -> tuple[np.ndarray, np.ndarray]:
         inferer = VolumeInferer(num_samples=count, seed=seed, **options)  # type: ignore[arg-type]
-        prob, calib, _ = inferer.sample(image, network, [index])
+        prob, _, calib, _ = inferer.sample(image, network, [index])
         assert calib is not None
         return prob[0].flatten(1).numpy() > 0.5, calib.flatten().numpy()
 
@@ -210,8 +212,8 @@ def train_network(kind: str, seed: int, steps: int) -> MedSegDiff:
     diffusion = GaussianDiffusion()
     widths = {"channels": CHANNELS, "calib_channels": CHANNELS}
     network = MedSegDiff(diffusion, 1, conditioning=["highway", "stochastic"], use_cls_head=False, **widths)
-    loss, inferer = MultiTaskLoss(diffusion, tasks=["segmentation"], stochastic=True), DenoisingInferer()
-    draw_noise = DrawNoise(network)
+    loss, inferer = MultiTaskLoss(diffusion, tasks=["segmentation"], stochastic=True), DenoisingInferer(amp=True)
+    draw_noise = DrawNoise(diffusion.num_train_timesteps)
 
     def step(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         unknown = {"grade": torch.full((len(image),), -1), "empty": torch.zeros(len(image)), "subject": None}
@@ -226,8 +228,13 @@ def train_plain(kind: str, seed: int, steps: int) -> ImageUNet:
     """A U-Net of the image-only branch's size, trained with cross entropy."""
     torch.manual_seed(seed)
     network = ImageUNet(1, 1, CHANNELS)
-    entropy = torch.nn.functional.binary_cross_entropy_with_logits
-    train(list(network.parameters()), kind, seed, steps, lambda image, label: entropy(network(image)[0], label))
+
+    def step(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(image)[0]
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), label)
+
+    train(list(network.parameters()), kind, seed, steps, step)
     return network.eval()
 
 

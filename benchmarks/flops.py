@@ -38,7 +38,9 @@ def main() -> None:
     pairs = zip(overrides[::2], overrides[1::2], strict=True)
     config.update({key.removeprefix("--"): yaml.safe_load(text) for key, text in pairs})
     network = config.get_parsed_content("network_def").eval()
-    evaluations = config.get_parsed_content("num_inference_steps") * config.get_parsed_content("num_samples")
+    samples = config.get_parsed_content("num_samples")
+    evaluations = config.get_parsed_content("num_inference_steps") * samples
+    evaluations += network.is_stochastic and samples > 1  # its mask
     modalities = len(config.get_parsed_content("modalities"))
     rows = []
     for size in (64, 128, 256):

@@ -10,7 +10,7 @@ from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
 from scripts.networks.baselines import PlainUNet
 from scripts.networks.stochastic import draw_logits, spread_noise
-from scripts.sampling.inferer import VolumeInferer
+from scripts.sampling.inferer import SampledSlices, VolumeInferer
 from test_net import TINY, randomise
 
 
@@ -64,7 +64,7 @@ def noise_of(seed, index, draws=1, shape=(1, 1, 16, 16)):
 
 def test_samples_differ_by_their_noise_alone(network, volume):
     image = volume[0].movedim(-1, 0)[1:2]
-    samples, _, _ = VolumeInferer(num_samples=4).sample(image, network, [1])
+    samples = VolumeInferer(num_samples=4).sample(image, network, [1]).samples
     (noise,) = noise_of(0, 1, shape=(4, 1, 16, 16))
     expected = network(image.expand(4, -1, -1, -1), noise, torch.full((4,), 999))[0].sigmoid()
     assert torch.allclose(samples, expected[None], atol=1e-6)
@@ -73,7 +73,9 @@ def test_samples_differ_by_their_noise_alone(network, volume):
 def test_the_mean_of_samples_and_their_spread(network, volume):
     samples = torch.rand(3, 5, 1, 16, 16)
     inferer = VolumeInferer(num_samples=5, sampling_batch_size=15)
-    inferer.sample = lambda image, network, indices: (samples[: len(indices)], samples[: len(indices), 0], None)
+    inferer.sample = lambda image, network, indices: SampledSlices(
+        samples[: len(indices)], samples[: len(indices)].mean(dim=1), samples[: len(indices), 0], None
+    )
     result = inferer.predict(volume[..., :4], network)
     mean, variance = samples.mean(dim=1).movedim(0, -1), samples.var(dim=1).movedim(0, -1)
     assert torch.allclose(result["pred"][0, ..., 1:], mean, atol=1e-6)
@@ -260,9 +262,10 @@ def stochastic():
     return randomise(MedSegDiff(GaussianDiffusion(), conditioning=["highway", "stochastic"], **TINY))
 
 
-def draws_of(network, image, seed, index, samples):
+def draws_of(network, image, seed, index, samples, denoised=True):
     """Logits that the image branch draws for a slice, and the noise that is then added to their masks."""
-    noise, own = noise_of(seed, index, shape=(samples, 1, 16, 16), draws=2)
+    values = torch.cat(noise_of(seed, index, draws=2 * samples + denoised))  # if denoised, the first is of the mask
+    noise, own = values[denoised:].split(samples)
     return draw_logits(network.condition(image), spread_noise(samples, seed), own[None])[0], noise
 
 
@@ -283,21 +286,35 @@ def test_several_samples_start_from_noised_draws(stochastic, volume):
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_a_single_sample_starts_from_noise_alone(stochastic, volume):
+@pytest.mark.parametrize("options", [{}, {"start_timestep": 300}, {"num_samples": 4}, {"num_samples": 4, "seed": 0}])
+def test_mask_and_grade_of_a_stochastic_network_take_one_evaluation_from_noise(stochastic, volume, options):
+    """They do not depend on the samples."""
     image = volume[0].movedim(-1, 0)[1:2]
-    expected = stochastic(image, noise_of(0, 1)[0], torch.tensor([999]))[0].sigmoid()
-    for start in (300, None):
-        found = VolumeInferer(start_timestep=start).sample(image, stochastic, [1])[0]
-        assert torch.allclose(found[0], expected, atol=1e-6)
+    logits, cls_logits, _ = stochastic(image, noise_of(0, 1)[0], torch.tensor([999]))
+    found = VolumeInferer(**options).sample(image, stochastic, [1])
+    assert torch.allclose(found.mask, logits.sigmoid(), atol=1e-6)
+    assert torch.allclose(found.grade_prob, cls_logits.softmax(dim=1), atol=1e-6)
+    if "num_samples" not in options:
+        assert torch.equal(found.samples[:, 0], found.mask)
+
+
+def test_more_evaluations_are_for_the_samples(stochastic, volume):
+    image = volume[0].movedim(-1, 0)[1:2]
+    one, ten = (VolumeInferer(steps, num_samples=4).sample(image, stochastic, [1]) for steps in (1, 10))
+    assert torch.equal(one.mask, ten.mask)
+    assert not torch.allclose(one.samples, ten.samples)
+    with pytest.raises(InputError, match="num_inference_steps=10 is for the samples"):
+        VolumeInferer(10).check(stochastic, 16)
 
 
 def test_draws_are_masks_without_any_evaluation(stochastic, volume):
     image = volume[0].movedim(-1, 0)[1:2]
-    draws, _ = draws_of(stochastic, image, 0, 1, 4)
+    draws, _ = draws_of(stochastic, image, 0, 1, 4, denoised=False)
     stochastic.denoiser.forward = None  # is not called
-    found, _, grade = VolumeInferer(0, num_samples=4).sample(image, stochastic, [1])
-    assert torch.equal(found[0], (draws > 0).float())
-    assert grade is None
+    found = VolumeInferer(0, num_samples=4).sample(image, stochastic, [1])
+    assert torch.equal(found.samples[0], (draws > 0).float())
+    assert found.grade_prob is None
+    assert torch.equal(found.mask, found.calib_prob)
 
 
 def test_factors_are_common_to_the_slices_of_a_sample(stochastic, volume):
@@ -313,13 +330,13 @@ def test_factors_are_common_to_the_slices_of_a_sample(stochastic, volume):
 
 
 def test_the_probability_of_a_stochastic_network_is_its_calibration_map(stochastic, volume):
-    """Whatever is sampled. The samples decide the mask and the grade."""
+    """Whatever is sampled."""
     sampled = VolumeInferer(num_samples=2, keep_samples=True).predict(volume, stochastic)
     alone = VolumeInferer(0).predict(volume, stochastic)
     assert torch.allclose(sampled["prob"], alone["prob"])
     assert torch.equal(alone["prob"], alone["pred"])
-    assert torch.allclose(sampled["samples"].mean(dim=1, keepdim=True), sampled["pred"], atol=1e-6)
     assert torch.equal(sampled["seg_prob"], sampled["pred"])
+    assert torch.equal(VolumeInferer().predict(volume, stochastic)["pred"], sampled["pred"])
     assert "samples" not in alone
     stochastic.calibration.foreground_temperature.fill_(2.0)
     calibrated = VolumeInferer(num_samples=2).predict(volume, stochastic)
@@ -337,9 +354,15 @@ def test_samples_are_kept_for_the_volumes_that_are_read_from_them(stochastic, vo
     assert "samples" not in VolumeInferer().predict(volume, stochastic)  # fitted with other settings
 
 
+@pytest.mark.parametrize("fusion", ["majority", "staple"])
+def test_a_stochastic_network_does_not_fuse_its_samples(stochastic, fusion):
+    with pytest.raises(InputError, match=f"fusion={fusion}.*mask of its own"):
+        VolumeInferer(num_samples=3, fusion=fusion).check(stochastic, 16)
+
+
 def test_the_start_must_leave_room_for_the_steps(stochastic):
     VolumeInferer(501, num_samples=2).check(stochastic, 16)
-    VolumeInferer(602).check(stochastic, 16)
+    VolumeInferer(602, num_samples=2, start_timestep=999).check(stochastic, 16)
     with pytest.raises(InputError, match="between 1 and 501"):
         VolumeInferer(502, num_samples=2).check(stochastic, 16)
 

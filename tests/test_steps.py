@@ -27,7 +27,7 @@ def batch(size):
 
 def seen_by_denoiser(network, noised_mask, data):
     """Run a training step. Return the arguments of each call of the network, the outputs and the drawn noise."""
-    image, _, _, kwargs = DrawNoise(network)(data)
+    image, _, _, kwargs = DrawNoise(network.diffusion.num_train_timesteps)(data)
     calls = []
     forward = network.forward
     network.forward = lambda image, *args: calls.append(args) or forward(image, *args)
@@ -37,7 +37,7 @@ def seen_by_denoiser(network, noised_mask, data):
 
 def test_prepares_what_the_loss_and_the_network_need():
     data = batch(4)
-    image, targets, args, kwargs = DrawNoise(PlainUNet(GaussianDiffusion(7), calib_channels=[8, 8, 8]))(data)
+    image, targets, args, kwargs = DrawNoise(7)(data)
     assert args == ()
     assert torch.equal(image, data["image"])
     assert targets["subject"] == data["subject"]
@@ -47,16 +47,8 @@ def test_prepares_what_the_loss_and_the_network_need():
 
 def test_timesteps_are_uniform():
     torch.manual_seed(0)
-    network = MedSegDiff(GaussianDiffusion(4), **TINY)
-    timesteps = DrawNoise(network)(batch(4000))[3]["timesteps"]
+    timesteps = DrawNoise(4)(batch(4000))[3]["timesteps"]
     assert timesteps.bincount().tolist() == pytest.approx([1000] * 4, rel=0.1)
-
-
-def test_half_of_the_slices_of_a_stochastic_network_start_from_noise():
-    torch.manual_seed(0)
-    network = MedSegDiff(GaussianDiffusion(4), **STOCHASTIC)
-    timesteps = DrawNoise(network)(batch(4000))[3]["timesteps"]
-    assert timesteps.bincount().tolist() == pytest.approx([500, 500, 500, 2500], rel=0.1)
 
 
 def test_noises_the_truth():
@@ -143,7 +135,7 @@ def test_unknown_noised_mask():
 def step_losses(network, data, **options):
     """Loss and gradient of a training step with options of precision."""
     torch.manual_seed(0)
-    image, targets, _, kwargs = DrawNoise(network)(data)
+    image, targets, _, kwargs = DrawNoise(1000)(data)
     loss = MultiTaskLoss(network.diffusion)(
         DenoisingInferer("calibration", **options)(image, network, **kwargs), targets
     )
@@ -192,23 +184,41 @@ def test_unknown_amp_dtype():
 def test_what_a_stochastic_network_adds_to_its_outputs():
     torch.manual_seed(0)
     network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
-    calls, (seg_logits, cls_logits, calib_map, draws, first_mask, second), kwargs = seen_by_denoiser(
-        network, None, batch(8)
-    )
+    data = batch(8)
+    calls, outputs, kwargs = seen_by_denoiser(network, None, data)
+    seg_logits, cls_logits, calib_map, draws, first_mask, samples, truth = outputs
     assert seg_logits.shape == calib_map.shape == first_mask.shape == (8, 1, 16, 16)
     assert cls_logits.shape == (8, 2)
     assert draws.shape == (8, 10, 1, 16, 16)
     assert draws.std(dim=1).min() > 0
-    again = kwargs["timesteps"] < 999
-    assert 0 < again.sum() < 8
-    ((x_t, timesteps, *_),) = calls
-    assert torch.equal(timesteps[8:], kwargs["timesteps"][again])
-    assert not torch.equal(x_t[8:], x_t[:8][again])
-    assert second.shape == seg_logits[again].shape
     draws.sum().backward()
     assert network.distribution.output_block.conv.conv.weight.grad.abs().min() > 0
     assert network.denoiser.conv_in.conv.weight.grad is None
     assert network.calibrator.output_block.conv.conv.weight.grad is None
+    sampled = len(truth)
+    assert 0 < sampled < 8
+    assert len(samples) == 2 * sampled
+    ((x_t, timesteps, *_),) = calls
+    assert torch.equal(timesteps[:8], torch.full((8,), 999))
+    first, second = x_t[8:].chunk(2)
+    assert torch.equal(timesteps[8:].chunk(2)[0], timesteps[8:].chunk(2)[1])
+    assert not torch.equal(first, second)
+    rows = [(data["label"] == mask).flatten(1).all(dim=1).nonzero().item() for mask in truth]
+    assert torch.equal(timesteps[8 : 8 + sampled], kwargs["timesteps"][rows])
+
+
+def test_samples_of_a_stochastic_network_start_from_the_truth():
+    """With hardly any noise, both noised masks are the true mask."""
+    torch.manual_seed(0)
+    network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
+    image, _, _, kwargs = DrawNoise(1)(batch(8))
+    seen = []
+    forward = network.forward
+    network.forward = lambda image, x_t, *args: seen.append(x_t) or forward(image, x_t, *args)
+    *_, truth = DenoisingInferer()(image, network, **kwargs)
+    noised = seen[0][8:].chunk(2)
+    assert len(truth)
+    assert all(((mask > 0) == (truth > 0)).all() for mask in noised)
 
 
 def test_a_stochastic_network_noises_the_truth():
@@ -232,14 +242,14 @@ def test_the_losses_of_a_stochastic_network():
     """L_calib is cross entropy. The other losses are minimised too, but the reported L_total is without them."""
     torch.manual_seed(0)
     network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
-    image, targets, _, kwargs = DrawNoise(network)(batch(8))
+    image, targets, _, kwargs = DrawNoise(1000)(batch(8))
     outputs = DenoisingInferer()(image, network, **kwargs)
     loss = MultiTaskLoss(network.diffusion, tasks=["segmentation"], stochastic=True)
     total, parts = loss(outputs, targets), loss.components
-    label, from_noise = targets["label"], targets["timesteps"] == 999
+    label = targets["label"]
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(outputs[2], label)
-    sampled = loss.energy_score(outputs[0][~from_noise], outputs[5], label[~from_noise])
-    assert torch.allclose(parts["L_seg"], loss.mask_loss(outputs[0][from_noise], label[from_noise]))
+    sampled = loss.energy_score(*outputs[5].chunk(2), outputs[6])
+    assert torch.allclose(parts["L_seg"], loss.mask_loss(outputs[0], label))
     assert torch.allclose(parts["L_calib"], entropy)
     assert torch.allclose(parts["L_first"], loss.mask_loss(outputs[4], label))
     assert torch.allclose(parts["L_sample"], sampled)
@@ -249,15 +259,15 @@ def test_the_losses_of_a_stochastic_network():
     assert not {"L_draw", "L_first", "L_sample"} & set(loss.components)
 
 
-@pytest.mark.parametrize("timestep", [0, 999])
-def test_batches_without_one_of_the_two_roles(timestep):
+@pytest.mark.parametrize("chance", [0.0, 1.0])
+def test_batches_in_which_all_or_no_slices_are_sampled(chance, monkeypatch):
     network = randomise(MedSegDiff(GaussianDiffusion(), **STOCHASTIC))
-    image, targets, _, kwargs = DrawNoise(network)(batch(2))
-    targets["timesteps"] = kwargs["timesteps"] = torch.full((2,), timestep)
+    image, targets, _, kwargs = DrawNoise(1000)(batch(2))
+    monkeypatch.setattr(torch, "rand", lambda count, device: torch.full((count,), chance))
     loss = MultiTaskLoss(network.diffusion, stochastic=True)
     loss(DenoisingInferer()(image, network, **kwargs), targets).backward()
-    assert ("L_seg" in loss.components) == (timestep == 999)
-    assert ("L_sample" in loss.components) == (timestep == 0)
+    assert ("L_sample" in loss.components) == (chance == 0)
+    assert loss.components["L_seg"] > 0
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 

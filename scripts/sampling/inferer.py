@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 
 from scripts.config import InputError
-from scripts.diffusion.samplers import make_sampler
+from scripts.diffusion.samplers import Draw, Pairs, make_sampler
 from scripts.diffusion.schedule import timestep_pairs
 from scripts.networks.base import SegmentationNetwork
 from scripts.networks.calibration import CALIBRATED_FOR, VOLUMES_FROM, Calibration
@@ -26,20 +27,29 @@ MAPS = {"pred", "prob", "uncertainty", "variance", "calib_prob", "seg_prob", "sa
 BATCH_PIXELS = 128**2  # of a slice, up to which sampling_batch_size is used in full
 
 
+class SampledSlices(NamedTuple):
+    """Result of :meth:`VolumeInferer.sample` for b slices and N samples; what does not exist is None."""
+
+    samples: torch.Tensor  # [b, N, R, H, W], probability
+    mask: torch.Tensor  # [b, R, H, W], probability
+    calib_prob: torch.Tensor | None  # [b, R, H, W], the calibration map as a probability
+    grade_prob: torch.Tensor | None  # [b, K], mean over samples and steps
+
+
 class VolumeInferer(Inferer):
     """Sample every slice of a volume that has a non-zero voxel.
 
     The image-only branch runs once per slice. The noise of a slice depends only on the seed and the slice's number, so
     that the batch size does not change the masks.
 
-    Of a stochastic network a single sample is denoised from pure noise at T - 1, so it is the network's best mask.
-    Several samples show what the mask may also be: each starts from a drawn mask that is noised to ``start_timestep``.
-    The factors get the same noise in all slices of a sample: what an annotator counts in one slice is then counted in
-    the next.
+    The mask and the grade of a stochastic network come from one evaluation from pure noise at T - 1. Several samples
+    are computed beside it and show what the mask may also be: each starts from a drawn mask that is noised to
+    ``start_timestep``. The factors get the same noise in all slices of a sample: what an annotator counts in one slice
+    is then counted in the next.
 
     Args:
-        num_inference_steps: network evaluations per sample; 0 returns the calibration map itself, without a grade, or
-            drawn masks for several samples of a stochastic network.
+        num_inference_steps: network evaluations per sample; 0 returns the calibration map itself, without a grade. The
+            samples of a stochastic network are then the drawn masks.
         num_samples: samples per slice.
         sampling_batch_size: slices times samples in one batch, up to 128 px; larger slices make smaller batches. Bounds
             the memory.
@@ -49,7 +59,8 @@ class VolumeInferer(Inferer):
         start_timestep: start at this timestep from the noised calibration map (truncated diffusion, Guo et al.,
             PD-DDPM, ISBI 2023) instead of from pure noise at T - 1. Several samples of a stochastic network start from
             noised draws instead, by default at :data:`START` T.
-        fusion: how samples become one mask: ``mean``, ``majority`` or ``staple``.
+        fusion: how samples become one mask: ``mean``, ``majority`` or ``staple``. The mask of a stochastic network
+            does not come from its samples, so it takes only ``mean``.
         calibrated_for: the voxels whose temperature is applied, ``foreground`` (not 0 in the image) or ``lesion``.
         grade_prior: frequency of each grade among the subjects; None takes those that the network was calibrated with.
         keep_samples: return the samples even if no volume is read from them.
@@ -120,7 +131,7 @@ class VolumeInferer(Inferer):
         Returns:
             Maps ``[B, R, H, W, S]``, which are 0 in empty slices: ``pred``, the fused samples, to be thresholded at
             0.5; ``prob``, the mean of the samples after temperature scaling, or that of the calibration map in a
-            stochastic network, which also has ``seg_prob``, the mean of the samples; ``uncertainty``, the entropy of
+            stochastic network, which also has ``seg_prob``, that of its mask; ``uncertainty``, the entropy of
             ``prob`` in bits; ``variance`` over the samples, if there are several; ``calib_prob``, the calibration map
             as a probability, if there is one and it is not ``prob``; ``samples [B, N * R, H, W, S]``, sample by sample,
             if they are needed. Values: ``sample_dice [B, R]``, the mean Dice of pairs of samples, NaN for one
@@ -143,23 +154,24 @@ class VolumeInferer(Inferer):
         if not len(filled):
             raise InputError("a volume is empty: every voxel is 0")
         samples = volume.new_zeros(self.num_samples, network.out_channels, *volume.shape[1:], dtype=torch.float32)
-        calib_prob = torch.zeros_like(samples[0]) if network.has_calib_map else None
+        mask = torch.zeros_like(samples[0])
+        calib_prob = torch.zeros_like(mask) if network.has_calib_map else None
         grades = []
         share = min(1.0, BATCH_PIXELS / slices[0, 0].numel())
         for indices in filled.split(max(1, int(share * self.sampling_batch_size) // self.num_samples)):
-            prob, calib, grade = self.sample(slices[indices], network, indices.tolist())
-            samples[..., indices] = prob.movedim(0, -1)
-            if calib_prob is not None and calib is not None:
-                calib_prob[..., indices] = calib.movedim(0, -1)
-            grades += [] if grade is None else [grade]
-        mean = samples.mean(dim=0)
-        raw = calib_prob if calib_prob is not None and network.is_stochastic else mean
+            found = self.sample(slices[indices], network, indices.tolist())
+            samples[..., indices] = found.samples.movedim(0, -1)
+            mask[..., indices] = found.mask.movedim(0, -1)
+            if calib_prob is not None and found.calib_prob is not None:
+                calib_prob[..., indices] = found.calib_prob.movedim(0, -1)
+            grades += [] if found.grade_prob is None else [found.grade_prob]
+        raw = calib_prob if calib_prob is not None and network.is_stochastic else mask
         prob = torch.zeros_like(raw)
         calibration = self.calibration_of(network)
         temperature = calibration.get_buffer(f"{self.calibrated_for}_temperature")
         prob[..., filled] = temperature_scaled(raw[..., filled], temperature[:, None, None, None])
         result = {
-            "pred": prob if self.fusion == "mean" and raw is mean else fuse(samples, self.fusion),
+            "pred": (prob if raw is mask else mask) if self.fusion == "mean" else fuse(samples, self.fusion),
             "prob": prob,
             "uncertainty": entropy_bits(prob),
             "sample_dice": pairwise_dice(samples),
@@ -168,13 +180,13 @@ class VolumeInferer(Inferer):
             "volumes_from": torch.tensor(VOLUMES_FROM.index(calibration.volumes_from)),
         }
         if grades:
-            area = (mean[..., filled] > 0.5).sum(dim=(0, 1, 2))
+            area = (mask[..., filled] > 0.5).sum(dim=(0, 1, 2))
             grade_prob = area_weighted_mean(torch.cat(grades), area)
             result["grade_prob"] = calibration.calibrated_grades(grade_prob, self.grade_prior)
             result["grade_prior"] = torch.tensor(self.grade_prior or calibration.grade_prior.tolist())
         result |= {"variance": samples.var(dim=0)} if self.num_samples > 1 else {}
         if calib_prob is not None:
-            result |= {"calib_prob": calib_prob} if raw is mean else {"seg_prob": mean}
+            result |= {"calib_prob": calib_prob} if raw is mask else {"seg_prob": mask}
         needed = self.keep_samples or calibration.volumes_from == "samples"
         return result | ({"samples": samples.flatten(0, 1)} if needed else {})
 
@@ -192,82 +204,115 @@ class VolumeInferer(Inferer):
         neutral = Calibration(network.out_channels, len(fitted.grade_prior))
         return neutral.to(fitted.grade_prior.device)
 
-    def sample(
-        self, image: torch.Tensor, network: SegmentationNetwork, indices: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def sample(self, image: torch.Tensor, network: SegmentationNetwork, indices: Sequence[int]) -> SampledSlices:
         """Sample slices.
 
         Args:
             image: slices ``[b, M, H, W]``.
             network: network to sample from.
             indices: number of each slice in its volume, which seeds its noise.
-
-        Returns:
-            Mask probability ``[b, N, R, H, W]`` of N samples; the calibration map as a probability ``[b, R, H, W]``, or
-            None if there is none; and the probability of each grade ``[b, K]`` as the mean over samples and steps, or
-            None if nothing was graded.
         """
-        diffusion, device, count = network.diffusion, image.device, self.num_samples
-        prepared = network.condition(image)
+        prepared, count = network.condition(image), self.num_samples
         calib = prepared["calib_map"].float().sigmoid() if network.has_calib_map else None
         # the factor is a prime larger than any slice number, so that no two seeds coincide
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + index) for index in indices]
-        shape = (count, network.out_channels, *image.shape[2:])
 
-        def draw() -> torch.Tensor:
-            return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        def draw(count: int) -> torch.Tensor:
+            shape = (count, network.out_channels, *image.shape[2:])
+            noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+            return noise.to(image.device)
 
-        x_t, draws = draw(), None
-        groups = (len(indices), count)
-        if self._draws(network):
-            common = spread_noise(count, self.seed).to(device).expand(len(indices), -1, -1)
-            draws = draw_logits(prepared, common, draw().unflatten(0, groups))
+        if network.is_stochastic:
+            return self._sample_stochastic(image, network, prepared, draw)
         if not self.num_inference_steps:
             assert calib is not None  # see check
-            masks = calib[:, None].repeat_interleave(count, dim=1) if draws is None else (draws > 0).float()
-            return masks, calib, None
-        start = self._start(network)
-        pairs = timestep_pairs(diffusion.num_train_timesteps, self.num_inference_steps, start)
-        condition = {
-            name: part.repeat_interleave(count, dim=0) for name, part in prepared.items() if name not in DISTRIBUTION
-        }
-        image = image.repeat_interleave(count, dim=0)
-        if start is not None:
-            logits = condition["calib_map"].float() if draws is None else draws.flatten(0, 1)
-            timesteps = torch.full((len(image),), start, device=device)
-            x_t = diffusion.add_noise(torch.tanh(logits / 2), x_t, timesteps)
+            return SampledSlices(calib[:, None].repeat_interleave(count, dim=1), calib, calib, None)
+        x_t = draw(count)
+        if self.start_timestep is not None:
+            logits = prepared["calib_map"].repeat_interleave(count, dim=0)
+            x_t = _noised(network, logits, x_t, self.start_timestep)
+        samples, grade = self._denoise(image, network, prepared, x_t, self._pairs(network), partial(draw, count))
+        return SampledSlices(samples, samples.mean(dim=1), calib, grade)
+
+    def _sample_stochastic(
+        self,
+        image: torch.Tensor,
+        network: SegmentationNetwork,
+        prepared: dict[str, torch.Tensor],
+        draw: Callable[[int], torch.Tensor],
+    ) -> SampledSlices:
+        """Mask and grade from pure noise, and further samples from drawn masks; see :meth:`sample`."""
+        calib = prepared["calib_map"].float().sigmoid()
+        condition = {name: part for name, part in prepared.items() if name not in DISTRIBUTION}
+        mask, grade, count = calib, None, self.num_samples
+        if self.num_inference_steps:
+            last = timestep_pairs(network.diffusion.num_train_timesteps, 1)
+            samples, grade = self._denoise(image, network, condition, draw(1), last, partial(draw, 1))
+            mask = samples[:, 0]
+        if count == 1:
+            return SampledSlices(mask[:, None], mask, calib, grade)
+        x_t, own = draw(count), draw(count).unflatten(0, (len(image), count))
+        common = spread_noise(count, self.seed).to(image.device).expand(len(image), -1, -1)
+        draws = draw_logits(prepared, common, own)
+        if not self.num_inference_steps:
+            return SampledSlices((draws > 0).float(), mask, calib, grade)
+        pairs = self._pairs(network)
+        x_t = _noised(network, draws.flatten(0, 1), x_t, pairs[0][0])
+        samples, _ = self._denoise(image, network, condition, x_t, pairs, partial(draw, count))
+        return SampledSlices(samples, mask, calib, grade)
+
+    def _denoise(
+        self,
+        image: torch.Tensor,
+        network: SegmentationNetwork,
+        condition: dict[str, torch.Tensor],
+        x_t: torch.Tensor,
+        pairs: Pairs,
+        draw: Draw,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Probability ``[b, N, R, H, W]`` and grades ``[b, K]`` of noisy masks ``x_t [b * N, R, H, W]``."""
+        groups = (len(image), len(x_t) // len(image))
+        image, *parts = (part.repeat_interleave(groups[1], dim=0) for part in (image, *condition.values()))
+        condition = dict(zip(condition, parts, strict=True))
         estimate, grades = None, []
 
         def denoise(x_t: torch.Tensor, t: int) -> torch.Tensor:
             nonlocal estimate
-            timesteps = torch.full((len(image),), t, device=device)
+            timesteps = torch.full((len(image),), t, device=image.device)
             logits, cls_logits, _ = network(image, x_t.to(image.dtype), timesteps, condition, estimate)
-            estimate = diffusion.to_x0(logits.float())
+            estimate = network.diffusion.to_x0(logits.float())
             if cls_logits is not None:
                 grades.append(cls_logits.float().softmax(dim=1))
             return estimate
 
-        x_0 = self.sampler(denoise, x_t, pairs, diffusion.alphas_cumprod, draw)
+        x_0 = self.sampler(denoise, x_t, pairs, network.diffusion.alphas_cumprod, draw)
         grade = torch.stack(grades).mean(dim=0).unflatten(0, groups).mean(dim=1) if grades else None
-        return ((x_0 + 1) / 2).unflatten(0, groups), calib, grade
+        return ((x_0 + 1) / 2).unflatten(0, groups), grade
 
-    def _draws(self, network: SegmentationNetwork) -> bool:
-        """Whether samples start from drawn masks."""
-        return network.is_stochastic and self.num_samples > 1
+    def _pairs(self, network: SegmentationNetwork) -> Pairs:
+        """The timesteps of the samples."""
+        return timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self._start(network))
 
     def _start(self, network: SegmentationNetwork) -> int | None:
-        """First timestep, if it is not T - 1 with pure noise."""
-        if self._draws(network) and self.start_timestep is None:
+        """First timestep of the samples; None means T - 1 with pure noise."""
+        if network.is_stochastic and self.start_timestep is None:
             return round(START * network.diffusion.num_train_timesteps)
-        return None if network.is_stochastic and self.num_samples == 1 else self.start_timestep
+        return self.start_timestep
 
     def check(self, network: SegmentationNetwork, image_size: int) -> None:
         """Raise InputError, before any volume is read, for a size or number of steps that the network cannot sample."""
         network.check_image_size((image_size, image_size))
         if self.grade_prior is not None and len(self.grade_prior) != len(network.calibration.grade_prior):
             raise InputError(f"grade_prior={self.grade_prior} must have one number for each grade of the network")
+        if network.is_stochastic and self.fusion != "mean":
+            raise InputError(f"fusion={self.fusion}: a stochastic network has a mask of its own; set fusion=mean")
+        if network.is_stochastic and self.num_samples == 1 and self.num_inference_steps > 1:
+            raise InputError(
+                f"num_inference_steps={self.num_inference_steps} is for the samples of a stochastic network: set "
+                "num_samples, or num_inference_steps=1. Its mask takes one evaluation"
+            )
         if self.num_inference_steps:
-            timestep_pairs(network.diffusion.num_train_timesteps, self.num_inference_steps, self._start(network))
+            self._pairs(network)
         if not network.has_calib_map and (self.start_timestep is not None or not self.num_inference_steps):
             raise InputError(
                 "start_timestep and num_inference_steps=0 need a calibration map: add 'highway' to conditioning"
@@ -278,3 +323,9 @@ def _check_prior(prior: Sequence[float]) -> None:
     numbers = isinstance(prior, (list, tuple)) and all(isinstance(value, (int, float)) for value in prior)
     if not numbers or min(prior, default=0) <= 0 or abs(sum(prior) - 1) > 1e-3:
         raise InputError(f"grade_prior={prior!r} must list positive numbers with the sum 1, one per grade")
+
+
+def _noised(network: SegmentationNetwork, logits: torch.Tensor, noise: torch.Tensor, start: int) -> torch.Tensor:
+    """Masks ``[B, R, H, W]`` of these logits with noise of the first timestep."""
+    timesteps = torch.full((len(logits),), start, device=logits.device)
+    return network.diffusion.add_noise(torch.tanh(logits.float() / 2), noise, timesteps)

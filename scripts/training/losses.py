@@ -80,11 +80,11 @@ class MultiTaskLoss(nn.Module):
     regression loss, because Dice through x_0 = (x_t - ...) / sqrt(abar) has a gradient 158 times too large at T - 1.
     L_calib = Dice + lambda focal of the calibration map, added to L_seg before the weighting. In a stochastic network
     it is the cross entropy, so that the map is a probability.
-    The L_seg of a stochastic network is that of the slices that start from pure noise. It has three further losses,
-    which are added to L_total with weight 1. The reported L_total is without them, as in validation.
+    A stochastic network has three further losses, which are added to L_total with weight 1. The reported L_total is
+    without them, as in validation.
     L_draw = negative log-likelihood of the true mask under drawn masks, per voxel (Monteiro et al., NeurIPS 2020).
     L_first = Dice + lambda focal of the first mask.
-    L_sample = energy score of two samples of the other slices (:meth:`energy_score`).
+    L_sample = energy score of two samples (:meth:`energy_score`).
     L_cls = focal loss (gamma 2) with class weights alpha, over the slices with foreground of subjects with a grade, and
     over all slices of a subject with a grade whose whole mask is empty. It is left out of a batch without such a slice.
     The weighting treats Dice + focal and L_cls as classifications, and the regression loss as a regression.
@@ -155,42 +155,34 @@ class MultiTaskLoss(nn.Module):
         seg_logits, cls_logits, calib_map, *further = outputs
         assert seg_logits is not None
         seg_logits, label = seg_logits.float(), targets["label"].float()
-        components = self._mask_losses(seg_logits, label, targets.get("timesteps"))
+        components = {"L_seg": self._segmentation_loss(seg_logits, label, targets.get("timesteps"))}
         if calib_map is not None:
             calib_loss = nn.functional.binary_cross_entropy_with_logits if self.stochastic else self.mask_loss
             components["L_calib"] = calib_loss(calib_map.float(), label)
-        zero = 0 * seg_logits.sum()
-        task_losses = {"segmentation": components.get("L_seg", zero) + self.calib_weight * components.get("L_calib", 0)}
+        task_losses = {"segmentation": components["L_seg"] + self.calib_weight * components.get("L_calib", 0)}
         if cls_logits is not None:
             loss_cls = self.grading_loss(cls_logits.float(), graded_slices(targets))
             if loss_cls is not None:
                 components["L_cls"] = task_losses["grading"] = loss_cls
         components["L_total"] = total = self._total(task_losses, cls_logits)
         if further and "segmentation" in self.tasks:
-            draws, first_mask, second = (part.float() for part in further if part is not None)
-            again = self._sampled(targets["timesteps"])
+            draws, first_mask, samples, truth = (part.float() for part in further if part is not None)
             added = {"L_draw": negative_log_likelihood(draws, label), "L_first": self.mask_loss(first_mask, label)}
-            if again.any():
-                added["L_sample"] = self.energy_score(seg_logits[again], second, label[again])
+            if len(truth):
+                first, second = samples.chunk(2)
+                added["L_sample"] = self.energy_score(first, second, truth)
             components |= added
             total = total + sum(added.values())
         self.components = {name: value.detach() for name, value in components.items()}
         return total
 
-    def _mask_losses(
+    def _segmentation_loss(
         self, seg_logits: torch.Tensor, label: torch.Tensor, timesteps: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """L_seg; nothing for a batch of which every slice trains the samples."""
-        if timesteps is not None and self.stochastic:
-            rows = ~self._sampled(timesteps)
-            seg_logits, label = seg_logits[rows], label[rows]
-        elif timesteps is not None and self.diffusion.prediction_type != "sample":
-            return {"L_seg": self.diffusion.regression_loss(seg_logits, 2 * label - 1, timesteps)}
-        return {"L_seg": self.mask_loss(seg_logits, label)} if len(label) else {}
-
-    def _sampled(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """The slices ``[B]`` of a stochastic network that do not start from pure noise."""
-        return timesteps < self.diffusion.num_train_timesteps - 1
+    ) -> torch.Tensor:
+        """L_seg; validation has no timesteps."""
+        if timesteps is not None and self.diffusion.prediction_type != "sample":
+            return self.diffusion.regression_loss(seg_logits, 2 * label - 1, timesteps)
+        return self.mask_loss(seg_logits, label)
 
     def energy_score(self, first: torch.Tensor, second: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Energy score of two samples, as logits, and a true mask, each ``[B, R, H, W]``.
