@@ -25,7 +25,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 logger = logging.getLogger(__name__)
 
-BUNDLE_ROOT = Path(__file__).resolve().parents[1]
+BUNDLE_ROOT = Path(__file__).resolve().parents[1]  # of the main bundle; the others are in its folder bundles/
 # the metadata, and what `--tracking mlflow` adds
 ADDED_BY_MONAI = {*DEFAULT_MLFLOW_SETTINGS["configs"], ConfigParser.meta_key} - {"output_dir"}  # type: ignore[misc]
 
@@ -59,11 +59,20 @@ class TrainingError(RuntimeError):
     """Training cannot continue. The message says where it stopped and what to do."""
 
 
+def bundle_root(name: str) -> str:
+    """Folder of a further bundle, which has ``configs/`` and ``models/``.
+
+    It is ``bundles/<name>`` of the repository, wherever the command runs. A released bundle is its own root.
+    """
+    folder = BUNDLE_ROOT / "bundles" / name
+    return str(folder if folder.is_dir() else BUNDLE_ROOT)
+
+
 def start_run(*bases: str) -> ConfigParser:
     """Check the keys and values of the running configuration; from now on our own errors print as one line.
 
     Args:
-        bases: files in ``configs/`` that declare the known top-level keys.
+        bases: files in ``configs/`` of the running bundle that declare the known top-level keys.
 
     Returns:
         The parser of the running configuration.
@@ -74,21 +83,25 @@ def start_run(*bases: str) -> ConfigParser:
     """
     sys.excepthook = _report_own_error
     parser = running_parser()
-    check_keys(parser.get(), *bases)
-    check_addresses(parser)
-    check_values(parser.get(), *bases)
+    configs = Path(parser.get_parsed_content("bundle_root"), "configs")
+    if not configs.is_dir():
+        raise InputError(f"bundle_root '{configs.parent}' has no folder configs/; leave the key out")
+    files = [configs / base for base in bases]
+    check_keys(parser.get(), *files)
+    check_addresses(parser, configs)
+    check_values(parser.get(), *files)
     return parser
 
 
 @functools.lru_cache
-def read_config(name: str) -> dict[str, Any]:
-    """Content of ``configs/<name>`` (YAML)."""
+def read_config(file: Path) -> dict[str, Any]:
+    """Content of a configuration file (YAML)."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
-    return yaml.load((BUNDLE_ROOT / "configs" / name).read_text(encoding="utf-8"), loader)
+    return yaml.load(file.read_text(encoding="utf-8"), loader)
 
 
-def check_keys(config: dict, *bases: str) -> None:
-    """Refuse top-level keys of ``config`` that no ``configs/<base>`` declares.
+def check_keys(config: dict, *bases: Path) -> None:
+    """Refuse top-level keys of ``config`` that none of the files ``bases`` declares.
 
     Raises:
         InputError: naming each unknown key and the nearest known one.
@@ -97,18 +110,22 @@ def check_keys(config: dict, *bases: str) -> None:
     unknown = [key for key in config if key not in known | ADDED_BY_MONAI]
     if unknown:
         hints = ", ".join(_with_hint(key, known) for key in unknown)
-        raise InputError(f"unknown configuration key {hints}; configs/{bases[0]} has the known keys")
+        raise InputError(f"unknown configuration key {hints}; configs/{bases[0].name} has the known keys")
 
 
-def check_addresses(parser: ConfigParser) -> None:
+def check_addresses(parser: ConfigParser, configs: Path) -> None:
     """Refuse keys that nothing reads, below the top level: ``--train::compil true``, ``--loss::lambda_focl 1``.
+
+    Args:
+        parser: the running configuration.
+        configs: folder of the configuration files of the running bundle.
 
     Raises:
         InputError: naming the address, the component that has no such argument, and the nearest known name.
     """
     known: dict[str, set[str]] = {"train": set(), "validate": set()}
-    for file in sorted((BUNDLE_ROOT / "configs").glob("*.yaml")):
-        for key, value in read_config(file.name).items():
+    for file in sorted(configs.glob("*.yaml")):
+        for key, value in read_config(file).items():
             group, _, rest = key.partition("::")
             if group in known:
                 known[group] |= {rest.split("::")[0]} if rest else set(value)
@@ -144,7 +161,7 @@ def _with_hint(key: str, known: Iterable[str]) -> str:
     return f"'{key}'" + (f" (did you mean '{near[0]}'?)" if near else "")
 
 
-def check_values(config: dict, *bases: str) -> None:
+def check_values(config: dict, *bases: Path) -> None:
     """Refuse values whose type differs from that of their default, and a device that does not exist.
 
     The defaults are those of ``bases``; the last file wins. An integer at the top level must be at least 1 if its

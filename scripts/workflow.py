@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-from ignite.engine import Events
-from ignite.handlers import EarlyStopping
 from monai.bundle import ConfigParser
-from monai.engines import Evaluator, Trainer
 from monai.utils import set_determinism
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from scripts.config import InputError, check_plain, resumable_config, running_parser, save_config, start_run
-from scripts.data.datalist import describe, write_datalist
+from scripts.config import InputError, check_plain, running_parser, save_config, start_run
+from scripts.data.datalist import describe
 from scripts.data.grades import check_alpha
 from scripts.data.subjects import check_output_dir
 from scripts.distributed import join_processes
@@ -27,8 +24,8 @@ from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
 from scripts.tools.monai_label import PlainOptions, apply_label_request
 from scripts.tools.onnx_network import export_onnx
-from scripts.training.checkpoints import NAMING, check_resumable, check_settings, load_weights
-from scripts.training.lineage import check_unseen
+from scripts.training.checkpoints import NAMING, check_settings, load_weights
+from scripts.training.run import run_training
 
 logger = logging.getLogger(__name__)
 
@@ -57,38 +54,9 @@ def option(name: str) -> Any:
 def train() -> None:
     """Train from the start, from the weights of ``init_ckpt``, or from where an earlier run stopped (``resume``)."""
     parser, value = _start("train.yaml")
-    apply_label_request(parser)
+    apply_label_request(parser, SETTINGS)
     network, datalist = _check_training(value)
-    if start := value("init_ckpt"):
-        check_unseen(start, datalist["validation"] + datalist["test"], value("dataset_name"), value("patient_pattern"))
-        load_weights(network, start, value("settings"))
-    checkpoints = value("checkpoints")
-    checkpoints.config = resumable_config()
-    if value("resume"):
-        check_resumable(value("ckpt_dir"), network, value("settings"), checkpoints.config, value("lineage"))
-    value("optimizer")  # freezes parameters, which must be done before the network is wrapped for several processes
-    if value("train::compile"):
-        for child in network.children():
-            if next(child.parameters(), None) is not None:
-                child.compile()
-    output_dir = Path(value("output_dir"))
-    files = [output_dir / name for name in ("metrics.csv", "learning_curves.png", "config.yaml")]
-    files += [Path(value("ckpt_dir"), name) for name in ("model.pt", "last.pt")]
-    value("epoch_table").track(value("train::handlers") + value("validate::handlers"), files)
-    trainer = value("train::trainer")
-    stopping = _early_stopping(value("train::early_stopping"), trainer, value("validate::evaluator"))
-    if stopping:
-        checkpoints.full["early_stopping"] = stopping
-    if value("resume"):
-        checkpoints.resume(trainer)
-    for weights in (network, value("validated_network")):
-        weights.calibration.reset()  # it belongs to other weights
-    write_datalist(datalist, str(output_dir / "datalist.json"), value("dataset_dir"))
-    save_config(str(output_dir / "config.yaml"))
-    if trainer.state.epoch < value("max_epochs") and not (stopping and stopping.counter >= stopping.patience):
-        trainer.run()
-    else:
-        print("training is complete")
+    run_training(parser, network, datalist, lambda: _reset_calibration(network, value("validated_network")))
 
 
 def evaluate() -> None:
@@ -163,15 +131,7 @@ def _check_training(value: Callable[[str], Any]) -> tuple[SegmentationNetwork, d
     return network, datalist
 
 
-def _early_stopping(patience: int | None, trainer: Trainer, evaluator: Evaluator) -> EarlyStopping | None:
-    """ignite's early stopping, attached to the validation; None if ``patience`` is None.
-
-    It cannot be declared: it needs the trainer, whose handlers need the evaluator.
-    """
-    if patience is None:
-        return None
-    if not isinstance(patience, int) or patience < 1:
-        raise InputError(f"train::early_stopping={patience!r} must be null or a whole number of validations, 1 or more")
-    handler = EarlyStopping(patience, lambda engine: engine.state.metrics[engine.state.key_metric_name], trainer)
-    evaluator.add_event_handler(Events.COMPLETED, handler)
-    return handler
+def _reset_calibration(*networks: SegmentationNetwork) -> None:
+    """Forget a calibration: it belongs to other weights."""
+    for network in networks:
+        network.calibration.reset()

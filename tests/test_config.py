@@ -8,13 +8,23 @@ import torch
 from monai.bundle import ConfigParser
 
 from scripts import config as config_module
-from scripts.config import InputError, atomic_path, check_keys, check_values, explain
+from scripts.config import BUNDLE_ROOT, InputError, atomic_path, bundle_root, check_keys, check_values, explain
+
+TRAIN = BUNDLE_ROOT / "configs" / "train.yaml"
+
+
+def test_the_root_of_a_further_bundle(tmp_path, monkeypatch):
+    """A folder of bundles/ in the repository; in a release, the release itself."""
+    monkeypatch.setattr(config_module, "BUNDLE_ROOT", tmp_path)
+    assert bundle_root("organs") == str(tmp_path)
+    (tmp_path / "bundles" / "organs").mkdir(parents=True)
+    assert bundle_root("organs") == str(tmp_path / "bundles" / "organs")
 
 
 def test_known_keys_pass_and_a_typo_names_the_nearest():
-    check_keys({"batch_size": 4, "_meta_": {}}, "train.yaml")
+    check_keys({"batch_size": 4, "_meta_": {}}, TRAIN)
     with pytest.raises(InputError, match=r"'batch_sise' \(did you mean 'batch_size'\?\)"):
-        check_keys({"batch_size": 4, "batch_sise": 8}, "train.yaml")
+        check_keys({"batch_size": 4, "batch_sise": 8}, TRAIN)
 
 
 @pytest.mark.parametrize(
@@ -35,11 +45,11 @@ def test_known_keys_pass_and_a_typo_names_the_nearest():
 )
 def test_values_of_another_kind_are_refused(key, value, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    config = ConfigParser.load_config_file(str(config_module.BUNDLE_ROOT / "configs" / "train.yaml"))
-    check_values(config, "train.yaml")
-    check_values(config | {key: "$1 + 1"}, "train.yaml")
+    config = ConfigParser.load_config_file(str(TRAIN))
+    check_values(config, TRAIN)
+    check_values(config | {key: "$1 + 1"}, TRAIN)
     with pytest.raises(InputError, match=key):
-        check_values(config | {key: value}, "train.yaml")
+        check_values(config | {key: value}, TRAIN)
 
 
 def test_atomic_path_replaces_only_on_success(tmp_path):

@@ -173,6 +173,16 @@ def test_a_4d_file_is_a_subject(tmp_path, volumes):
     assert subjects.subject_of(file, MODALITIES) == {"subject": "BRATS_001", "image": [file]}
 
 
+def test_a_file_that_is_only_called_like_its_modality_belongs_to_its_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "s0001"
+    folder.mkdir()
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), folder / "ct.nii.gz")
+    assert subjects.subject_of(str(folder / "ct.nii.gz"), ["ct"])["subject"] == "s0001"
+    assert subjects.find_subjects(str(tmp_path), ["ct"], require_label=False)[0]["subject"] == "s0001"
+    monkeypatch.chdir(folder)
+    assert subjects.subject_of("ct.nii.gz", ["ct"])["subject"] == "s0001"
+
+
 def test_4d_files_in_one_folder_are_subjects(tmp_path, volumes):
     """The layout of the Medical Segmentation Decathlon."""
     names = ["BRATS_001", "BRATS_002"]

@@ -163,8 +163,9 @@ def subject_of(file: str, modalities: Sequence[str]) -> Item:
     """Item of the subject that a file or folder belongs to.
 
     A picture, or a 4D file with all modalities, is a subject itself. A file of one modality belongs to the subject
-    whose other files lie in the same folder and differ only in the suffix: ``7_t1.nii.gz``, ``7_flair.nii.gz``. A
-    folder holds the DICOM series of a subject.
+    whose other files lie in the same folder and differ only in the suffix: ``7_t1.nii.gz``, ``7_flair.nii.gz``. A file
+    that has only the suffix as its name, such as ``s0001/ct.nii.gz``, belongs to the subject of its folder. A folder
+    holds the DICOM series of a subject.
 
     Raises:
         InputError: if the file cannot be read, or has neither all modalities nor the files of the others beside it.
@@ -188,7 +189,8 @@ def subject_of(file: str, modalities: Sequence[str]) -> Item:
         expected = [(prefix + modality).lower() for modality in modalities]
         if absent := [m for m, name in zip(modalities, expected, strict=True) if name not in in_folder]:
             raise InputError(f"{path.name} has no file for {absent} beside it; add {prefix}{absent[0]}.nii.gz")
-        item = {"subject": prefix.rstrip("-_."), "image": [in_folder[name] for name in expected]}
+        subject = prefix.rstrip("-_.") or path.absolute().parent.name
+        item = {"subject": subject, "image": [in_folder[name] for name in expected]}
     return check_headers(item, modalities)
 
 

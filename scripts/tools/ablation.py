@@ -187,7 +187,7 @@ def _parse_arm(name: str, configs: Sequence[str], keys: dict[str, Any]) -> Arm:
         raise InputError(f"arm '{name}': settings must give max_epochs, so that all arms train for the same time")
     if not Path(keys.get("dataset_dir", ".")).is_dir():
         raise InputError(f"arm '{name}': dataset_dir '{keys['dataset_dir']}' is not a folder")
-    check_keys({key.split("::")[0]: value for key, value in keys.items()}, "train.yaml")
+    check_keys({key.split("::")[0]: value for key, value in keys.items()}, BUNDLE_ROOT / "configs" / "train.yaml")
     sampling = {key: value for key, value in keys.items() if key in SAMPLING or key.startswith(INFERER)}
     return Arm(name, files, {key: value for key, value in keys.items() if key not in sampling}, sampling, stages)
 

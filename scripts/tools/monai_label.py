@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from monai.bundle import ConfigParser
 from scripts.config import InputError, check_plain, warn_some
 from scripts.data.split import patient
 from scripts.data.subjects import Item, attach_grades, check_headers, subject_of
-from scripts.net import SETTINGS
 from scripts.training.checkpoints import read_checkpoint
 from scripts.training.lineage import seen
 
@@ -28,7 +27,7 @@ class PlainOptions(dict):
         super().update(new)
 
 
-def apply_label_request(parser: ConfigParser) -> None:
+def apply_label_request(parser: ConfigParser, settings: Iterable[str]) -> None:
     """Adapt the configuration to what MONAI Label has set; do nothing without MONAI Label.
 
     MONAI Label replaces the data by ``{"image": file, "label": file}``. These become subjects: the files of the other
@@ -38,6 +37,10 @@ def apply_label_request(parser: ConfigParser) -> None:
 
     What comes from files (settings, names) is never written into the configuration as text, which would be parsed:
     the configuration gets functions that read it.
+
+    Args:
+        parser: the running configuration.
+        settings: keys that are taken from the served weights.
 
     Raises:
         InputError: if nothing is labelled, or naming the file that cannot be used.
@@ -55,14 +58,15 @@ def apply_label_request(parser: ConfigParser) -> None:
     starts = [str(Path(handler["load_path"]).absolute()) for handler in handlers if _loads_weights(handler)]
     changes["init_ckpt"] = starts[0] if starts else None
     if Path(parser.get_parsed_content("ckpt_path")).is_file():
-        changes |= {"settings": TRAINED} | {key: f"$@settings['{key}']" for key in SETTINGS}
+        changes |= {"settings": TRAINED} | {key: f"$@settings['{key}']" for key in settings}
     changes["dataset_dir"] = str(Path(training[0]["image"]).parent)
     changes["max_epochs"] = parser["train::trainer::max_epochs"]
     changes["datalist"] = {
         "_target_": "scripts.tools.monai_label.labelled_subjects",
         "training": training,
         "validation": validation if isinstance(validation, list) else [],
-        **{key: f"@{key}" for key in ("init_ckpt", "dataset_dir", "modalities", "patient_pattern", *GRADE_KEYS)},
+        **{key: f"@{key}" for key in ("init_ckpt", "dataset_dir", "modalities", "patient_pattern")},
+        **{key: f"@{key}" for key in GRADE_KEYS if key in parser.get()},
     }
     changes |= {"train::dataset::data": "$@datalist['training']", "validate::dataset::data": "$@datalist['validation']"}
     update_config(parser, changes)
@@ -100,7 +104,7 @@ def labelled_subjects(
         dataset_dir: folder of ``name_mapping.csv``.
         modalities: file suffixes, in channel order.
         patient_pattern: regular expression for :func:`scripts.data.split.patient`.
-        grades: further arguments of :func:`scripts.data.subjects.attach_grades`.
+        grades: further arguments of :func:`scripts.data.subjects.attach_grades`; nothing without grades.
     """
     found = {"training": find_labelled(training, modalities), "validation": find_labelled(validation, modalities)}
     trained = {patient(item["subject"], patient_pattern) for item in found["training"]}
@@ -112,8 +116,9 @@ def labelled_subjects(
     names = {item["subject"] for item in found["training"]}
     found["training"] += [i for i in found["validation"] if i["subject"] in known and i["subject"] not in names]
     found["validation"] = [item for item in found["validation"] if item["subject"] not in known]
-    graded = {subset: attach_grades(items, dataset_dir, **grades) for subset, items in found.items()}
-    return graded | {"test": []}
+    if grades:
+        found = {subset: attach_grades(items, dataset_dir, **grades) for subset, items in found.items()}
+    return found | {"test": []}
 
 
 def find_labelled(items: Sequence[Mapping[str, str]], modalities: Sequence[str]) -> list[Item]:

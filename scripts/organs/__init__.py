@@ -1,0 +1,1 @@
+"""Structures of a CT: what only the bundle ``bundles/organs`` needs."""

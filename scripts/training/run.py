@@ -1,0 +1,78 @@
+"""The order of a training, whatever the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ignite.engine import Events
+from ignite.handlers import EarlyStopping
+from monai.bundle import ConfigParser
+from monai.engines import Evaluator, Trainer
+from torch import nn
+
+from scripts.config import InputError, resumable_config, save_config
+from scripts.data.datalist import write_datalist
+from scripts.data.subjects import Item
+from scripts.training.checkpoints import check_resumable, load_weights
+from scripts.training.lineage import check_unseen
+
+
+def run_training(
+    parser: ConfigParser,
+    network: nn.Module,
+    datalist: Mapping[str, list[Item]],
+    loaded: Callable[[], None] = lambda: None,
+) -> None:
+    """Train from the start, from the weights of ``init_ckpt``, or from where an earlier run stopped (``resume``).
+
+    Args:
+        parser: the running configuration, which has been checked.
+        network: ``network_def`` of the configuration.
+        datalist: its ``datalist``.
+        loaded: is called when the first weights are in the network.
+    """
+    value = parser.get_parsed_content
+    if start := value("init_ckpt"):
+        check_unseen(start, datalist["validation"] + datalist["test"], value("dataset_name"), value("patient_pattern"))
+        load_weights(network, start, value("settings"))
+    checkpoints = value("checkpoints")
+    checkpoints.config = resumable_config()
+    if value("resume"):
+        check_resumable(value("ckpt_dir"), network, value("settings"), checkpoints.config, value("lineage"))
+    value("optimizer")  # freezes parameters, which must be done before the network is wrapped for several processes
+    if value("train::compile"):
+        for child in network.children():
+            if next(child.parameters(), None) is not None:
+                child.compile()
+    output_dir = Path(value("output_dir"))
+    files = [output_dir / name for name in ("metrics.csv", "learning_curves.png", "config.yaml")]
+    files += [Path(value("ckpt_dir"), name) for name in ("model.pt", "last.pt")]
+    value("epoch_table").track(value("train::handlers") + value("validate::handlers"), files)
+    trainer = value("train::trainer")
+    stopping = _early_stopping(value("train::early_stopping"), trainer, value("validate::evaluator"))
+    if stopping:
+        checkpoints.full["early_stopping"] = stopping
+    if value("resume"):
+        checkpoints.resume(trainer)
+    loaded()
+    write_datalist(datalist, str(output_dir / "datalist.json"), value("dataset_dir"))
+    save_config(str(output_dir / "config.yaml"))
+    if trainer.state.epoch < value("max_epochs") and not (stopping and stopping.counter >= stopping.patience):
+        trainer.run()
+    else:
+        print("training is complete")
+
+
+def _early_stopping(patience: int | None, trainer: Trainer, evaluator: Evaluator) -> EarlyStopping | None:
+    """ignite's early stopping, attached to the validation; None if ``patience`` is None.
+
+    It cannot be declared: it needs the trainer, whose handlers need the evaluator.
+    """
+    if patience is None:
+        return None
+    if not isinstance(patience, int) or patience < 1:
+        raise InputError(f"train::early_stopping={patience!r} must be null or a whole number of validations, 1 or more")
+    handler = EarlyStopping(patience, lambda engine: engine.state.metrics[engine.state.key_metric_name], trainer)
+    evaluator.add_event_handler(Events.COMPLETED, handler)
+    return handler
