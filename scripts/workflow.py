@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-from monai.bundle import ConfigParser
-from monai.utils import set_determinism
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from scripts.config import InputError, check_plain, running_parser, save_config, start_run
 from scripts.data.datalist import describe
 from scripts.data.grades import check_alpha
 from scripts.data.subjects import check_output_dir
-from scripts.distributed import join_processes
 from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
 from scripts.tools.monai_label import PlainOptions, apply_label_request
 from scripts.tools.onnx_network import export_onnx
 from scripts.training.checkpoints import NAMING, check_settings, load_weights
-from scripts.training.run import run_training
+from scripts.training.run import run_training, start
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ def option(name: str) -> Any:
 
 def train() -> None:
     """Train from the start, from the weights of ``init_ckpt``, or from where an earlier run stopped (``resume``)."""
-    parser, value = _start("train.yaml")
+    parser, value = start("train.yaml")
     apply_label_request(parser, SETTINGS)
     network, datalist = _check_training(value)
     run_training(parser, network, datalist, lambda: _reset_calibration(network, value("validated_network")))
@@ -61,7 +58,7 @@ def train() -> None:
 
 def evaluate() -> None:
     """Score or calibrate the weights of ``ckpt_path`` on subjects that they were not trained on."""
-    _, value = _start("train.yaml", "evaluate.yaml")
+    _, value = start("train.yaml", "evaluate.yaml")
     network = value("network_def")
     value("validate::inferer").check(network, value("image_size"))
     load_weights(value("network"), value("ckpt_path"), value("settings"))
@@ -77,7 +74,7 @@ def infer(load: bool = True) -> None:
     Args:
         load: load the weights of ``ckpt_path``; false if ``network_def`` already has its weights, as an ONNX export.
     """
-    parser, value = _start("inference.yaml", "train.yaml")
+    parser, value = start("inference.yaml", "train.yaml")
     network, trained = value("network_def"), value("settings")
     given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
     check_settings(trained, given, "the model")
@@ -94,7 +91,7 @@ def infer(load: bool = True) -> None:
 
 def export() -> None:
     """Export the weights of ``ckpt_path`` to ``onnx_dir``."""
-    _, value = _start("inference.yaml", "train.yaml")
+    _, value = start("inference.yaml", "train.yaml")
     network = value("network_def")
     load_weights(network, value("ckpt_path"), value("settings"))
     export_onnx(network, value("onnx_dir"), value("settings"))
@@ -103,15 +100,6 @@ def export() -> None:
 def ablate() -> None:
     """Train and evaluate a grid of settings, and compare them in one table."""
     start_run("ablation.yaml").get_parsed_content("ablation").run()
-
-
-def _start(*bases: str) -> tuple[ConfigParser, Callable[[str], Any]]:
-    """Check the keys, join the other processes, seed everything; the parser and the function that reads a key."""
-    parser = start_run(*bases)
-    value = parser.get_parsed_content
-    join_processes(value("distributed"))
-    set_determinism(value("seed"))
-    return parser, value
 
 
 def _check_training(value: Callable[[str], Any]) -> tuple[SegmentationNetwork, dict[str, list]]:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Protocol
 
 import torch
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
+from torch import nn
 
 from scripts.distributed import broadcast_buffers
-from scripts.sampling.inferer import VolumeInferer
+
+
+class VolumePredictor(Protocol):
+    """What the evaluator expects of an inferer."""
+
+    def predict(self, inputs: torch.Tensor, network: nn.Module) -> dict[str, torch.Tensor]:
+        """Outputs by name for volumes ``[B, M, H, W, S]``."""
 
 
 class VolumeEvaluator(SupervisedEvaluator):
     """MONAI's evaluator for an inferer with several outputs.
 
-    The output of an iteration holds ``image [B, M, H, W, S]``, the outputs of :meth:`VolumeInferer.predict`, and
+    The output of an iteration holds ``image [B, M, H, W, S]``, the outputs of :meth:`VolumePredictor.predict`, and
     ``subject``, ``grade`` and (if there are) ``label [B, R, H', W', S']`` and ``annotations`` of the batch, on the
     input's grid.
     """
 
-    inferer: VolumeInferer
+    inferer: VolumePredictor  # type: ignore[assignment]
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Evaluate. All processes use the buffers of the first process, whose network is saved."""

@@ -1,21 +1,40 @@
-"""The order of a training, whatever the network."""
+"""The order of a run, whatever the network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ignite.engine import Events
 from ignite.handlers import EarlyStopping
 from monai.bundle import ConfigParser
 from monai.engines import Evaluator, Trainer
+from monai.utils import set_determinism
 from torch import nn
 
-from scripts.config import InputError, resumable_config, save_config
+from scripts.config import InputError, resumable_config, save_config, start_run
 from scripts.data.datalist import write_datalist
 from scripts.data.subjects import Item
+from scripts.distributed import join_processes
 from scripts.training.checkpoints import check_resumable, load_weights
 from scripts.training.lineage import check_unseen
+
+
+def start(*bases: str) -> tuple[ConfigParser, Callable[[str], Any]]:
+    """Check the keys, join the other processes, seed everything.
+
+    Args:
+        bases: see :func:`scripts.config.start_run`.
+
+    Returns:
+        The parser of the running configuration, and the function that reads one of its keys.
+    """
+    parser = start_run(*bases)
+    value = parser.get_parsed_content
+    join_processes(value("distributed"))
+    set_determinism(value("seed"))
+    return parser, value
 
 
 def run_training(
@@ -33,9 +52,9 @@ def run_training(
         loaded: is called when the first weights are in the network.
     """
     value = parser.get_parsed_content
-    if start := value("init_ckpt"):
-        check_unseen(start, datalist["validation"] + datalist["test"], value("dataset_name"), value("patient_pattern"))
-        load_weights(network, start, value("settings"))
+    if first := value("init_ckpt"):
+        check_unseen(first, datalist["validation"] + datalist["test"], value("dataset_name"), value("patient_pattern"))
+        load_weights(network, first, value("settings"))
     checkpoints = value("checkpoints")
     checkpoints.config = resumable_config()
     if value("resume"):

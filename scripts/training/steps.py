@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 from monai.engines import PrepareBatch
-from monai.inferers import Inferer
 from torch.nn.parallel import DistributedDataParallel
 
 from scripts.config import InputError
 from scripts.networks.base import SegmentationNetwork
 from scripts.networks.baselines import Baseline
 from scripts.networks.stochastic import DISTRIBUTION, RANK, draw_logits
+from scripts.training.autocast import AutocastInferer
 
 NOISED_MASKS = ("truth", "prediction", "calibration")
-AMP_DTYPES = ("bfloat16", "float16")
 NUM_DRAWS = 10  # masks that are drawn per slice, for their likelihood
 
 
@@ -47,7 +46,7 @@ class DrawNoise(PrepareBatch):
         return image, targets, (), {"label": label, "noise": torch.randn_like(label), "timesteps": timesteps}
 
 
-class DenoisingInferer(Inferer):
+class DenoisingInferer(AutocastInferer):
     """Forward pass of training: add noise to a mask and denoise it.
 
     The noise can be added to one of three masks. ``truth`` is the usual choice, but the network then learns to trust a
@@ -63,22 +62,18 @@ class DenoisingInferer(Inferer):
 
     Args:
         noised_mask: one of :data:`NOISED_MASKS`; None takes the default of the network.
-        amp: use torch's autocast with ``amp_dtype``. MONAI's trainer supports this only on a GPU.
-        amp_dtype: one of :data:`AMP_DTYPES`.
+        amp: see :class:`~scripts.training.autocast.AutocastInferer`.
+        amp_dtype: likewise.
 
     Raises:
         InputError: for an unknown ``noised_mask`` or ``amp_dtype``.
     """
 
     def __init__(self, noised_mask: str | None = None, amp: bool = False, amp_dtype: str = "bfloat16") -> None:
-        super().__init__()
+        super().__init__(amp, amp_dtype)
         if noised_mask not in (None, *NOISED_MASKS):
             raise InputError(f"noised_mask '{noised_mask}' is not one of {list(NOISED_MASKS)}")
-        if amp_dtype not in AMP_DTYPES:
-            raise InputError(f"amp_dtype '{amp_dtype}' is not one of {list(AMP_DTYPES)}")
         self.noised_mask = noised_mask
-        self.amp = amp
-        self.amp_dtype = getattr(torch, amp_dtype)
 
     def __call__(  # type: ignore[override]
         self,

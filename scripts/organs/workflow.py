@@ -1,0 +1,49 @@
+"""What a run of the bundle of organs does, in order: one function per verb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+
+from scripts.config import InputError, bundle_root, running_parser
+from scripts.data.datalist import describe
+from scripts.organs.structures import chosen
+from scripts.tools.monai_label import apply_label_request
+from scripts.training.run import run_training, start
+
+__all__ = ["bundle_root", "settings", "train"]
+SETTINGS = ("modalities", "structures", "windows", "num_slices", "spacing", "image_size", "features")
+
+
+def settings() -> dict[str, Any]:
+    """The settings that give the weights their meaning; groups of structures are replaced by their names."""
+    parser = running_parser()
+    found = {name: parser.get_parsed_content(name) for name in SETTINGS}
+    return found | {"structures": chosen(found["structures"])}
+
+
+def train() -> None:
+    """Train from the start, from the weights of ``init_ckpt``, or from where an earlier run stopped (``resume``)."""
+    parser, value = start("train.yaml")
+    apply_label_request(parser, SETTINGS)
+    _check_training(value)
+    datalist, weights = value("datalist"), value("class_weights")
+    if idist.get_rank() == 0:
+        print(describe(datalist, value("patient_pattern")))
+        names = ["background", *value("settings")["structures"]]
+        print("\n".join(f"weight {weight:7.3f} {name}" for name, weight in zip(names, weights.tolist(), strict=True)))
+    run_training(parser, value("network_def"), datalist)
+
+
+def _check_training(value: Callable[[str], Any]) -> None:
+    if not value("datalist")["validation"]:
+        raise InputError("there is no validation subject, which chooses the weights; correct datalist_file")
+    size, divisor = value("image_size"), 2 ** (len(value("features")) - 2)
+    if size % divisor:
+        raise InputError(f"image_size={size} must be divisible by {divisor}: 2 per down-sampling")
+    file = value("datalist_file")
+    if file and not Path(file).is_file():
+        raise InputError(f"datalist_file '{file}' does not exist; run scripts.organs.merge_structures first")

@@ -1,0 +1,35 @@
+"""Forward pass in half precision on any device: MONAI's trainer autocasts only on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from monai.inferers import Inferer
+from torch import nn
+
+from scripts.config import InputError
+
+AMP_DTYPES = ("bfloat16", "float16")
+
+
+class AutocastInferer(Inferer):
+    """Call the network, with torch's autocast if ``amp`` is set.
+
+    Args:
+        amp: use autocast with ``amp_dtype``.
+        amp_dtype: one of :data:`AMP_DTYPES`.
+
+    Raises:
+        InputError: for an unknown ``amp_dtype``.
+    """
+
+    def __init__(self, amp: bool = False, amp_dtype: str = "bfloat16") -> None:
+        super().__init__()
+        if amp_dtype not in AMP_DTYPES:
+            raise InputError(f"amp_dtype '{amp_dtype}' is not one of {list(AMP_DTYPES)}")
+        self.amp = amp
+        self.amp_dtype = getattr(torch, amp_dtype)
+
+    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
+        """Output of the network in float32."""
+        with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp):
+            return network(inputs, *args, **kwargs).float()
