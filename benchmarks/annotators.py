@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ SIZE, BATCH, SAMPLES, DRAWN = 32, 16, 16, 64
 CHANNELS = [16, 32, 64]
 LEARNING_RATE = 1e-3
 STEPS = 1200
-PLAIN_STEPS = 9  # of the U-Net for each of the diffusion network, which takes as long
+PLAIN_STEPS = 9  # of the U-Net take as long as one of the diffusion network
 PICTURES = 60
 CALIBRATED = 30  # further pictures, to which the intervals of the area are fitted
 
@@ -97,7 +97,7 @@ def intervals(rows: pd.DataFrame, pictures: int) -> str:
     return f"calibrated 90 % interval of the area, from {chosen}: holds {np.mean(shares):.3f} ({np.round(shares, 3)})"
 
 
-def judge(kind: str, seed: int, pictures: int, network: MedSegDiff, plain: ImageUNet) -> list[dict]:
+def judge(kind: str, seed: int, pictures: int, network: MedSegDiff, plain: Mapping[str, ImageUNet]) -> list[dict]:
     """One row per method and picture."""
     rng = np.random.default_rng(10_000)
     rows = []
@@ -135,7 +135,9 @@ def plot(kind: str, network: MedSegDiff, file: Path) -> None:
 
 
 @torch.no_grad()
-def methods(network: MedSegDiff, plain: ImageUNet, image: torch.Tensor, index: int, seed: int) -> list[tuple]:
+def methods(
+    network: MedSegDiff, plain: Mapping[str, ImageUNet], image: torch.Tensor, index: int, seed: int
+) -> list[tuple]:
     """Name, masks ``[n, V]`` and perhaps probability ``[V]`` of each method."""
     image = image[None, None]
     levels = (np.arange(SAMPLES) + 0.5) / SAMPLES
@@ -147,13 +149,11 @@ def methods(network: MedSegDiff, plain: ImageUNet, image: torch.Tensor, index: i
         return prob[0].flatten(1).numpy() > 0.5, calib.flatten().numpy()
 
     mask, calib = sampled(1)
-    cross_entropy = plain(image)[0].sigmoid().flatten().numpy()
-    found = [
-        ("one mask", mask, None),
-        ("level sets", calib > levels[:, None], calib),
-        ("level sets of a U-Net, cross entropy", cross_entropy > levels[:, None], cross_entropy),
-        ("image branch alone", sampled(SAMPLES, num_inference_steps=0)[0], None),
-    ]
+    found = [("one mask", mask, None), ("level sets", calib > levels[:, None], calib)]
+    for name, unet in plain.items():
+        prob = unet(image)[0].sigmoid().flatten().numpy()
+        found.append((f"level sets of a {name}", prob > levels[:, None], prob))
+    found.append(("image branch alone", sampled(SAMPLES, num_inference_steps=0)[0], None))
     for steps in (1, 2, 10):
         found.append((f"{steps} evaluations", sampled(SAMPLES, num_inference_steps=steps)[0], None))
     for steps in (1, 10):
