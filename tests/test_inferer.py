@@ -354,6 +354,15 @@ def test_samples_are_kept_for_the_volumes_that_are_read_from_them(stochastic, vo
     assert "samples" not in VolumeInferer().predict(volume, stochastic)  # fitted with other settings
 
 
+def test_the_calibration_of_a_stochastic_network_holds_for_any_number_of_samples(stochastic, volume):
+    """Its probability, mask and grade do not depend on them; volumes that are read from samples do."""
+    stochastic.calibration.sampling = VolumeInferer(num_samples=16).sampling
+    assert VolumeInferer().calibration_of(stochastic) is stochastic.calibration
+    stochastic.calibration.volumes_from = "samples"
+    assert VolumeInferer().calibration_of(stochastic) is not stochastic.calibration
+    assert VolumeInferer(num_samples=16).calibration_of(stochastic) is stochastic.calibration
+
+
 @pytest.mark.parametrize("fusion", ["majority", "staple"])
 def test_a_stochastic_network_does_not_fuse_its_samples(stochastic, fusion):
     with pytest.raises(InputError, match=f"fusion={fusion}.*mask of its own"):

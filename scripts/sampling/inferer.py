@@ -191,9 +191,13 @@ class VolumeInferer(Inferer):
         return result | ({"samples": samples.flatten(0, 1)} if needed else {})
 
     def calibration_of(self, network: SegmentationNetwork) -> Calibration:
-        """The network's calibration, or one without effect if it was fitted with other sampling settings."""
+        """The network's calibration, or one without effect if it was fitted with other sampling settings.
+
+        In a stochastic network only volumes that come from samples depend on them.
+        """
         fitted = network.calibration
-        if fitted.sampling in ({}, self.sampling):
+        independent = network.is_stochastic and fitted.volumes_from == "levels"
+        if independent or fitted.sampling in ({}, self.sampling):
             return fitted
         if not self.warned:
             logger.warning(
