@@ -94,7 +94,7 @@ def test_log_sigmas_are_checkpointed(tmp_path):
 @pytest.mark.parametrize("other", [{"width": 16}, {"out_channels": 3}, {"use_cls_head": False}])
 def test_checkpoint_of_another_network_is_refused(tmp_path, other):
     train(tmp_path, best_epochs=[3])
-    with pytest.raises(InputError, match=r"model.pt' does not fit .* set variant, channels"):
+    with pytest.raises(InputError, match=r"model.pt' does not fit .* set the keys of data and network"):
         load_weights(network(**other), str(tmp_path / "model.pt"), SETTINGS)
 
 

@@ -57,16 +57,24 @@ class SaveMapd(SaveImaged):
         postfix: end of the file name.
         output_dir: folder of the files.
         dtype: data type of the saved values.
+        writer: class that writes the file.
     """
 
-    def __init__(self, keys: KeysCollection, postfix: str, output_dir: str, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        postfix: str,
+        output_dir: str,
+        dtype: str = "float32",
+        writer: type[LikeInputWriter] | str = LikeInputWriter,
+    ) -> None:
         super().__init__(
             keys,
             output_dir=output_dir,
             output_postfix=postfix,
             output_dtype=np.dtype(dtype).type,
             output_name_formatter=subject_name,
-            writer=LikeInputWriter,
+            writer=writer,
             separate_folder=False,
             resample=False,
             print_log=False,

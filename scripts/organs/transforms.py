@@ -10,7 +10,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
 from scripts.config import InputError
-from scripts.organs.structures import numbers
+from scripts.organs.structures import catalogue
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +82,23 @@ class CompactLabelsd(MapTransform):
         keys: keys of label maps ``[1, ...]``.
         structures: names, in the order of the classes; other structures become background.
         inverse: from classes back to numbers.
+        written: with ``inverse``, the structures that are kept; None keeps all.
 
     Raises:
         InputError: for values that are not whole numbers from 0 to 117.
     """
 
-    def __init__(self, keys: KeysCollection, structures: Sequence[str], inverse: bool = False) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        structures: Sequence[str],
+        inverse: bool = False,
+        written: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(keys)
-        originals, classes = torch.tensor(numbers(structures)), torch.arange(1, len(structures) + 1)
+        kept = [name if written is None or name in written else None for name in structures]
+        originals = torch.tensor([catalogue()[name]["number"] if name else 0 for name in kept])
+        classes = torch.arange(1, len(structures) + 1)
         source, target = (classes, originals) if inverse else (originals, classes)
         self.table = torch.zeros(256, dtype=torch.uint8)
         self.table[source] = target.to(torch.uint8)

@@ -10,11 +10,13 @@ import ignite.distributed as idist
 
 from scripts.config import InputError, bundle_root, running_parser
 from scripts.data.datalist import describe
+from scripts.data.subjects import check_output_dir
 from scripts.organs.structures import chosen
 from scripts.tools.monai_label import apply_label_request
+from scripts.training.checkpoints import check_settings, load_weights
 from scripts.training.run import run_training, start
 
-__all__ = ["bundle_root", "settings", "train"]
+__all__ = ["bundle_root", "chosen", "infer", "settings", "train"]
 SETTINGS = ("modalities", "structures", "windows", "num_slices", "spacing", "image_size", "features")
 
 
@@ -36,6 +38,17 @@ def train() -> None:
         names = ["background", *value("settings")["structures"]]
         print("\n".join(f"weight {weight:7.3f} {name}" for name, weight in zip(names, weights.tolist(), strict=True)))
     run_training(parser, value("network_def"), datalist)
+
+
+def infer() -> None:
+    """Segment every subject of ``dataset_dir``."""
+    parser, value = start("inference.yaml", "train.yaml")
+    trained = value("settings")
+    check_settings(trained, {key: value(key) for key in SETTINGS if key in parser.get()}, "the model")
+    value("subset")  # refuses names that the weights do not know
+    load_weights(value("network"), value("ckpt_path"), trained)
+    check_output_dir(value("output_dir"), value("data"))
+    value("evaluator").run()
 
 
 def _check_training(value: Callable[[str], Any]) -> None:

@@ -245,8 +245,7 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
         if ours != theirs:
             raise InputError(
                 f"ckpt_path '{ckpt_path}' does not fit the configured network: '{name}' is {theirs} in the file and "
-                f"{ours} in the network; set variant, channels, calib_channels, modalities, regions, grade_labels and "
-                "use_cls_head as in training (its config.yaml has them)"
+                f"{ours} in the network; set the keys of data and network as in training (its config.yaml has them)"
             )
     if not all(torch.isfinite(weights[name]).all() for name, _ in network.named_parameters()):
         raise InputError(f"ckpt_path '{ckpt_path}' holds NaN or infinite weights; train it again")
