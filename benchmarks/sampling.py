@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.bundle import run_bundle  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
+from scripts.data.writing import write_csv  # noqa: E402
 from scripts.net import MedSegDiff  # noqa: E402
-from scripts.report.tables import write_csv  # noqa: E402
 from scripts.report.uncertainty import calibration_bins, expected_calibration_error, region_of_interest  # noqa: E402
 from scripts.sampling.inferer import VolumeInferer  # noqa: E402
 from scripts.training.checkpoints import load_weights  # noqa: E402

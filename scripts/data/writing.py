@@ -1,4 +1,4 @@
-"""Write predictions in the format of their input."""
+"""Write predictions in the format of their input, and tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from monai.config import KeysCollection
 from monai.data import NibabelWriter
 from monai.transforms import SaveImaged
@@ -80,3 +81,9 @@ class SaveMapd(SaveImaged):
             print_log=False,
             allow_missing_keys=True,
         )
+
+
+def write_csv(table: pd.DataFrame, file: Path) -> None:
+    """Write a table in one step, with six significant digits."""
+    with atomic_path(file) as path:
+        table.to_csv(path, index=False, float_format="%.6g")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -16,7 +19,9 @@ from scripts.organs.structures import catalogue
 GREYS = (-160, 240)  # window of the CT, HU
 
 
-def plot_preview(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, title: str, file: Path) -> None:
+def plot_preview(
+    image: np.ndarray, labels: np.ndarray, affine: np.ndarray, title: str, file: Path, truth: np.ndarray | None = None
+) -> None:
     """Draw the axial and the coronal slice with the most structures, as radiologists see them, in mm.
 
     Args:
@@ -25,32 +30,67 @@ def plot_preview(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, titl
         affine: from voxels to mm.
         title: text above the pictures.
         file: PNG to write.
+        truth: true numbers ``[H, W, S]``, drawn in a second row; None without them.
     """
     orientation = nib.io_orientation(affine)
-    image, labels = (nib.apply_orientation(volume, orientation) for volume in (image, labels))
+    image = nib.apply_orientation(image, orientation)
+    rows = {"prediction": labels} if truth is None else {"prediction": labels, "truth": truth}
+    turned = {name: nib.apply_orientation(volume, orientation) for name, volume in rows.items()}
+    shown = turned["prediction" if truth is None else "truth"]
     spacing = nib.affines.voxel_sizes(affine)[np.argsort(orientation[:, 0])]
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    axial, coronal = figure.subplots(1, 2)
-    for axes, axis, name, vertical in ((axial, 2, "axial", "front"), (coronal, 1, "coronal", "head")):
-        index = _busiest(labels, axis)
-        grey, painted = image.take(index, axis).T, _coloured(labels.take(index, axis).T)
-        width, height = (
-            spacing[other] * side for other, side in zip({0, 1, 2} - {axis}, grey.shape[::-1], strict=True)
-        )
-        # the patient's right is on the left of the picture
-        for picture, options in ((grey, {"cmap": "gray", "vmin": GREYS[0], "vmax": GREYS[1]}), (painted, {})):
-            axes.imshow(
-                picture[:, ::-1], origin="lower", extent=(0, width, 0, height), interpolation="nearest", **options
-            )
-        axes.set(title=f"{name}, slice {index + 1}", xlabel="mm (R: the patient's right)", ylabel=f"mm, {vertical} up")
-        axes.text(0.01, 0.98, "R", transform=axes.transAxes, color="white", va="top", weight="bold")
-        axes.text(0.99, 0.98, "L", transform=axes.transAxes, color="white", va="top", ha="right", weight="bold")
-    shown = [entry for entry in catalogue().values() if (labels == entry["number"]).any()]
-    handles = [Patch(color="#" + bytes(entry["colour"]).hex(), label=entry["name"]) for entry in shown]
+    figure = Figure(figsize=(13, 6 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 2, squeeze=False)
+    for axes_of_row, (name, volume) in zip(grid, turned.items(), strict=True):
+        for axes, axis, plane in zip(axes_of_row, (2, 1), ("axial, front up", "coronal, head up"), strict=True):
+            index = _busiest(shown, axis)
+            _draw_slice(axes, image.take(index, axis), volume.take(index, axis), np.delete(spacing, axis))
+            axes.set_title(f"{name}, {plane}, slice {index + 1}")
+    names = [e for e in catalogue().values() if any((volume == e["number"]).any() for volume in turned.values())]
+    handles = [Patch(color="#" + bytes(entry["colour"]).hex(), label=entry["name"]) for entry in names]
     if handles:
-        columns = -(-len(handles) // 30)
-        figure.legend(handles=handles, loc="outside right upper", ncols=columns, fontsize="x-small")
-    figure.suptitle(f"{title}: {len(shown)} structures")
+        figure.legend(handles=handles, loc="outside right upper", ncols=-(-len(handles) // 40), fontsize="x-small")
+    figure.suptitle(f"{title}: {len(np.unique(labels[labels > 0]))} structures")
+    _save(figure, file)
+
+
+def _draw_slice(axes: Axes, image: np.ndarray, labels: np.ndarray, spacing: np.ndarray) -> None:
+    """Draw a slice ``[right, up]`` with its structures; the patient's right is on the left of the picture."""
+    extent = (0, spacing[0] * image.shape[0], 0, spacing[1] * image.shape[1])
+    table = np.zeros((256, 4))
+    for entry in catalogue().values():
+        table[entry["number"]] = [*(np.array(entry["colour"]) / 255), 0.55]
+    axes.imshow(image[::-1].T, origin="lower", extent=extent, cmap="gray", vmin=GREYS[0], vmax=GREYS[1])
+    axes.imshow(table[labels[::-1].T.astype(np.uint8)], origin="lower", extent=extent, interpolation="nearest")
+    axes.set(xlabel="mm", ylabel="mm")
+    for x, side, text in ((0.01, "left", "R"), (0.99, "right", "L")):
+        axes.text(x, 0.98, text, transform=axes.transAxes, color="white", va="top", ha=side, weight="bold")
+
+
+def plot_structures(scores: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Draw the Dice of each structure with its 95 % interval, and that of the prior.
+
+    Args:
+        scores: by structure, ``dice`` and ``prior_dice`` as dictionaries of ``value``, ``low`` and ``high``.
+        file: PNG to write.
+    """
+    names = [name for name, cells in scores.items() if cells["dice"]["value"] is not None]
+    figure = Figure(figsize=(8, 1.5 + 0.22 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for row, name in enumerate(names):
+        dice, prior = scores[name]["dice"], scores[name]["prior_dice"]
+        axes.barh(row, dice["value"], color="C0", label=None if row else "network, with its 95 % interval")
+        if dice["low"] is not None:
+            axes.plot([dice["low"], dice["high"]], [row, row], color="black", linewidth=1)
+        axes.plot(prior["value"], row, "|", color="C1", markersize=8, label=None if row else "prior, without the image")
+    axes.set(xlabel="Dice, mean over subjects", xlim=(0, 1), yticks=range(len(names)), yticklabels=names)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    if names:
+        figure.legend(loc="outside upper center", ncols=2)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
     FigureCanvasAgg(figure)  # needs no display and no global state of pyplot
     with atomic_path(file) as path:
         figure.savefig(path, dpi=90)
@@ -61,11 +101,3 @@ def _busiest(labels: np.ndarray, axis: int) -> int:
     slices = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
     keys = [(len(np.unique(part)), np.count_nonzero(part)) for part in slices]
     return max(range(len(keys)), key=keys.__getitem__)
-
-
-def _coloured(labels: np.ndarray) -> np.ndarray:
-    """Half transparent colours ``[H, W, 4]`` of a slice of numbers ``[H, W]``."""
-    table = np.zeros((256, 4))
-    for entry in catalogue().values():
-        table[entry["number"]] = [*(np.array(entry["colour"]) / 255), 0.55]
-    return table[labels.astype(np.uint8)]

@@ -17,6 +17,7 @@ from monai.engines.workflow import Workflow
 
 from scripts.config import atomic_path
 from scripts.data.pictures import read_volume
+from scripts.data.writing import write_csv
 from scripts.distributed import gather_from_all
 from scripts.organs.plots import plot_preview
 from scripts.organs.structures import catalogue
@@ -75,8 +76,7 @@ class StatisticsTable:
     @idist.one_rank_only()
     def _write(self, rows: list[dict]) -> None:
         columns = ["subject", "structure", "volume_mm3", "mean_hu", "probability", "touches_border"]
-        with atomic_path(self.output_dir / "statistics.csv") as path:
-            pd.DataFrame(rows, columns=columns).to_csv(path, index=False, float_format="%.6g")
+        write_csv(pd.DataFrame(rows, columns=columns), self.output_dir / "statistics.csv")
 
 
 def structure_statistics(labels: np.ndarray, image: np.ndarray, affine: np.ndarray) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import ignite.distributed as idist
 
-from scripts.config import InputError, bundle_root, running_parser
+from scripts.config import InputError, bundle_root, running_parser, save_config
 from scripts.data.datalist import describe
 from scripts.data.subjects import check_output_dir
 from scripts.organs.structures import chosen
@@ -16,7 +16,7 @@ from scripts.tools.monai_label import apply_label_request
 from scripts.training.checkpoints import check_settings, load_weights
 from scripts.training.run import run_training, start
 
-__all__ = ["bundle_root", "chosen", "infer", "settings", "train"]
+__all__ = ["bundle_root", "chosen", "evaluate", "infer", "settings", "train"]
 SETTINGS = ("modalities", "structures", "windows", "num_slices", "spacing", "image_size", "features")
 
 
@@ -38,6 +38,16 @@ def train() -> None:
         names = ["background", *value("settings")["structures"]]
         print("\n".join(f"weight {weight:7.3f} {name}" for name, weight in zip(names, weights.tolist(), strict=True)))
     run_training(parser, value("network_def"), datalist)
+
+
+def evaluate() -> None:
+    """Score the weights of ``ckpt_path`` on subjects that they were not trained on."""
+    _, value = start("train.yaml", "evaluate.yaml")
+    load_weights(value("network"), value("ckpt_path"), value("settings"))
+    value("chosen_by")  # refuses subjects that the weights were trained on
+    evaluator = value("validate::evaluator")
+    save_config(value("output_dir") + "/evaluate.yaml")
+    evaluator.run()
 
 
 def infer() -> None:

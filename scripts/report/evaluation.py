@@ -19,6 +19,7 @@ from sklearn.metrics import brier_score_loss
 from scripts.config import atomic_path
 from scripts.data.grades import grade_names
 from scripts.data.split import PATIENT_PATTERN, patient
+from scripts.data.writing import write_csv
 from scripts.distributed import gather_from_all
 from scripts.networks.calibration import CALIBRATED_FOR
 from scripts.report.annotators import METHODS, SCORES, annotator_scores
@@ -32,7 +33,7 @@ from scripts.report.plots import (
     write_overlay,
 )
 from scripts.report.results import ResultsFile
-from scripts.report.tables import estimates, grade_columns, write_csv
+from scripts.report.tables import estimates, grade_columns
 from scripts.report.uncertainty import (
     calibration_bins,
     error_auroc,

@@ -13,8 +13,8 @@ import torch
 from ignite.engine import Events
 from monai.engines.workflow import Workflow
 
-from scripts.config import atomic_path
 from scripts.data.grades import grade_names
+from scripts.data.writing import write_csv
 from scripts.distributed import gather_from_all
 from scripts.networks.calibration import VOLUMES_FROM
 from scripts.report.plots import read_background, write_overlay
@@ -122,9 +122,3 @@ def estimates(item: Mapping[str, Any], regions: Sequence[str]) -> dict[str, Any]
         row[f"expected_dice_{region}"] = found["dice"]
         row[f"sample_dice_{region}"] = float(item["sample_dice"][channel])
     return row
-
-
-def write_csv(table: pd.DataFrame, file: Path) -> None:
-    """Write a table in one step, with six significant digits."""
-    with atomic_path(file) as path:
-        table.to_csv(path, index=False, float_format="%.6g")

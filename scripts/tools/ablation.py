@@ -22,8 +22,8 @@ from scipy.stats import false_discovery_control, wilcoxon
 from sklearn.model_selection import ParameterGrid
 
 from scripts.config import BUNDLE_ROOT, InputError, TrainingError, atomic_path, check_keys
+from scripts.data.writing import write_csv
 from scripts.report.plots import plot_ablation
-from scripts.report.tables import write_csv
 
 logger = logging.getLogger(__name__)
 

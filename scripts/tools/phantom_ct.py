@@ -4,7 +4,7 @@ Each subject has its own size, pose and shapes, a phase (native or arterial) and
 absent. The vertebrae differ only in their level, and the structures of one side from those of the other only in place.
 
 Example:
-    python -m scripts.organs.phantom_ct --output_dir demo/organs --num_subjects 40
+    python -m scripts.tools.phantom_ct --output_dir demo/organs --num_subjects 40
 """
 
 from __future__ import annotations
@@ -128,13 +128,13 @@ def _grid(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> n
 
 def _posed(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Positions in a body of another size, place and rotation, with a smooth deformation."""
-    angle = np.deg2rad(rng.normal(0, 3))
-    x, y, z = points - np.array([rng.normal(0, 6), rng.normal(0, 6), rng.normal(0, 12)])[:, None, None, None]
+    angle = np.deg2rad(rng.normal(0, 6))
+    x, y, z = points - np.array([rng.normal(0, 12), rng.normal(0, 12), rng.uniform(-40, 20)])[:, None, None, None]
     turned = np.stack([np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x, z])
-    coarse = rng.normal(0, 5, (3, 4, 4, 4))
+    coarse = rng.normal(0, 7, (3, 4, 4, 4))
     shape = points.shape[1:]
     smooth = np.stack([zoom(part, np.array(shape) / 4, order=3, mode="nearest", grid_mode=True) for part in coarse])
-    return turned / rng.uniform(0.93, 1.07, 3)[:, None, None, None] + smooth
+    return turned / rng.uniform(0.88, 1.08, 3)[:, None, None, None] + smooth
 
 
 def _structures(points: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -146,7 +146,7 @@ def _structures(points: np.ndarray, rng: np.random.Generator) -> dict[str, np.nd
 
     found: dict[str, np.ndarray] = {}
     for name, (centre, radii) in ELLIPSOIDS.items():
-        centre_, radii_ = jitter(centre, 4), np.array(radii) * rng.uniform(0.9, 1.1, 3)
+        centre_, radii_ = jitter(centre, 6), np.array(radii) * rng.uniform(0.85, 1.15, 3)
         distance = sum(((part - c) / r) ** 2 for part, c, r in zip(points, centre_, radii_, strict=True))
         inside = np.asarray(distance < 1)
         if name.startswith("lung"):
