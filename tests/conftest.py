@@ -89,13 +89,17 @@ def volumes() -> dict[str, np.ndarray]:
 
 
 def run_configs(configs: list[str], **overrides) -> None:
+    """Run configurations of the main bundle with a tiny network."""
+    run_files([ROOT / "configs" / name for name in configs], **tiny_settings(configs) | overrides)
+
+
+def run_files(files: list[Path], **overrides) -> None:
     """Run configurations as the command line does. Raise our own errors instead of MONAI's errors around them."""
     import monai.bundle
 
-    files = [str(ROOT / "configs" / name) for name in configs]
     hook = sys.excepthook
     try:
-        monai.bundle.run(config_file=files, **tiny_settings(configs) | overrides)
+        monai.bundle.run(config_file=[str(file) for file in files], **overrides)
     except RuntimeError as error:
         cause: BaseException | None = error
         while cause is not None:

@@ -179,6 +179,9 @@ def test_a_file_that_is_only_called_like_its_modality_belongs_to_its_folder(tmp_
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), folder / "ct.nii.gz")
     assert subjects.subject_of(str(folder / "ct.nii.gz"), ["ct"])["subject"] == "s0001"
     assert subjects.find_subjects(str(tmp_path), ["ct"], require_label=False)[0]["subject"] == "s0001"
+    (folder / "segmentations").mkdir()
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), folder / "segmentations" / "liver.nii.gz")
+    assert subjects.find_subjects(str(folder), ["ct"], require_label=False)[0]["subject"] == "s0001"
     monkeypatch.chdir(folder)
     assert subjects.subject_of("ct.nii.gz", ["ct"])["subject"] == "s0001"
 

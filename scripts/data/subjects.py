@@ -125,6 +125,8 @@ def find_subjects(
 def _find_folders(root: Path, modalities: Sequence[str], label_suffixes: Sequence[str]) -> list[Item]:
     """Items of the folders below ``root``; without ``label_suffixes`` they have no label."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if with_suffix(_volumes(root), modalities[0]):  # a subject, whose own folders are not subjects
+        folders = []
     require_label = bool(label_suffixes)
     volumes, series = _contents(folders, require_label)
     empty = [folder.name for folder in folders if folder not in volumes and folder not in series]

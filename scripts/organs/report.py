@@ -92,8 +92,8 @@ class StructureReport:
             path.write_text(json.dumps({"settings": self.settings, **found}, indent=1), encoding="utf-8")
         plot_structures(found["structures"], self.output_dir / "structures.png")
         for name, cell in found["mean over structures"].items():
-            if cell["value"] is not None:
-                print(f"{name:<12} {cell['value']:.3f}   95 % interval {cell['low']:.3f} to {cell['high']:.3f}")
+            numbers = ["-" if cell[key] is None else f"{cell[key]:.3f}" for key in ("value", "low", "high")]
+            print("{:<12} {}   95 % interval {} to {}".format(name, *numbers))
 
 
 def structure_rows(

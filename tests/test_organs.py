@@ -1,0 +1,193 @@
+"""The bundle of organs from data to files, on tiny CTs."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from conftest import ROOT, run_files
+from scripts.config import InputError
+from scripts.organs.merge_structures import merge
+from scripts.organs.structures import catalogue, numbers
+from scripts.tools import phantom_ct
+
+BUNDLE = ROOT / "bundles" / "organs"
+STRUCTURES = ["liver", "lung_upper_lobe_left", "lung_lower_lobe_left", "hip_left", "hip_right"]
+TINY = {"structures": STRUCTURES, "spacing": 10, "image_size": 32, "features": [8, 8, 8, 8, 8, 8], "val_interval": 1}
+TINY |= {"slices_per_volume": 8, "batch_size": 6, "max_epochs": 2, "learning_rate": 0.01}
+
+
+def run(*configs, **overrides):
+    run_files([BUNDLE / "configs" / name for name in configs], **overrides)
+
+
+@pytest.fixture(scope="session")
+def cts(tmp_path_factory):
+    """Five CTs of 32 x 32 x 24 voxels with label maps: three for training, one for validation, one for testing."""
+    folder = tmp_path_factory.mktemp("cts")
+    for index, split in enumerate(["train", "train", "train", "val", "test"]):
+        image, structures = phantom_ct.make_subject(np.random.default_rng(index), (32, 32, 24), (10.0, 10.0, 20.0))
+        subject, affine = folder / f"s{index}", np.diag([10.0, 10.0, 20.0, 1.0])
+        (subject / "segmentations").mkdir(parents=True)
+        nib.save(nib.Nifti1Image(image, affine), subject / "ct.nii.gz")
+        for name, mask in structures.items():
+            nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), subject / "segmentations" / f"{name}.nii.gz")
+        with (folder / "meta.csv").open("a") as table:
+            table.write(f"{'image_id;split' + chr(10) if not index else ''}s{index};{split}\n")
+    merge(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(cts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("organs")
+    run("train.yaml", dataset_dir=str(cts), output_dir=str(folder), ckpt_dir=str(folder), **TINY)
+    return folder
+
+
+def test_training_writes_a_table_and_weights_with_their_settings(trained):
+    table = pd.read_csv(trained / "metrics.csv")
+    assert table["split"].tolist() == ["train", "validation"] * 2
+    assert table["loss"].dropna().gt(0).all()
+    assert table["dice"].dropna().between(0, 1).all()
+    settings = torch.load(trained / "model.pt", weights_only=True)["settings"]
+    assert settings["structures"] == sorted(STRUCTURES, key=lambda name: catalogue()[name]["number"])
+    assert settings["windows"] == [[-1024, -200], [-160, 240], [100, 1300]]
+
+
+def test_resuming_a_complete_training_changes_nothing(trained, cts, capsys):
+    before = (trained / "last.pt").read_bytes()
+    run("train.yaml", dataset_dir=str(cts), output_dir=str(trained), ckpt_dir=str(trained), **TINY, resume=True)
+    assert "training is complete" in capsys.readouterr().out
+    assert (trained / "last.pt").read_bytes() == before
+
+
+def test_evaluation_beside_the_prior(trained, cts, tmp_path):
+    common = {"dataset_dir": str(cts), "ckpt_path": str(trained / "model.pt"), **TINY}
+    run("train.yaml", "evaluate.yaml", output_dir=str(tmp_path), **common)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["subjects"] == 1
+    assert list(summary["structures"]) == sorted(STRUCTURES, key=lambda name: catalogue()[name]["number"])
+    table = pd.read_csv(tmp_path / "structures.csv").set_index("structure")
+    assert summary["mean over structures"]["dice"]["value"] == pytest.approx(table["dice"].mean(), rel=1e-4)
+    assert table.loc["liver", "true_volume_mm3"] > 0
+    assert table["prior_dice"].max() > 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"structures.png", "overlays", "evaluate.yaml"}
+    lists = json.loads((cts / "datalist.json").read_text())
+    swapped = lists | {"training": lists["test"], "test": lists["training"]}
+    (tmp_path / "swapped.json").write_text(json.dumps(swapped))
+    common |= {"datalist_file": str(tmp_path / "swapped.json"), "output_dir": str(tmp_path / "no")}
+    with pytest.raises(InputError, match="3 of 3 subjects, such as .* were trained on"):
+        run("train.yaml", "evaluate.yaml", **common)
+    assert not (tmp_path / "no").exists()
+
+
+def infer(trained, data, out, **overrides):
+    options = {"dataset_dir": str(data), "ckpt_path": str(trained / "model.pt"), "output_dir": str(out)}
+    run("inference.yaml", **options | overrides)
+
+
+def test_files_of_inference(trained, cts, tmp_path):
+    infer(trained, cts, tmp_path)
+    image = nib.load(tmp_path / "s0_seg.nii.gz")
+    labels = np.asarray(image.dataobj)
+    assert labels.dtype == np.uint8
+    assert labels.shape == (32, 32, 24)
+    assert np.allclose(image.affine, np.diag([10.0, 10.0, 20.0, 1.0]))
+    assert set(np.unique(labels)) <= {0, *numbers(STRUCTURES)}
+    text = image.header.extensions[0].get_content().decode()
+    present = [name for name in STRUCTURES if (labels == catalogue()[name]["number"]).any()]
+    assert present
+    assert all(f">{name}</Label>" in text for name in present)
+    statistics = json.loads((tmp_path / "s0_statistics.json").read_text())
+    assert len(statistics) == 117
+    assert statistics[present[0]]["volume"] == 2000.0 * (labels == catalogue()[present[0]]["number"]).sum()
+    table = pd.read_csv(tmp_path / "statistics.csv")
+    assert set(table.loc[table["subject"] == "s0", "structure"]) == set(present)
+    assert table["probability"].between(0, 1).all()
+    assert (tmp_path / "s4_preview.png").is_file()
+
+
+def test_a_subset_is_written_and_a_typo_is_refused(trained, cts, tmp_path):
+    infer(trained, cts / "s0", tmp_path / "a", roi_subset=["organs"])
+    labels = np.asarray(nib.load(tmp_path / "a" / "s0_seg.nii.gz").dataobj)
+    assert set(np.unique(labels)) <= {0, *numbers(["liver", "lung_upper_lobe_left", "lung_lower_lobe_left"])}
+    with pytest.raises(InputError, match="'hip_lft'; did you mean 'hip_left'"):
+        infer(trained, cts / "s0", tmp_path / "b", roi_subset=["hip_lft"])
+    with pytest.raises(InputError, match="trained with spacing=10, now it is 5"):
+        infer(trained, cts / "s0", tmp_path / "b", spacing=5)
+    with pytest.raises(InputError, match="holds the volumes"):
+        infer(trained, cts, cts / "s0")
+    assert not (tmp_path / "b").exists()
+
+
+class Oracle(torch.nn.Module):
+    """Knows the class of a voxel by its HU: above 330 it is the second, above -420 the first, else background."""
+
+    def forward(self, x):
+        bone, soft = x[:, 2] > (330 - 100) / 1200, x[:, 0] > (-420 + 1024) / 824
+        return torch.stack([~soft, soft & ~bone, bone], dim=1).float() * 20
+
+
+def cylinder(shape):
+    """HU and truth of a cylinder (class 2, liver) with a box in it (class 1, hip_left), towards right and front."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, side) for side in shape), indexing="ij")
+    truth = np.zeros(shape, np.uint8)
+    truth[(np.hypot(x, y) < 0.7) & (abs(z) < 0.8)] = catalogue()["liver"]["number"]
+    truth[(x > 0.1) & (x < 0.5) & (abs(y) < 0.25) & (abs(z) < 0.5)] = catalogue()["hip_left"]["number"]
+    hu = np.select([truth == catalogue()["hip_left"]["number"], truth > 0], [600, 60], -900).astype(np.int16)
+    return hu, truth
+
+
+def rotation(angle):
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [
+        np.diag([2.0, 2.0, 2.0]),
+        np.diag([-2.0, -2.0, 3.0]),
+        np.diag([2.0, -2.0, -3.0]),
+        np.array([[0, 0, 3.0], [2.0, 0, 0], [0, -2.0, 0]]),
+        rotation(0.2) @ np.diag([2.0, 2.0, 4.0]),
+    ],
+    ids=["RAS", "LPS", "flipped", "permuted", "oblique"],
+)
+def test_a_perfect_network_gives_the_truth_on_the_grid_of_the_input(affine, tmp_path):
+    hu, truth = cylinder((60, 56, 40))
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = affine, (-30, 20, 10)
+    (tmp_path / "data" / "s1").mkdir(parents=True)
+    nib.save(nib.Nifti1Image(hu, matrix), tmp_path / "data" / "s1" / "ct.nii.gz")
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs" / "inference.yaml"))
+    settings = {"modalities": ["ct"], "structures": ["liver", "hip_left"], "num_slices": 1, "spacing": 1.5}
+    settings |= {"windows": [[-1024, -200], [-160, 240], [100, 1300]], "image_size": 64, "features": [8] * 6}
+    parser.update({"settings": settings, "network": Oracle(), "dataset_dir": str(tmp_path / "data")})
+    parser.update({"output_dir": str(tmp_path / "out"), "device": torch.device("cpu")})
+    parser.get_parsed_content("evaluator").run()
+    image = nib.load(tmp_path / "out" / "s1_seg.nii.gz")
+    found = np.asarray(image.dataobj)
+    assert found.shape == truth.shape
+    assert np.allclose(image.affine, matrix, atol=1e-4)
+    for number in numbers(["liver", "hip_left"]):
+        one, two = found == number, truth == number
+        assert 2 * (one & two).sum() / (one.sum() + two.sum()) >= 0.98
+
+
+def test_the_bundle_needs_a_data_list_of_its_own(cts, tmp_path):
+    with pytest.raises(InputError, match=r"datalist_file '.*' is not a data list"):
+        run("train.yaml", dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"), **TINY)
+    with pytest.raises(InputError, match="unknown configuration key 'structure' .did you mean 'structures'"):
+        run("train.yaml", dataset_dir=str(cts), structure=["liver"])
+    with pytest.raises(InputError, match="image_size=40 must be divisible by 16"):
+        run("train.yaml", dataset_dir=str(cts), output_dir=str(tmp_path / "out"), **TINY | {"image_size": 40})
+    assert not (tmp_path / "out").exists()
