@@ -8,7 +8,9 @@ export OMP_WAIT_POLICY = PASSIVE
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python
 DEMO = "['configs/train.yaml','configs/demo.yaml']"
 
-.PHONY: demo staged test conformance docs-test label-env label-test release lint clean
+ORGANS = 'bundles/organs/configs/train.yaml','bundles/organs/configs/demo.yaml'
+
+.PHONY: demo organs-demo staged test conformance docs-test label-env label-test release lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -47,6 +49,21 @@ demo: $(VENV)/.installed
 	@ls demo/inference/*_seg.nii.gz | sed 's/^/mask             /'
 	@echo "grade            demo/inference/grades.csv"
 	@cat demo/inference/grades.csv
+
+organs-demo: $(VENV)/.installed
+	rm -rf demo/organs
+	$(RUN) -m scripts.tools.phantom_ct --output_dir demo/organs/data --num_subjects 40
+	$(RUN) -m scripts.tools.phantom_ct --output_dir demo/organs/new --num_subjects 1 --seed 1
+	$(RUN) -m scripts.organs.merge_structures --dataset_dir demo/organs/data
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(ORGANS)]"
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(ORGANS),'bundles/organs/configs/evaluate.yaml']" --output_dir demo/organs/evaluate
+	$(RUN) -W ignore -m monai.bundle run --config_file bundles/organs/configs/inference.yaml --ckpt_dir demo/organs/models \
+	    --dataset_dir demo/organs/new --output_dir demo/organs/inference
+	@echo
+	@echo "epoch table      demo/organs/train/metrics.csv"
+	@echo "weights          demo/organs/models/model.pt"
+	@echo "scores           demo/organs/evaluate/summary.json, structures.csv, structures.png, overlays/"
+	@ls demo/organs/inference/*
 
 staged: $(VENV)/.installed
 	test -d demo/data || $(RUN) -m scripts.tools.phantom --output_dir demo/data --num_subjects 160
