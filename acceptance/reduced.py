@@ -26,6 +26,7 @@ TRAINING = {
 EPOCHS = {"--max_epochs": ["1"]}
 BENCHMARKS = {
     "annotators.py": {"--kinds": ["nested"], "--seeds": ["0"], "--steps": ["2"], "--pictures": ["2"]},
+    "cup_to_disc.py": {},
     "data.py": {"--num_subjects": ["1"], "--image_size": ["32"]},
     "export.py": {"--repeats": ["1"], "--slices": ["2"]},
     "flops.py": {},

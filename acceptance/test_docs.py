@@ -130,6 +130,19 @@ def refuge2(folder: Path) -> None:
     pictures(folder / "Disc_Cup_Fovea_Illustration", folder / "Disc_Cup_Masks", names, "jpg", [255, 128, 0])
 
 
+def drishti(folder: Path) -> None:
+    """Votes of four experts for disc and cup, as shares of 255."""
+    names = [f"{i:03d}" for i in range(10)]
+    pictures(folder / "images", folder / "votes", names, "png", [0, 100, 255])
+    for name in names:
+        levels = np.asarray(Image.open(folder / "votes" / f"{name}.png"))
+        for part, votes in (("disc", [0, 191, 255]), ("cup", [0, 64, 255])):
+            shares = np.select([levels == level for level in (0, 100, 255)], votes).astype(np.uint8)
+            Image.fromarray(shares).save(folder / "votes" / f"{name}_{part}.png")
+        (folder / "votes" / f"{name}.png").unlink()
+    pd.DataFrame({"image": names, "label": ["normal", "glaucoma"] * 5}).to_csv(folder / "labels.csv", index=False)
+
+
 def grey_pictures(folder: Path) -> None:
     names = [f"case{i}" for i in range(8)]
     pictures(folder / "images", folder / "masks", names, "png", [0, 255])
@@ -142,7 +155,9 @@ DATA: dict[str, Callable[[Path], None]] = {  # by the name behind /path/to
     "BraTS2021_00000": one_subject,
     "REFUGE2": train_and_test(refuge2),
     "Task01_BrainTumour": decathlon,
+    "busi": grey_pictures,
     "cache": lambda folder: folder.mkdir(),
+    "drishti": drishti,
     "new": grey_pictures,
     "new_subjects": lambda folder: phantoms(folder, 2),
     "own": grey_pictures,
