@@ -218,7 +218,12 @@ def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tm
         {"use_cls_head": False},
         {"prediction_type": "epsilon", "num_train_timesteps": 20, "num_inference_steps": 4},
         {"prediction_type": "v_prediction", "schedule": "cosine", "num_samples": 2},
-        {"train::inferer::noised_mask": "prediction", "validate::inferer::start_timestep": 499, "fusion": "staple", "num_samples": 2},
+        {
+            "train::inferer::noised_mask": "prediction",
+            "validate::inferer::start_timestep": 499,
+            "fusion": "staple",
+            "num_samples": 2,
+        },
         {"self_conditioning": True, "train::inferer::noised_mask": "truth", "validate::inferer::eta": 1.0},
         {"conditioning": list(CONDITIONING), "amp": True, "num_samples": 2, "num_inference_steps": 2},
         {"conditioning": [], "loss::task_weighting": "sum"},
