@@ -195,8 +195,8 @@ def test_a_push_to_the_hub_uploads_the_release_alone(released, tmp_path, monkeyp
     monkeypatch.setattr(monai.bundle.scripts.huggingface_hub, "HfApi", DryRun)
     bundle = tmp_path / NAME
     subprocess.run(["cp", "-r", str(released), str(bundle)], check=True)
-    monai.bundle.push_to_hf_hub("someone/medsegdiff", NAME, str(tmp_path), version="0.7.0")
-    assert sent["tag"] == "0.7.0"
+    monai.bundle.push_to_hf_hub("someone/medsegdiff", NAME, str(tmp_path), version="0.8.0")
+    assert sent["tag"] == "0.8.0"
     assert sent["files"] == {str(p.relative_to(released)) for p in released.rglob("*") if p.is_file()} | {"README.md"}
     assert "# Model card" in sent["card"]
 

@@ -86,6 +86,18 @@ def test_weights_round_trip(tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def test_calibration_text_of_another_length_loads(tmp_path):
+    """Version 0.7.0 did not fill it up to 256 bytes."""
+    train(tmp_path, best_epochs=[3])
+    checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
+    text = b'{"num_samples": 5}'
+    checkpoint["model"]["calibration._extra_state"] = torch.tensor(list(text), dtype=torch.uint8)
+    torch.save(checkpoint, tmp_path / "model.pt")
+    loaded = network()
+    load_weights(loaded, str(tmp_path / "model.pt"), SETTINGS)
+    assert loaded.calibration.sampling == {"num_samples": 5}
+
+
 def test_log_sigmas_are_checkpointed(tmp_path):
     train(tmp_path, best_epochs=[3])
     assert "weighting.log_sigma" in torch.load(tmp_path / "model.pt", weights_only=True)["loss"]

@@ -361,6 +361,10 @@ CHECKPOINTS = {
         spoiled(lambda c, _: c["model"]["calibration._extra_state"].fill_(36)),
         "does not fit the configured network",
     ),
+    "a calibration of no bytes": (
+        spoiled(lambda c, _: c["model"].update({"calibration._extra_state": torch.ones(9)})),
+        "does not fit the configured network",
+    ),
     "a calibration that is a list": (calibration_text("[]"), "does not fit the configured network"),
     "a calibration with unknown volumes": (
         calibration_text('{"volumes_from": "$import os"}'),

@@ -242,7 +242,8 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
     expected = network.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         ours, theirs = (_shape(state.get(name)) for state in (expected, weights))
-        if ours != theirs:
+        text = name.endswith("_extra_state") and isinstance(theirs, tuple)  # that of version 0.7 has another length
+        if ours != theirs and not (text and isinstance(ours, tuple)):
             raise InputError(
                 f"ckpt_path '{ckpt_path}' does not fit the configured network: '{name}' is {theirs} in the file and "
                 f"{ours} in the network; set the keys of data and network as in training (its config.yaml has them)"
@@ -251,7 +252,7 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
         raise InputError(f"ckpt_path '{ckpt_path}' holds NaN or infinite weights; train it again")
     try:
         network.load_state_dict(weights)
-    except ValueError as error:  # the text of the calibration
+    except (TypeError, ValueError) as error:  # the text of the calibration
         raise InputError(f"ckpt_path '{ckpt_path}' does not fit the configured network: {error}") from error
 
 
