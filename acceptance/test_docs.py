@@ -106,7 +106,7 @@ def decathlon(folder: Path) -> None:
             nib.save(nib.Nifti1Image(data, volumes["seg"].affine), file)
 
 
-def pictures(images: Path, masks: Path, names: list[str], suffix: str, levels: list[int]) -> None:
+def pictures(images: Path, masks: Path, names: list[str], suffix: str, levels: list[int], grey: bool = False) -> None:
     """Noisy pictures of discs one within another, and masks with their grey levels, the first of the background."""
     rng = np.random.default_rng(0)
     images.mkdir(parents=True)
@@ -116,7 +116,7 @@ def pictures(images: Path, masks: Path, names: list[str], suffix: str, levels: l
         radius = np.hypot(rows - rng.uniform(12, 24), columns - rng.uniform(12, 20))
         mask = np.array(levels, np.uint8)[np.sum([radius < size for size in (10, 5)[: len(levels) - 1]], axis=0)]
         noisy = (rng.uniform(40, 80, (*mask.shape, 3)) + 0.4 * mask[..., None]).astype(np.uint8)
-        Image.fromarray(noisy if suffix == "jpg" else noisy[..., 0]).save(images / f"{name}.{suffix}")
+        Image.fromarray(noisy[..., 0] if grey else noisy).save(images / f"{name}.{suffix}")
         Image.fromarray(mask).save(masks / f"{name}.png")
 
 
@@ -145,8 +145,14 @@ def drishti(folder: Path) -> None:
 
 def grey_pictures(folder: Path) -> None:
     names = [f"case{i}" for i in range(8)]
-    pictures(folder / "images", folder / "masks", names, "png", [0, 255])
+    pictures(folder / "images", folder / "masks", names, "png", [0, 255], grey=True)
     pd.DataFrame({"image": names, "label": ["benign", "malignant"] * 4}).to_csv(folder / "labels.csv", index=False)
+
+
+def ultrasounds(folder: Path) -> None:
+    names = [f"lesion{i}" for i in range(12)]
+    pictures(folder / "images", folder / "masks", names, "png", [0, 255])
+    pd.DataFrame({"image": names, "label": ["benign", "malignant"] * 6}).to_csv(folder / "labels.csv", index=False)
 
 
 DATA: dict[str, Callable[[Path], None]] = {  # by the name behind /path/to
@@ -155,7 +161,7 @@ DATA: dict[str, Callable[[Path], None]] = {  # by the name behind /path/to
     "BraTS2021_00000": one_subject,
     "REFUGE2": train_and_test(refuge2),
     "Task01_BrainTumour": decathlon,
-    "busi": grey_pictures,
+    "busi": ultrasounds,
     "cache": lambda folder: folder.mkdir(),
     "drishti": drishti,
     "new": grey_pictures,
