@@ -59,9 +59,11 @@ def main() -> None:
         rows: list[dict] = []
         for seed in args.seeds:
             network = train_network(kind, seed, args.steps)
-            rows += judge(
-                kind, seed, args.pictures + CALIBRATED, network, train_plain(kind, seed, PLAIN_STEPS * args.steps)
-            )
+            plain = {
+                f"U-Net, cross entropy, as many {unit}": train_plain(kind, seed, factor * args.steps)
+                for unit, factor in {"steps": 1, "minutes": PLAIN_STEPS}.items()
+            }
+            rows += judge(kind, seed, args.pictures + CALIBRATED, network, plain)
         table = pd.DataFrame(rows)
         print(f"\n{kind}\n{markdown(summary(table[table['picture'] < args.pictures]))}")
         print(intervals(table, args.pictures), flush=True)
