@@ -184,7 +184,9 @@ def test_a_perfect_network_gives_the_truth_on_the_grid_of_the_input(affine, tmp_
 
 
 def test_the_bundle_needs_a_data_list_of_its_own(cts, tmp_path):
-    with pytest.raises(InputError, match=r"datalist_file '.*' is not a data list"):
+    with pytest.raises(
+        InputError, match=r"datalist_file '.*' does not exist; run scripts.organs.merge_structures first"
+    ):
         run("train.yaml", dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"), **TINY)
     with pytest.raises(InputError, match="unknown configuration key 'structure' .did you mean 'structures'"):
         run("train.yaml", dataset_dir=str(cts), structure=["liver"])

@@ -62,11 +62,11 @@ def infer() -> None:
 
 
 def _check_training(value: Callable[[str], Any]) -> None:
+    file = value("datalist_file")
+    if file and not Path(file).is_file():
+        raise InputError(f"datalist_file '{file}' does not exist; run scripts.organs.merge_structures first")
     if not value("datalist")["validation"]:
         raise InputError("there is no validation subject, which chooses the weights; correct datalist_file")
     size, divisor = value("image_size"), 2 ** (len(value("features")) - 2)
     if size % divisor:
         raise InputError(f"image_size={size} must be divisible by {divisor}: 2 per down-sampling")
-    file = value("datalist_file")
-    if file and not Path(file).is_file():
-        raise InputError(f"datalist_file '{file}' does not exist; run scripts.organs.merge_structures first")
