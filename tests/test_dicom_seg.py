@@ -11,7 +11,7 @@ import torch
 from dicom_phantom import AXIAL, OBLIQUE, SAGITTAL, write_series, write_subject
 from monai.data import MetaTensor
 
-from conftest import MODALITIES
+from conftest import MODALITIES, ROOT
 from scripts.config import InputError
 from scripts.data.dicom import ordered_series
 from scripts.data.regions import LabelToRegionsd, RegionCoding
@@ -51,7 +51,7 @@ def test_segments_are_the_regions_of_the_mask(tmp_path, three_regions, affine):
 
 def writer(out, item, regions=("WT",), **settings) -> DicomSegWriter:
     to_regions = LabelToRegionsd("pred", RegionCoding(regions, REGION_LABELS))
-    return DicomSegWriter(str(out), regions, to_regions, [item], **settings)
+    return DicomSegWriter(str(out), [item], str(ROOT), regions, to_regions, **settings)
 
 
 def test_an_empty_mask_of_an_anonymised_subject(tmp_path, evaluate_items):
@@ -90,7 +90,7 @@ def test_headers_that_cannot_be_referred_to(tmp_path):
 
 def test_unknown_codes_and_a_missing_extra(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="property_type='Nonsense'"):
-        writer(tmp_path, {}, property_type="Nonsense")
+        DicomSegWriter(str(tmp_path), [], str(ROOT), ["WT"], dict, property_type="Nonsense")
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(InputError, match=r"pip install -e '.\[dicom\]'"):
         writer(tmp_path, {})

@@ -1,14 +1,18 @@
-"""Label maps with the names of their structures in the NIfTI header, as TotalSegmentator writes them."""
+"""Label maps as files: NIfTI with the names of the structures, as TotalSegmentator writes it, and DICOM segmentations."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from scripts.data.writing import LikeInputWriter
 from scripts.organs.structures import catalogue
+from scripts.tools.dicom_seg import SegmentationWriter
 
 
 class LabelMapWriter(LikeInputWriter):
@@ -36,3 +40,29 @@ def label_table(present: set[int]) -> bytes:
     kind = ElementTree.SubElement(volume, "VolumeType")
     kind.text = "Label"
     return ElementTree.tostring(root, encoding="UTF-8", xml_declaration=True)
+
+
+class StructureSegWriter(SegmentationWriter):
+    """One binary segment per structure that was found, with its name, colour and SNOMED codes."""
+
+    def describe(self, item: Mapping[str, Any]) -> tuple[np.ndarray, list]:
+        """Numbers of the segments ``[H, W, S]``, and the segments, in the order of the structures."""
+        labels = torch.as_tensor(item["pred"])[0].cpu().numpy().astype(np.uint8)
+        present = set(np.unique(labels).tolist())
+        found = [entry for entry in catalogue().values() if entry["number"] in present]
+        order = np.zeros(256, np.uint8)
+        order[[entry["number"] for entry in found]] = np.arange(1, len(found) + 1)
+        return order[labels], [self._describe(number, entry) for number, entry in enumerate(found, start=1)]
+
+    def _describe(self, number: int, entry: Mapping[str, Any]) -> Any:
+        options: dict[str, Any] = {"display_color": self.highdicom.color.CIELabColor.from_rgb(*entry["colour"])}
+        if "region" in entry:
+            options["anatomic_regions"] = [self.code(*entry["region"])]
+        segment = self.segment(number, entry["name"], entry["category"], entry["type"], **options)
+        if "modifier" in entry:  # the side; highdicom has no arguments for modifiers
+            (kind,) = segment.SegmentedPropertyTypeCodeSequence
+            kind.SegmentedPropertyTypeModifierCodeSequence = [self.code(*entry["modifier"])]
+        if "region_modifier" in entry:
+            (region,) = segment.AnatomicRegionSequence
+            region.AnatomicRegionModifierSequence = [self.code(*entry["region_modifier"])]
+        return segment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 from ignite.engine import Events
 from monai.engines.workflow import Workflow
 
-from scripts.config import BUNDLE_ROOT, InputError, atomic_path
+from scripts.config import InputError, atomic_path
 from scripts.data.dicom import is_dicom, ordered_series
 
+logger = logging.getLogger(__name__)
+
+Code = tuple[str, str]  # value and meaning of a concept of SNOMED CT
+TISSUE: Code = ("85756007", "Tissue")  # only for the check of headers
 SERIES_NUMBER = 900  # higher than the series numbers of scanners
 # type 2 attributes: required but possibly empty, and often removed by anonymisers
 TYPE_2 = (
@@ -24,38 +29,27 @@ TYPE_2 = (
 )  # fmt: skip
 
 
-class DicomSegWriter:
-    """Inference handler that writes ``<subject>_seg.dcm``: one binary segment per region, on the first modality.
+class SegmentationWriter:
+    """Inference handler that writes ``<subject>_seg.dcm`` on the first image; a subclass says what the segments are.
 
     Args:
         output_dir: folder of the files.
-        regions: names of the region channels.
-        to_regions: transform that converts the label map ``pred`` of an item to region channels, which may overlap.
         data: all items of the run; their headers are checked before inference starts.
-        property_type: type of the segments, as a name in pydicom's SNOMED codes (``codes.SCT``).
-        property_category: category of the segments, likewise, such as ``AnatomicalStructure`` for organs.
+        bundle_root: folder of the bundle, whose name and version are written.
 
     Raises:
-        InputError: if highdicom is not installed, ``property_type`` is unknown, or a subject (which the message names)
-            is not DICOM or has headers to which no segmentation can refer.
+        InputError: if highdicom is not installed, or a subject (which the message names) is not DICOM or has headers to
+            which no segmentation can refer.
     """
 
-    def __init__(
-        self,
-        output_dir: str,
-        regions: Sequence[str],
-        to_regions: Callable[[Mapping[str, Any]], dict[str, Any]],
-        data: Sequence[Mapping[str, Any]],
-        property_type: str = "Neoplasm",
-        property_category: str = "MorphologicallyAbnormalStructure",
-    ) -> None:
+    def __init__(self, output_dir: str, data: Sequence[Mapping[str, Any]], bundle_root: str) -> None:
         try:
             self.highdicom, self.pydicom = (importlib.import_module(name) for name in ("highdicom", "pydicom"))
         except ImportError as error:
             raise InputError("DICOM segmentations need highdicom: pip install -e '.[dicom]'") from error
         self.output_dir = Path(output_dir)
-        self.to_regions = to_regions
-        self.segments = self._describe(regions, property_type, property_category)
+        metadata = json.loads(Path(bundle_root, "configs", "metadata.json").read_text(encoding="utf-8"))
+        self.name, self.version = metadata["name"], metadata["version"]
         for item in data:
             file = item["image"][0]
             if not is_dicom(file):
@@ -64,7 +58,8 @@ class DicomSegWriter:
                     "inference without configs/dicom_seg.yaml"
                 )
             header = self._read(file)
-            self._segmentation(item["subject"], [header], np.zeros((1, header.Rows, header.Columns, len(regions))))
+            anything = self.segment(1, "test", TISSUE, TISSUE)
+            self._segmentation(item["subject"], [header], np.zeros((1, header.Rows, header.Columns)), [anything])
 
     def attach(self, engine: Workflow) -> None:
         """Attach to the evaluator."""
@@ -72,39 +67,42 @@ class DicomSegWriter:
 
     def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
-            series = ordered_series(item["pred"].meta["filename_or_obj"])
-            regions = torch.as_tensor(self.to_regions(item)["pred"]).cpu().numpy()
-            headers = [self._read(image.file) for image in series]
-            segmentation = self._segmentation(item["subject"], headers, regions.transpose(3, 2, 1, 0))
+            masks, segments = self.describe(item)
+            if not segments:
+                logger.warning(f"subject '{item['subject']}': nothing was found, so no DICOM segmentation is written")
+                continue
+            headers = [self._read(image.file) for image in ordered_series(item["pred"].meta["filename_or_obj"])]
+            segmentation = self._segmentation(item["subject"], headers, masks.swapaxes(0, 2), segments)
             with atomic_path(self.output_dir / f"{item['subject']}_seg.dcm") as path:
                 segmentation.save_as(path)
 
-    def _describe(self, regions: Sequence[str], property_type: str, property_category: str) -> list:
-        codes = importlib.import_module("pydicom.sr.codedict").codes
-        metadata = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text(encoding="utf-8"))
-        self.name, self.version = metadata["name"], metadata["version"]
-        found = {}
-        for key, name in (("property_type", property_type), ("property_category", property_category)):
-            try:
-                found[key] = getattr(codes.SCT, name)
-            except AttributeError as error:
-                raise InputError(
-                    f"{key}='{name}' is not a name in pydicom's codes.SCT; set it to one such as Neoplasm"
-                ) from error
+    def describe(self, item: Mapping[str, Any]) -> tuple[np.ndarray, list]:
+        """Masks and segments of an inferred item, as the subclass defines them.
+
+        Returns:
+            Numbers of the segments ``[H, W, S]``, or a binary mask for each segment ``[H, W, S, N]``, and the segments
+            from number 1 on.
+        """
+        raise NotImplementedError
+
+    def segment(self, number: int, label: str, category: Code, kind: Code, **options: Any) -> Any:
+        """Description of a segment, with its name, codes of its category and type, and options of highdicom."""
         algorithm = self.highdicom.AlgorithmIdentificationSequence(
-            name=self.name, version=self.version, family=codes.DCM.ArtificialIntelligence
+            name=self.name, version=self.version, family=self.code("123109", "Artificial Intelligence", "DCM")
         )
-        return [
-            self.highdicom.seg.SegmentDescription(
-                segment_number=number,
-                segment_label=region,
-                segmented_property_category=found["property_category"],
-                segmented_property_type=found["property_type"],
-                algorithm_type="AUTOMATIC",
-                algorithm_identification=algorithm,
-            )
-            for number, region in enumerate(regions, start=1)
-        ]
+        return self.highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=label,
+            segmented_property_category=self.code(*category),
+            segmented_property_type=self.code(*kind),
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm,
+            **options,
+        )
+
+    def code(self, value: str, meaning: str, scheme: str = "SCT") -> Any:
+        """A concept of SNOMED CT, or of another coding scheme."""
+        return self.highdicom.sr.CodedConcept(value, scheme, meaning)
 
     def _read(self, file: str) -> Any:
         """Header of an image. Missing type 2 attributes are added, with empty values."""
@@ -114,14 +112,14 @@ class DicomSegWriter:
                 setattr(header, name, None)
         return header
 
-    def _segmentation(self, subject: str, headers: Sequence[Any], masks: np.ndarray) -> Any:
-        """DICOM segmentation of the binary masks ``[S, rows, columns, R]`` on the slices with these headers."""
+    def _segmentation(self, subject: str, headers: Sequence[Any], masks: np.ndarray, segments: Sequence[Any]) -> Any:
+        """DICOM segmentation of the masks ``[S, rows, columns]`` or ``[S, rows, columns, N]`` on these slices."""
         try:
             return self.highdicom.seg.Segmentation(
                 source_images=headers,
                 pixel_array=masks.astype(np.uint8),
                 segmentation_type="BINARY",
-                segment_descriptions=self.segments,
+                segment_descriptions=segments,
                 series_instance_uid=self.highdicom.UID(),
                 series_number=SERIES_NUMBER,
                 series_description=self.name,
@@ -137,3 +135,51 @@ class DicomSegWriter:
                 f"subject '{subject}': no DICOM segmentation can refer to its headers ({error}); repair them, or run "
                 "inference without configs/dicom_seg.yaml"
             ) from error
+
+
+class DicomSegWriter(SegmentationWriter):
+    """One binary segment per region, which may overlap.
+
+    Args:
+        output_dir: see :class:`SegmentationWriter`.
+        data: likewise.
+        bundle_root: likewise.
+        regions: names of the region channels.
+        to_regions: transform that converts the label map ``pred`` of an item to region channels.
+        property_type: type of the segments, as a name in pydicom's SNOMED codes (``codes.SCT``).
+        property_category: category of the segments, likewise, such as ``AnatomicalStructure`` for organs.
+
+    Raises:
+        InputError: also if ``property_type`` or ``property_category`` is unknown.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        data: Sequence[Mapping[str, Any]],
+        bundle_root: str,
+        regions: Sequence[str],
+        to_regions: Callable[[Mapping[str, Any]], dict[str, Any]],
+        property_type: str = "Neoplasm",
+        property_category: str = "MorphologicallyAbnormalStructure",
+    ) -> None:
+        super().__init__(output_dir, data, bundle_root)
+        self.to_regions = to_regions
+        codes = importlib.import_module("pydicom.sr.codedict").codes
+        found = {}
+        for key, name in (("property_type", property_type), ("property_category", property_category)):
+            try:
+                code = getattr(codes.SCT, name)
+            except AttributeError as error:
+                raise InputError(
+                    f"{key}='{name}' is not a name in pydicom's codes.SCT; set it to one such as Neoplasm"
+                ) from error
+            found[key] = (code.value, code.meaning)
+        self.segments = [
+            self.segment(number, region, found["property_category"], found["property_type"])
+            for number, region in enumerate(regions, start=1)
+        ]
+
+    def describe(self, item: Mapping[str, Any]) -> tuple[np.ndarray, list]:
+        """One binary mask for each region, also where it is empty."""
+        return np.moveaxis(torch.as_tensor(self.to_regions(item)["pred"]).cpu().numpy(), 0, -1), self.segments

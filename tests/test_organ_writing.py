@@ -1,0 +1,64 @@
+"""DICOM segmentations of structures are read again: only what was found, with its codes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from dicom_phantom import OBLIQUE, write_series
+from monai.data import MetaTensor
+
+from conftest import ROOT
+from scripts.data.dicom import ordered_series
+from scripts.organs.writing import StructureSegWriter
+from scripts.organs.structures import catalogue
+from test_dicom import find
+
+highdicom = pytest.importorskip("highdicom")
+pydicom = pytest.importorskip("pydicom")
+
+BUNDLE = str(ROOT / "bundles" / "organs")
+FOUND = ["kidney_left", "liver", "kidney_cyst_left"]  # a side, no side, and a side of the region
+
+
+@pytest.fixture
+def item(tmp_path):
+    write_series(tmp_path / "data" / "case1", np.ones((8, 10, 4), np.int16), OBLIQUE)
+    (item,) = find(tmp_path / "data", ["ct"])
+    return item
+
+
+def inferred(item, labels):
+    meta = {"filename_or_obj": item["image"][0]}
+    return {"subject": "case1", "pred": MetaTensor(torch.as_tensor(labels)[None], meta=meta)}
+
+
+def test_segments_are_the_structures_that_were_found(tmp_path, item, evaluate_items):
+    labels = np.random.default_rng(0).choice([0, *(catalogue()[name]["number"] for name in FOUND)], (8, 10, 4))
+    evaluate_items(StructureSegWriter(str(tmp_path / "out"), [item], BUNDLE), [inferred(item, labels.astype(np.uint8))])
+    seg = highdicom.seg.segread(tmp_path / "out" / "case1_seg.dcm")
+    assert list(seg.segment_numbers) == [1, 2, 3]
+    segments = [seg.get_segment_description(number) for number in seg.segment_numbers]
+    assert [segment.segment_label for segment in segments] == FOUND
+    assert [segment.segmented_property_type.meaning for segment in segments] == ["Kidney", "Liver", "Cyst"]
+    assert [segment.segmented_property_type.value for segment in segments] == ["64033007", "10200004", "367643001"]
+    (kidney, liver, cyst) = (segment.SegmentedPropertyTypeCodeSequence[0] for segment in segments)
+    assert kidney.SegmentedPropertyTypeModifierCodeSequence[0].CodeMeaning == "Left"
+    assert "SegmentedPropertyTypeModifierCodeSequence" not in liver
+    assert "SegmentedPropertyTypeModifierCodeSequence" not in cyst
+    (region,) = segments[2].AnatomicRegionSequence
+    assert (region.CodeMeaning, region.AnatomicRegionModifierSequence[0].CodeMeaning) == ("Kidney", "Left")
+    uids = [pydicom.dcmread(image.file).SOPInstanceUID for image in ordered_series(item["image"][0])]
+    pixels = seg.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+    for number, name in enumerate(FOUND):
+        truth = labels == catalogue()[name]["number"]
+        assert truth.any()
+        np.testing.assert_array_equal(pixels[..., number].transpose(2, 1, 0), truth)
+    assert seg.SeriesDescription == "Structures of a CT"
+
+
+def test_nothing_found_writes_nothing_and_says_so(tmp_path, item, evaluate_items, caplog):
+    writer = StructureSegWriter(str(tmp_path / "out"), [item], BUNDLE)
+    evaluate_items(writer, [inferred(item, np.zeros((8, 10, 4), np.uint8))])
+    assert "subject 'case1': nothing was found, so no DICOM segmentation is written" in caplog.text
+    assert not (tmp_path / "out").exists()
