@@ -8,7 +8,8 @@ export OMP_WAIT_POLICY = PASSIVE
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python
 DEMO = "['configs/train.yaml','configs/demo.yaml']"
 
-ORGANS = 'bundles/organs/configs/train.yaml','bundles/organs/configs/demo.yaml'
+ORGANS = bundles/organs
+ORGANS_DEMO = '$(ORGANS)/configs/train.yaml','$(ORGANS)/configs/demo.yaml'
 
 .PHONY: demo organs-demo staged test conformance docs-test label-env label-test release lint clean
 
@@ -51,19 +52,19 @@ demo: $(VENV)/.installed
 	@cat demo/inference/grades.csv
 
 organs-demo: $(VENV)/.installed
-	rm -rf demo/organs
-	$(RUN) -m scripts.tools.phantom_ct --output_dir demo/organs/data --num_subjects 40
-	$(RUN) -m scripts.tools.phantom_ct --output_dir demo/organs/new --num_subjects 1 --seed 1
-	$(RUN) -m scripts.organs.merge_structures --dataset_dir demo/organs/data
-	$(RUN) -W ignore -m monai.bundle run --config_file "[$(ORGANS)]"
-	$(RUN) -W ignore -m monai.bundle run --config_file "[$(ORGANS),'bundles/organs/configs/evaluate.yaml']" --output_dir demo/organs/evaluate
-	$(RUN) -W ignore -m monai.bundle run --config_file bundles/organs/configs/inference.yaml --ckpt_dir demo/organs/models \
-	    --dataset_dir demo/organs/new --output_dir demo/organs/inference
+	rm -rf $(ORGANS)/demo
+	$(RUN) -m scripts.tools.phantom_ct --output_dir $(ORGANS)/demo/data --num_subjects 40
+	$(RUN) -m scripts.tools.phantom_ct --output_dir $(ORGANS)/demo/new --num_subjects 1 --seed 1
+	$(RUN) -m scripts.organs.merge_structures --dataset_dir $(ORGANS)/demo/data
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(ORGANS_DEMO)]"
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(ORGANS_DEMO),'$(ORGANS)/configs/evaluate.yaml']" --output_dir $(ORGANS)/demo/evaluate
+	$(RUN) -W ignore -m monai.bundle run --config_file $(ORGANS)/configs/inference.yaml --ckpt_dir $(ORGANS)/demo/models \
+	    --dataset_dir $(ORGANS)/demo/new --output_dir $(ORGANS)/demo/inference
 	@echo
-	@echo "epoch table      demo/organs/train/metrics.csv"
-	@echo "weights          demo/organs/models/model.pt"
-	@echo "scores           demo/organs/evaluate/summary.json, structures.csv, structures.png, overlays/"
-	@ls demo/organs/inference/*
+	@echo "epoch table      $(ORGANS)/demo/train/metrics.csv"
+	@echo "weights          $(ORGANS)/demo/models/model.pt"
+	@echo "scores           $(ORGANS)/demo/evaluate/summary.json, structures.csv, structures.png, overlays/"
+	@ls $(ORGANS)/demo/inference/*
 
 staged: $(VENV)/.installed
 	test -d demo/data || $(RUN) -m scripts.tools.phantom --output_dir demo/data --num_subjects 160

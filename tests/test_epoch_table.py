@@ -9,7 +9,7 @@ from ignite.engine import Engine, Events
 from test_handlers import engine_with
 
 from scripts.diffusion.schedule import GaussianDiffusion
-from scripts.report.epoch_table import EpochTable, format_rows
+from scripts.report.epoch_table import AverageLosses, EpochTable, format_rows
 from scripts.report.metrics import EPOCH_PANELS, epoch_columns, epoch_values
 from scripts.training.losses import MultiTaskLoss
 
@@ -91,3 +91,10 @@ def test_curves_are_drawn_rarely_and_at_the_end(tmp_path, monkeypatch):
     engine.add_event_handler(Events.EPOCH_STARTED(once=3), lambda: setattr(table, "next_drawing", math.inf))
     engine.run([0], max_epochs=5)
     assert drawn == [2, 5]
+
+
+def test_losses_average_over_the_iterations_that_have_them():
+    metric = AverageLosses()
+    metric.update({"L_seg": torch.tensor(1.0), "L_cls": torch.tensor(4.0)}.items())
+    metric.update({"L_seg": torch.tensor(3.0)}.items())
+    assert metric.compute() == {"L_seg": 2.0, "L_cls": 4.0}

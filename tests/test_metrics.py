@@ -7,7 +7,6 @@ import torch
 
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.report.metrics import (
-    AverageLosses,
     SubjectGrades,
     epoch_columns,
     epoch_values,
@@ -128,13 +127,6 @@ def test_hd95_of_a_picture_is_that_of_its_outlines():
     truth[:, 10:40, 10:40] = 1
     pred[:, 14:40, 10:40] = 1
     assert mask_scores(pred, truth, [1, 1, 1], ["WT"])["hd95_WT"] == 4.0
-
-
-def test_losses_average_over_the_iterations_that_have_them():
-    metric = AverageLosses()
-    metric.update({"L_seg": torch.tensor(1.0), "L_cls": torch.tensor(4.0)}.items())
-    metric.update({"L_seg": torch.tensor(3.0)}.items())
-    assert metric.compute() == {"L_seg": 2.0, "L_cls": 4.0}
 
 
 def test_validation_losses_are_of_the_sampled_mask():

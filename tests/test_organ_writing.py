@@ -10,8 +10,8 @@ from monai.data import MetaTensor
 
 from conftest import ROOT
 from scripts.data.dicom import ordered_series
-from scripts.organs.writing import StructureSegWriter
 from scripts.organs.structures import catalogue
+from scripts.organs.writing import StructureSegWriter
 from test_dicom import find
 
 highdicom = pytest.importorskip("highdicom")

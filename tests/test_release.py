@@ -1,4 +1,4 @@
-"""The archive of a release. acceptance/test_conformance.py unpacks and runs it."""
+"""The archives of a release. acceptance/test_conformance.py unpacks and runs them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,60 @@ import json
 import sys
 import zipfile
 
+import pytest
 import yaml
 
-from conftest import ROOT
 from scripts.tools import release
+
+MAIN, ORGANS = release.BUNDLES
 
 
 def write(folder, monkeypatch):
+    """Archives by the name of their bundle."""
     monkeypatch.setattr(sys, "argv", ["release", "--output_dir", str(folder)])
     release.main()
-    (archive,) = folder.glob("*.zip")
-    return archive
+    return {name: next(folder.glob(f"{name}_v*.zip")) for name in release.BUNDLES}
 
 
-def test_the_same_files_give_the_same_archive(tmp_path, monkeypatch):
-    first, second = (write(tmp_path / name, monkeypatch) for name in ("a", "b"))
-    assert first.name == second.name
-    assert first.read_bytes() == second.read_bytes()
-    with zipfile.ZipFile(first) as archive:
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield write(tmp_path_factory.mktemp("release"), monkeypatch)
+
+
+@pytest.mark.parametrize("name", release.BUNDLES)
+def test_an_archive_is_one_bundle(name, archives):
+    with zipfile.ZipFile(archives[name]) as archive:
         names = archive.namelist()
-        twin = json.loads(archive.read(f"{release.NAME}/configs/inference.json"))
-    assert {name.split("/")[0] for name in names} == {release.NAME}
-    assert twin == yaml.safe_load((ROOT / "configs" / "inference.yaml").read_text())
+        twin = json.loads(archive.read(f"{name}/configs/inference.json"))
+    assert {file.split("/")[0] for file in names} == {name}
+    source = release.BUNDLES[name] / "configs" / "inference.yaml"
+    assert twin == yaml.safe_load(source.read_text())
+    files = {file.removeprefix(f"{name}/") for file in names}
+    assert files >= {"LICENSE", "configs/metadata.json", "docs/README.md", "models/model.pt", "scripts/config.py"}
+
+
+def test_an_archive_has_the_modules_that_its_bundle_uses(archives):
+    with zipfile.ZipFile(archives[MAIN]) as main, zipfile.ZipFile(archives[ORGANS]) as organs:
+        ours, theirs = ({name.split("/", 1)[1] for name in archive.namelist()} for archive in (main, organs))
+    assert {"scripts/net.py", "scripts/workflow.py", "scripts/tools/phantom.py", "label_app/main.py"} <= ours
+    assert {"scripts/tools/monai_label.py", "scripts/diffusion/samplers.py"} <= ours
+    assert not [name for name in ours if name.startswith("scripts/organs/")]
+    assert {"scripts/organs/workflow.py", "scripts/organs/merge_structures.py", "configs/structures.json"} <= theirs
+    assert not [name for name in theirs if name.startswith(("scripts/diffusion/", "scripts/networks/", "scripts/net."))]
+
+
+def test_the_same_files_give_the_same_archives(archives, tmp_path, monkeypatch):
+    for name, file in write(tmp_path, monkeypatch).items():
+        assert file.name == archives[name].name
+        assert file.read_bytes() == archives[name].read_bytes()
 
 
 def test_an_older_release_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    (tmp_path / MAIN).mkdir()
+    (tmp_path / MAIN / "of_before.txt").write_text("old")
     write(tmp_path, monkeypatch)
-    (tmp_path / release.NAME / "of_before.txt").write_text("old")
-    write(tmp_path, monkeypatch)
-    assert not (tmp_path / release.NAME / "of_before.txt").exists()
-    assert sorted(path.name for path in tmp_path.iterdir())[0] == release.NAME  # and no partial folder
-    assert len(list(tmp_path.iterdir())) == 2
+    assert not (tmp_path / MAIN / "of_before.txt").exists()
+    folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert folders == sorted(release.BUNDLES)  # and no partial folder
+    assert len(list(tmp_path.iterdir())) == 2 * len(release.BUNDLES)

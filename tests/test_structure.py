@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.structure import counts
 from conftest import ROOT
+from scripts.tools.release import modules
 
 LAYERS = [  # a module may import from its own package and from the layers above its line
     {"config"},
@@ -42,25 +43,10 @@ def test_imports_point_downwards(file):
     assert imported(file) <= allowed
 
 
-def modules_of(file: Path) -> set[Path]:
-    """Files of ``scripts`` that a file imports when it runs, not only for its types."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    typing = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    skipped = {id(node) for block in typing for node in ast.walk(block)}
-    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and id(n) not in skipped]
-    names = [name for n in imports for name in (n.module, *(f"{n.module}.{alias.name}" for alias in n.names))]
-    files = {ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith("scripts.")}
-    return {path for path in files if path.is_file()}
-
-
 def test_organs_need_no_diffusion():
-    """No file that the bundle of organs reaches knows masks with noise."""
-    reached, new = set(), {file for file in FILES if file.parent.name == "organs"}
-    while new:
-        reached |= new
-        new = {path for file in new for path in modules_of(file)} - reached
-    packages = {path.relative_to(ROOT / "scripts").parts[0] for path in reached}
-    assert "organs" in packages
+    """No file that the bundle of organs uses knows masks with noise."""
+    packages = {path.relative_to(ROOT / "scripts").parts[0] for path in modules(ROOT / "bundles" / "organs")}
+    assert {"organs", "data", "training"} <= packages
     assert not packages & {"diffusion", "networks", "net.py", "workflow.py"}
 
 

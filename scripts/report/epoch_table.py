@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
 import pandas as pd
+import torch
 from ignite.engine import Events
+from ignite.metrics import Metric
 from monai.engines import SupervisedTrainer
 from monai.engines.workflow import Workflow
 from monai.handlers import MLFlowHandler
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.config import atomic_path
+from scripts.distributed import gather_from_all
 from scripts.report.plots import plot_learning_curves
 
 logger = logging.getLogger(__name__)
@@ -25,6 +29,26 @@ logger = logging.getLogger(__name__)
 KEYS = ("epoch", "split")
 TIMING = ("learning_rate", "seconds")
 FIRST_DRAWING = 10  # seconds of training before the curves are drawn; shorter trainings draw them at the end
+
+
+class AverageLosses(Metric):
+    """Epoch mean of each loss component, over the iterations that have it.
+
+    Args:
+        output_transform: engine output to pairs of name and value (ignite treats a mapping as y_pred and y).
+    """
+
+    def reset(self) -> None:
+        self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def update(self, output: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, value in output:
+            self.values[name].append(value)  # as a tensor: a Python number would wait for the GPU
+
+    def compute(self) -> dict[str, float]:
+        values = gather_from_all([(name, float(value)) for name, column in self.values.items() for value in column])
+        names = list(dict.fromkeys(name for name, _ in values))
+        return {name: float(np.mean([value for other, value in values if other == name])) for name in names}
 
 
 class EpochTable:

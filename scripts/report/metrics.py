@@ -53,26 +53,6 @@ def grading_columns(names: Sequence[str]) -> list[str]:
     return ["auc", "f1", *(f"f1_{name}" for name in names), "accuracy"]
 
 
-class AverageLosses(Metric):
-    """Epoch mean of each loss component, over the iterations that have it.
-
-    Args:
-        output_transform: engine output to pairs of name and value (ignite treats a mapping as y_pred and y).
-    """
-
-    def reset(self) -> None:
-        self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
-
-    def update(self, output: Iterable[tuple[str, torch.Tensor]]) -> None:
-        for name, value in output:
-            self.values[name].append(value)  # as a tensor: a Python number would wait for the GPU
-
-    def compute(self) -> dict[str, float]:
-        values = gather_from_all([(name, float(value)) for name, column in self.values.items() for value in column])
-        names = list(dict.fromkeys(name for name, _ in values))
-        return {name: float(np.mean([value for other, value in values if other == name])) for name in names}
-
-
 def sampled_losses(output: Sequence[Mapping[str, Any]], loss: MultiTaskLoss) -> Iterable[tuple[str, torch.Tensor]]:
     """Loss components of one sampled volume: the training losses of its mask, calibration map and grade."""
     (item,) = output

@@ -4,7 +4,7 @@ Each subject has its own size, pose and shapes, a phase (native or arterial) and
 absent. The vertebrae differ only in their level, and the structures of one side from those of the other only in place.
 
 Example:
-    python -m scripts.tools.phantom_ct --output_dir demo/organs --num_subjects 40
+    python -m scripts.tools.phantom_ct --output_dir bundles/organs/demo/data --num_subjects 40
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Package the bundle in the layout of MONAI's model zoo: ``python -m scripts.tools.release --output_dir dist``."""
+"""Package each bundle in the layout of MONAI's model zoo: ``python -m scripts.tools.release --output_dir dist``."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import zipfile
@@ -15,14 +17,15 @@ from monai.bundle import ConfigParser
 
 from scripts.config import BUNDLE_ROOT
 
-NAME = "medsegdiff_segmentation"  # MONAI Label takes the kind of task from the folder name
+BUNDLES = {  # folder of each bundle, by the name of its release, from which MONAI Label takes the kind of task
+    "medsegdiff_segmentation": BUNDLE_ROOT,
+    "ct_structures_segmentation": BUNDLE_ROOT / "bundles" / "organs",
+}
+SHARED = ("LICENSE", "SECURITY.md")
 PARTS = (
-    "LICENSE",
-    "SECURITY.md",
     "configs/*.yaml",
-    "configs/metadata.json",
+    "configs/*.json",
     "configs/logging.conf",
-    "scripts/**/*.py",
     "label_app/main.py",
     "label_app/requirements.txt",
     "docs/*.md",
@@ -35,13 +38,18 @@ ALSO_AS_JSON = ("train", "inference")  # configurations that monai.bundle.load r
 EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time stamp, so that the same content gives the same archive
 
 
-def build(bundle: Path) -> None:
-    """Copy the files of the bundle to an empty folder, and add the JSON configurations and the list of large files."""
-    for pattern in PARTS:
-        for source in sorted(BUNDLE_ROOT.glob(pattern)):
-            target = bundle / source.relative_to(BUNDLE_ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+def build(source: Path, bundle: Path) -> None:
+    """Copy the files of the bundle ``source`` to an empty folder; add JSON configurations and the list of large files.
+
+    Of ``scripts/`` it gets the modules that the bundle uses.
+    """
+    files = {BUNDLE_ROOT / name: name for name in SHARED}
+    files |= {path: str(path.relative_to(source)) for pattern in PARTS for path in source.glob(pattern)}
+    files |= {path: str(path.relative_to(BUNDLE_ROOT)) for path in modules(source)}
+    for path, name in sorted(files.items()):
+        target = bundle / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
     for name in ALSO_AS_JSON:
         config = ConfigParser.load_config_file(str(bundle / "configs" / f"{name}.yaml"))
         ConfigParser.export_config_file(config, str(bundle / "configs" / f"{name}.json"), indent=2)
@@ -49,6 +57,51 @@ def build(bundle: Path) -> None:
     # the archive holds the file, so no URL is needed
     large = {"path": "models/model.pt", "url": "", "hash_val": digest, "hash_type": "sha256"}
     (bundle / "large_files.yml").write_text(yaml.safe_dump({"large_files": [large]}, sort_keys=False))
+
+
+def modules(source: Path) -> set[Path]:
+    """Files of ``scripts/`` that a bundle uses: what its configurations, app and documented commands name, and imports.
+
+    Args:
+        source: folder of the bundle.
+    """
+    texts = [path.read_text(encoding="utf-8") for path in source.glob("configs/*.yaml")]
+    names = [name for text in texts for name in re.findall(r"\bscripts(?:\.\w+)+", text)]
+    for page in source.glob("docs/*.md"):
+        names += re.findall(r"python -m (scripts(?:\.\w+)+)", page.read_text(encoding="utf-8"))
+    new = {path for name in names for path in _files(name)}
+    for app in source.glob("label_app/*.py"):
+        new |= _imports(app)
+    found: set[Path] = set()
+    while new:
+        found |= new
+        new = {path for file in new for path in _imports(file)} - found
+    return found
+
+
+def _imports(file: Path) -> set[Path]:
+    """Files of ``scripts/`` that a file imports when it runs, not only for its types, or names in its text."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    typing = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    skipped = {id(node) for block in typing for node in ast.walk(block)}
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in skipped:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names += [node.value] if re.fullmatch(r"scripts(\.\w+)+", node.value) else []
+    return {path for name in names for path in _files(name)}
+
+
+def _files(name: str) -> set[Path]:
+    """The module that a dotted name starts with, if it is one of ``scripts/``, and the packages it lies in."""
+    parts, found = name.split("."), set()
+    for end in range(1, len(parts) + 1) if parts[0] == "scripts" else ():
+        path = BUNDLE_ROOT.joinpath(*parts[:end])
+        found |= {file for file in (path / "__init__.py", path.with_name(f"{path.name}.py")) if file.is_file()}
+    return found
 
 
 def archive(bundle: Path, file: Path) -> None:
@@ -61,21 +114,27 @@ def archive(bundle: Path, file: Path) -> None:
 
 
 def main() -> None:
-    """Write ``<output_dir>/<name>/`` and ``<output_dir>/<name>_v<version>.zip``. Older ones are replaced."""
+    """Write the folder ``<name>`` and the archive ``<name>_v<version>.zip`` of each bundle. Older ones are replaced."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--output_dir", type=Path, default=BUNDLE_ROOT / "dist")
     output_dir = parser.parse_args().output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
-    version = json.loads((BUNDLE_ROOT / "configs" / "metadata.json").read_text())["version"]
-    name = f"{NAME}_v{version}.zip"
+    for name, source in BUNDLES.items():
+        print(release(name, source, output_dir))
+
+
+def release(name: str, source: Path, output_dir: Path) -> Path:
+    """Write the folder and the archive of one bundle; the file of the archive."""
+    version = json.loads((source / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
+    file = output_dir / f"{name}_v{version}.zip"
     with tempfile.TemporaryDirectory(prefix=".partial_", dir=output_dir) as folder:
-        bundle = Path(folder, NAME)
-        build(bundle)
-        archive(bundle, Path(folder, name))
-        shutil.rmtree(output_dir / NAME, ignore_errors=True)
-        bundle.rename(output_dir / NAME)
-        Path(folder, name).replace(output_dir / name)
-    print(output_dir / name)
+        bundle = Path(folder, name)
+        build(source, bundle)
+        archive(bundle, Path(folder, file.name))
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+        bundle.rename(output_dir / name)
+        Path(folder, file.name).replace(file)
+    return file
 
 
 if __name__ == "__main__":
