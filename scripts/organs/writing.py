@@ -1,4 +1,4 @@
-"""Files of label maps: NIfTI with the names of the structures, as TotalSegmentator writes it, and DICOM segmentations."""
+"""Files of label maps: NIfTI with the names of the structures, as TotalSegmentator has it, and DICOM segmentations."""
 
 from __future__ import annotations
 
