@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # for what writes test data; this file is the conftest that is found first
-NAME = "medsegdiff_segmentation"
+NAME, ORGANS = "medsegdiff_segmentation", "ct_structures_segmentation"
 
 
 def make_phantoms(folder: Path, number: int, *shape: int) -> Path:
@@ -31,12 +31,12 @@ def make_phantoms(folder: Path, number: int, *shape: int) -> Path:
 
 
 def unpack_release(folder: Path) -> Path:
-    """The bundle as it is released, unpacked in a folder."""
+    """The main bundle as it is released, unpacked in a folder; the other bundles lie beside it."""
     subprocess.run(
         [sys.executable, "-m", "scripts.tools.release", "--output_dir", str(folder / "dist")], cwd=ROOT, check=True
     )
-    (archive,) = (folder / "dist").glob("*.zip")
-    zipfile.ZipFile(archive).extractall(folder)
+    for archive in (folder / "dist").glob("*.zip"):
+        zipfile.ZipFile(archive).extractall(folder)
     return folder / NAME
 
 

@@ -1,4 +1,4 @@
-"""The bundle as MONAI and its model zoo ask for it, within its folder and away from it. Run by `make conformance`."""
+"""The bundles as MONAI and its model zoo ask for them, in their folder and away from it. Run by `make conformance`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ import yaml
 from monai.apps.utils import HashCheckError
 from monai.bundle import ConfigParser, load_bundle_config
 
-from conftest import NAME, ROOT, make_phantoms
+from conftest import NAME, ORGANS, ROOT, make_phantoms
 
+SOURCES = {NAME: ROOT, ORGANS: ROOT / "bundles" / "organs"}
 SCHEMA = ROOT.parent / "shared" / "tools" / "meta_schema_20240725.json"
 WORKFLOW = """
 import sys
@@ -41,6 +42,28 @@ def phantoms(tmp_path_factory) -> Path:
     return make_phantoms(tmp_path_factory.mktemp("phantoms"), 10, 32, 32, 8)
 
 
+@pytest.fixture(scope="session")
+def cts(tmp_path_factory) -> Path:
+    """Ten made-up CTs with their label maps."""
+    folder = tmp_path_factory.mktemp("cts")
+    made, merged = ["--output_dir", str(folder), "--num_subjects", "10"], ["--dataset_dir", str(folder)]
+    python(ROOT, True, folder, "-m", "scripts.tools.phantom_ct", *made)
+    python(ROOT, True, folder, "-m", "scripts.organs.merge_structures", *merged)
+    return folder
+
+
+@pytest.fixture(params=[NAME, ORGANS])
+def bundle(request, released) -> Path:
+    """Each bundle as it is released."""
+    return released.with_name(request.param)
+
+
+@pytest.fixture(params=[NAME, ORGANS])
+def source(request) -> Path:
+    """Each bundle in the repository."""
+    return SOURCES[request.param]
+
+
 def python(bundle: Path, inside: bool, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run Python in the bundle's folder, or in another that has it on its path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -58,47 +81,49 @@ def configs(bundle: Path, inside: bool, *names: str) -> list[str]:
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-def test_workflows_run_from_start_to_end(released, inside, phantoms, tmp_path):
+def test_workflows_run_from_start_to_end(bundle, inside, phantoms, cts, tmp_path):
     """Training, its evaluation and inference, of the unpacked release."""
     folders = {name: str(tmp_path / name) for name in ("train", "evaluate", "inference")}
-    common = ["dataset_dir", str(phantoms), "ckpt_dir", str(tmp_path / "models")]
+    data = phantoms if bundle.name == NAME else cts
+    common = ["dataset_dir", str(data), "ckpt_dir", str(tmp_path / "models")]
     for name, kind, files in (
         ("train", "train", ["train.yaml", "demo.yaml"]),
         ("evaluate", "train", ["train.yaml", "demo.yaml", "evaluate.yaml"]),
         ("inference", "inference", ["inference.yaml"]),
     ):
-        arguments = [kind, ",".join(configs(released, inside, *files)), *common, "output_dir", folders[name]]
-        python(released, inside, tmp_path, "-c", WORKFLOW, *arguments)
+        arguments = [kind, ",".join(configs(bundle, inside, *files)), *common, "output_dir", folders[name]]
+        python(bundle, inside, tmp_path, "-c", WORKFLOW, *arguments)
     assert Path(folders["train"], "metrics.csv").is_file()
     assert json.loads(Path(folders["evaluate"], "summary.json").read_text())["subjects"] == 2
     assert len(list(Path(folders["inference"]).glob("*_seg.nii.gz"))) == 10
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-@pytest.mark.parametrize("base", ["train.yaml", "inference.json"])
-def test_network_in_and_out_are_verified(released, inside, base, tmp_path):
-    (meta,), (config,) = (configs(released, inside, name) for name in ("metadata.json", base))
-    options = ["--net_id", "network_def", "--meta_file", meta, "--config_file", config, "--device", "cpu"]
-    done = python(released, inside, tmp_path, "-m", "monai.bundle", "verify_net_in_out", *options)
+@pytest.mark.parametrize("files", [["train.yaml", "demo.yaml"], ["inference.json"]], ids=["train", "inference"])
+def test_network_in_and_out_are_verified(bundle, inside, files, tmp_path):
+    (meta,) = configs(bundle, inside, "metadata.json")
+    options = ["--net_id", "network_def", "--meta_file", meta, "--device", "cpu"]
+    options += ["--config_file", str(configs(bundle, inside, *files))]
+    done = python(bundle, inside, tmp_path, "-m", "monai.bundle", "verify_net_in_out", *options)
     assert "verified with no error" in done.stdout + done.stderr
 
 
-def test_metadata_is_complete():
-    metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
+def test_metadata_is_complete(source):
+    metadata = json.loads((source / "configs" / "metadata.json").read_text())
     jsonschema.validate(metadata, json.loads((ROOT / "acceptance" / "metadata_schema.json").read_text()))
     assert metadata["version"] in metadata["changelog"]
     image = metadata["network_data_format"]["inputs"]["image"]
     assert len(image["channel_def"]) == image["num_channels"]
-    for file in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
+    for file in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md") if source == ROOT else ():
         assert metadata["version"] in (ROOT / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not SCHEMA.is_file(), reason="MONAI's schema is not at hand; our own is checked above")
-def test_metadata_is_verified_against_the_schema_of_monai(released, tmp_path):
+def test_metadata_is_verified_against_the_schema_of_monai(bundle, tmp_path):
     schema = tmp_path / SCHEMA.name
     schema.write_bytes(SCHEMA.read_bytes())
     options = ["--meta_file", "configs/metadata.json", "--filepath", str(schema)]
-    done = python(released, True, tmp_path, "-m", "monai.bundle", "verify_metadata", *options)
+    done = python(bundle, True, tmp_path, "-m", "monai.bundle", "verify_metadata", *options)
     assert "metadata is verified with no error" in done.stdout + done.stderr
 
 
@@ -118,56 +143,77 @@ def test_the_metrics_of_the_metadata_are_those_of_the_weights(tmp_path):
     assert measured == pytest.approx(metadata["eval_metrics"], abs=0.002)
 
 
-def test_json_twins_are_the_yaml(released):
+def test_the_metrics_of_the_metadata_are_those_of_the_weights_of_organs(tmp_path):
+    """`make organs-demo` gives the CTs; the rest is its evaluation with the weights that are there."""
+    bundle, data = SOURCES[ORGANS], str(tmp_path / "data")
+    python(ROOT, True, tmp_path, "-m", "scripts.tools.phantom_ct", "--output_dir", data, "--num_subjects", "40")
+    python(ROOT, True, tmp_path, "-m", "scripts.organs.merge_structures", "--dataset_dir", data)
+    names = configs(bundle, True, "train.yaml", "demo.yaml", "evaluate.yaml")
+    options = ["--dataset_dir", data, "--ckpt_dir", "models", "--output_dir", str(tmp_path / "evaluate")]
+    python(bundle, True, tmp_path, "-m", "monai.bundle", "run", "--config_file", str(names), *options)
+    summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    measured = {f"phantom_test_{name}": cell["value"] for name, cell in summary["mean over structures"].items()}
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    named = metadata["eval_metrics"]
+    assert named == pytest.approx({name: measured[name] for name in named}, rel=0.005)
+
+
+def test_json_twins_are_the_yaml(bundle):
     for name in ("train", "inference"):
-        twin = json.loads((released / "configs" / f"{name}.json").read_text())
-        assert twin == yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-        parser = load_bundle_config(str(released), f"{name}.json")
+        twin = json.loads((bundle / "configs" / f"{name}.json").read_text())
+        assert twin == yaml.safe_load((SOURCES[bundle.name] / "configs" / f"{name}.yaml").read_text())
+        parser = load_bundle_config(str(bundle), f"{name}.json")
         assert {key: parser[key] for key in twin} == twin
-        assert parser["_meta_"]["name"] == "MedSegDiff with grading"
+        metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+        assert parser["_meta_"]["name"] == metadata["name"]
 
 
-def test_load_finds_the_weights(released, tmp_path):
+@pytest.mark.parametrize(("bundle", "shapes"), [(NAME, [4, 1]), (ORGANS, [3, 25])], indirect=["bundle"])
+def test_load_finds_the_weights(bundle, shapes, tmp_path):
     code = """
 import sys, torch, monai.bundle
 options = {"bundle_dir": sys.argv[1], "workflow_type": "inference", "key_in_ckpt": "model", "device": "cpu"}
 network = monai.bundle.load(sys.argv[2], **options)
 weights = torch.load(f"{sys.argv[1]}/{sys.argv[2]}/models/model.pt", weights_only=True)["model"]
 assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
-assert network(torch.zeros(2, 4, 64, 48)).shape == (2, 1, 64, 48)
+inputs, outputs = map(int, sys.argv[3:])
+assert network.eval()(torch.zeros(2, inputs, 64, 48)).shape == (2, outputs, 64, 48)
 """
-    python(released, False, tmp_path, "-c", code, str(released.parent), NAME)
+    python(bundle, False, tmp_path, "-c", code, str(bundle.parent), bundle.name, *map(str, shapes))
 
 
-def test_the_release_holds_no_more_than_it_should(released):
-    files = {str(path.relative_to(released)) for path in released.rglob("*") if path.is_file()}
-    assert not [path for path in released.rglob("*") if path.is_symlink()]
+def test_the_release_holds_no_more_than_it_should(bundle):
+    files = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
+    assert not [path for path in bundle.rglob("*") if path.is_symlink()]
     endings = (".py", ".yaml", ".json", ".md", ".txt", ".png", ".conf", ".yml", "LICENSE", "models/model.pt")
     assert [name for name in files if not name.endswith(endings)] == []
-    zoo = {"LICENSE", "large_files.yml", "docs/README.md", "docs/data_license.txt", "configs/metadata.json"}
+    zoo = {"LICENSE", "large_files.yml", "docs/README.md", "configs/metadata.json"}
+    zoo |= {"docs/data_license.txt"} if bundle.name == NAME else {"configs/structures.json"}
     assert files >= zoo | {"configs/train.json", "configs/inference.json", "models/model.pt"}
 
 
-def test_large_files_are_those_that_the_list_names(released, tmp_path):
+def test_large_files_are_those_that_the_list_names(bundle, tmp_path):
     """MONAI's own check: nothing is fetched where the hash is right, and another file is told."""
-    monai.bundle.download_large_files(bundle_path=str(released))
+    monai.bundle.download_large_files(bundle_path=str(bundle))
     copy = tmp_path / "models"
     copy.mkdir()
-    (tmp_path / "large_files.yml").write_bytes((released / "large_files.yml").read_bytes())
+    (tmp_path / "large_files.yml").write_bytes((bundle / "large_files.yml").read_bytes())
     (copy / "model.pt").write_bytes(b"other weights")
     with pytest.raises(HashCheckError, match="sha256 hash check of existing file failed"):
         monai.bundle.download_large_files(bundle_path=str(tmp_path))
 
 
-def test_inference_of_the_release_is_that_of_the_repository(released, phantoms, tmp_path):
-    for bundle, name in ((ROOT, "repository"), (released, "release")):
-        (config,) = configs(bundle, True, "inference.yaml" if bundle == ROOT else "inference.json")
-        options = ["--dataset_dir", str(phantoms), "--output_dir", str(tmp_path / name)]
-        python(bundle, True, tmp_path, "-m", "monai.bundle", "run", "--config_file", config, *options)
-    written = sorted((tmp_path / "repository").glob("*.nii.gz"))
-    assert len(written) == 30
+@pytest.mark.parametrize(("bundle", "files"), [(NAME, 30), (ORGANS, 10)], indirect=["bundle"])
+def test_inference_of_the_release_is_that_of_the_repository(bundle, files, phantoms, cts, tmp_path):
+    data = phantoms if bundle.name == NAME else cts
+    for folder, file in ((SOURCES[bundle.name], "inference.yaml"), (bundle, "inference.json")):
+        (config,) = configs(folder, True, file)
+        options = ["--dataset_dir", str(data), "--output_dir", str(tmp_path / file)]
+        python(folder, True, tmp_path, "-m", "monai.bundle", "run", "--config_file", config, *options)
+    written = sorted((tmp_path / "inference.yaml").glob("*.nii.gz"))
+    assert len(written) == files
     for file in written:
-        ours, theirs = (np.asarray(nib.load(path).dataobj) for path in (file, tmp_path / "release" / file.name))
+        ours, theirs = (np.asarray(nib.load(path).dataobj) for path in (file, tmp_path / "inference.json" / file.name))
         assert np.array_equal(ours, theirs)
 
 
@@ -201,31 +247,21 @@ def test_a_push_to_the_hub_uploads_the_release_alone(released, tmp_path, monkeyp
     assert "# Model card" in sent["card"]
 
 
-def test_weights_load_without_pickled_code():
-    checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
+def test_weights_load_without_pickled_code(source):
+    checkpoint = torch.load(source / "models" / "model.pt", weights_only=True)
     assert {"model", "settings", "lineage"} <= checkpoint.keys()
-    assert (ROOT / "models" / "model.pt").stat().st_size < 10e6
+    assert (source / "models" / "model.pt").stat().st_size < 10e6
 
 
-CONVERTER = {
-    "input_names": ["image"],
-    "output_names": ["seg_logits"],
-    "dynamic_axes": {"image": {0: "batch", 2: "height", 3: "width"}},
-    "verify": True,
-    "use_ort": True,
-    "atol": 1e-4,
-}
-
-
-@pytest.mark.parametrize(
-    ("verb", "options"),
-    [("ckpt_export", {}), ("onnx_export", {"input_shape": [2, 4, 64, 64], "converter_kwargs": CONVERTER})],
-)
-def test_the_verbs_of_monai_export_the_network(verb, options, tmp_path):
+@pytest.mark.parametrize("verb", ["ckpt_export", "onnx_export"])
+def test_the_verbs_of_monai_export_the_network(source, verb, tmp_path):
     """TorchScript and ONNX of any batch and size, against PyTorch."""
-    file = tmp_path / "exported.ts"  # the suffix that ckpt_export would add
-    common = {"net_id": "network_def", "ckpt_file": str(ROOT / "models" / "model.pt"), "key_in_ckpt": "model"}
-    config, meta = (str(ROOT / "configs" / name) for name in ("inference.yaml", "metadata.json"))
+    file, channels = tmp_path / "exported.ts", 4 if source == ROOT else 3  # the suffix that ckpt_export would add
+    common = {"net_id": "network_def", "ckpt_file": str(source / "models" / "model.pt"), "key_in_ckpt": "model"}
+    config, meta = (str(source / "configs" / name) for name in ("inference.yaml", "metadata.json"))
+    converter = {"input_names": ["image"], "output_names": ["logits"], "verify": True, "use_ort": True, "atol": 1e-4}
+    converter |= {"dynamic_axes": {"image": {0: "batch", 2: "height", 3: "width"}}}
+    options = {"input_shape": [2, channels, 64, 64], "converter_kwargs": converter} if verb == "onnx_export" else {}
     export = getattr(monai.bundle, verb)
     export(**common, filepath=str(file), config_file=config, meta_file=meta, use_trace=True, **options)
     if verb == "ckpt_export":
@@ -238,6 +274,6 @@ def test_the_verbs_of_monai_export_the_network(verb, options, tmp_path):
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(common["ckpt_file"], weights_only=True)["model"])
     with torch.no_grad():
-        for shape in ((1, 4, 16, 16), (3, 4, 32, 48)):
+        for shape in ((1, channels, 16, 16), (3, channels, 32, 48)):
             image = torch.randn(shape)
             assert torch.allclose(exported(image), network(image), atol=1e-4)

@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT))
 os.environ["MONAI_FAIL_ON_DUPLICATE_CONFIG"] = "1"
 
 from scripts.config import InputError, TrainingError  # noqa: E402
+from scripts.organs.merge_structures import merge  # noqa: E402
+from scripts.tools import phantom_ct  # noqa: E402
 from scripts.tools.phantom import make_dataset  # noqa: E402
 
 MODALITIES = ["t1", "t1ce", "t2", "flair"]
@@ -51,6 +53,23 @@ def phantoms(tmp_path_factory) -> Path:
     """Ten phantoms of 32 x 32 x 8 voxels, four of them LGG; tests must not write here."""
     folder = tmp_path_factory.mktemp("phantoms")
     make_dataset(folder, num_subjects=10, shape=(32, 32, 8), seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cts(tmp_path_factory):
+    """Five CTs of 32 x 32 x 24 voxels with label maps: three for training, one for validation, one for testing."""
+    folder = tmp_path_factory.mktemp("cts")
+    for index, split in enumerate(["train", "train", "train", "val", "test"]):
+        image, structures = phantom_ct.make_subject(np.random.default_rng(index), (32, 32, 24), (10.0, 10.0, 20.0))
+        subject, affine = folder / f"s{index}", np.diag([10.0, 10.0, 20.0, 1.0])
+        (subject / "segmentations").mkdir(parents=True)
+        nib.save(nib.Nifti1Image(image, affine), subject / "ct.nii.gz")
+        for name, mask in structures.items():
+            nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), subject / "segmentations" / f"{name}.nii.gz")
+        with (folder / "meta.csv").open("a") as table:
+            table.write(f"{'image_id;split' + chr(10) if not index else ''}s{index};{split}\n")
+    merge(folder)
     return folder
 
 

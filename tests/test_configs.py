@@ -13,11 +13,15 @@ from monai.data.utils import pickle_hashing
 
 from conftest import ROOT, settings_of
 from scripts.net import SETTINGS
+from scripts.organs.workflow import SETTINGS as ORGAN_SETTINGS
 
 CONFIGS = ROOT / "configs"
+ORGANS = ROOT / "bundles" / "organs" / "configs"
 BASES = ("train.yaml", "inference.yaml")
 ABLATIONS = sorted(path.name for path in CONFIGS.glob("ablation*.yaml"))
-OVERLAYS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in (*BASES, *ABLATIONS))
+FILES = sorted(path for folder in (CONFIGS, ORGANS) for path in folder.glob("*.yaml"))
+OVERLAYS = [path for path in FILES if path.name not in BASES and not path.name.startswith("ablation")]
+EVALUATION = ("subset", "num_eval_cases", "chosen_by", "grade_prior", "prior")  # keys that evaluate.yaml declares
 PUBLIC_KEYS = {
     "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "device", "seed", "amp", "modalities", "regions",
     "grade_csv", "subject_column", "grade_column", "grade_labels", "use_cls_head", "image_size", "variant", "channels",
@@ -26,13 +30,17 @@ PUBLIC_KEYS = {
 }  # fmt: skip
 
 
-def load(name: str) -> dict:
-    return yaml.safe_load((CONFIGS / name).read_text(encoding="ascii"))
+def identify(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-def parsed(*files: str, **overrides) -> ConfigParser:
+def load(name: str, folder: Path = CONFIGS) -> dict:
+    return yaml.safe_load((folder / name).read_text(encoding="ascii"))
+
+
+def parsed(*files: str, folder: Path = CONFIGS, **overrides) -> ConfigParser:
     parser = ConfigParser()
-    parser.read_config([str(CONFIGS / name) for name in files])
+    parser.read_config([str(folder / name) for name in files])
     parser.update(overrides)
     return parser
 
@@ -41,17 +49,17 @@ def test_base_declares_the_public_keys():
     assert load("train.yaml").keys() >= PUBLIC_KEYS
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_overlays_only_override(name):
-    overlay = load(name)
-    base = load("inference.yaml") | load("train.yaml")
-    if name in ("evaluate.yaml", "calibrate.yaml"):  # evaluate.yaml has keys of its own, which calibrate.yaml sets
-        base |= dict.fromkeys(("subset", "num_eval_cases", "chosen_by", "grade_prior"), ...)
+@pytest.mark.parametrize("file", OVERLAYS, ids=identify)
+def test_overlays_only_override(file):
+    overlay = load(file.name, file.parent)
+    base = load("inference.yaml", file.parent) | load("train.yaml", file.parent)
+    if file.name in ("evaluate.yaml", "calibrate.yaml"):  # calibrate.yaml sets keys of evaluate.yaml
+        base |= dict.fromkeys(EVALUATION, ...)
     assert {key.split("::")[0].removeprefix("+") for key in overlay} <= base.keys()
     assert [
         key for key in overlay if key in base and overlay[key] == base[key] and key != "run"
     ] == []  # no overlay repeats the base
-    assert len((CONFIGS / name).read_text().splitlines()) <= 80
+    assert len(file.read_text().splitlines()) <= 80
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -63,8 +71,8 @@ def test_ablations_are_grids_of_known_keys(name, tmp_path):
         assert parsed(*arm.configs, **arm.training | arm.sampling).get_parsed_content("network_def")
 
 
-@pytest.mark.parametrize("name", [*BASES, *ABLATIONS, *OVERLAYS])
-def test_numbers_are_numbers(name):
+@pytest.mark.parametrize("file", FILES, ids=identify)
+def test_numbers_are_numbers(file):
     def texts(node):
         if isinstance(node, dict):
             return [text for value in node.values() for text in texts(value)]
@@ -72,22 +80,28 @@ def test_numbers_are_numbers(name):
             return [text for value in node for text in texts(value)]
         return [node] if isinstance(node, str) else []
 
-    for text in texts(load(name)):
+    for text in texts(load(file.name, file.parent)):
         with pytest.raises(ValueError, match="could not convert"):
             float(text)  # YAML reads 1e-4 as a string, 1.0e-4 as a number
 
 
-def test_both_bases_prepare_images_alike():
+@pytest.mark.parametrize(("folder", "of_the_label"), [(CONFIGS, 3), (ORGANS, 2)], ids=["main", "organs"])
+def test_both_bases_prepare_images_alike(folder, of_the_label):
     """MONAI Label needs inference in one file, so the preprocessing is written twice. Both must be equal."""
-    train, inference = parsed("train.yaml"), parsed("inference.yaml", settings=settings_of("train.yaml"))
+    settings = settings_of("train.yaml")
+    if folder == ORGANS:
+        settings = {name: load("train.yaml", folder)[name] for name in ORGAN_SETTINGS} | {"structures": ["liver"]}
+    train = parsed("train.yaml", folder=folder, names=["liver"])
+    inference = parsed("inference.yaml", folder=folder, settings=settings)
     chains = [
         train.get_parsed_content("validate::preprocessing").transforms,
         inference.get_parsed_content("preprocessing").transforms,
     ]
     labels = [transform for transform in chains[0] if getattr(transform, "keys", None) == ("label",)]
-    assert len(labels) == 3
+    assert len(labels) == of_the_label
     images = [transform for transform in chains[0] if transform not in labels]
     assert [type(transform) for transform in images] == [type(transform) for transform in chains[1]]
+    assert len(images) >= 5
     for ours, theirs in zip(images, chains[1], strict=True):
         assert pickle_hashing(ours) == pickle_hashing(theirs)
 
@@ -154,14 +168,15 @@ def test_metadata_at_the_root_is_a_link():
     assert (ROOT / "metadata.json").resolve() == CONFIGS / "metadata.json"
 
 
-def test_metadata_names_the_pinned_versions():
+@pytest.mark.parametrize("folder", [CONFIGS, ORGANS], ids=identify)
+def test_metadata_names_the_pinned_versions(folder):
     pins = dict(
         line.split(" ;")[0].split("==")
         for line in (ROOT / "requirements.txt").read_text().splitlines()
         if not line.startswith("#")
     )
     pins = {name.lower(): version for name, version in pins.items()}
-    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    metadata = json.loads((folder / "metadata.json").read_text())
     named = metadata["required_packages_version"] | {
         "monai": metadata["monai_version"],
         "torch": metadata["pytorch_version"],
@@ -170,18 +185,16 @@ def test_metadata_names_the_pinned_versions():
     assert {name: pins[name] for name in named} == named
 
 
-@pytest.mark.parametrize(("files", "kind"), [(["train.yaml"], "train"), (["inference.yaml"], "infer")])
-def test_monai_finds_the_required_properties(files, kind, phantoms, tmp_path):
-    workflow = ConfigWorkflow(
-        config_file=[str(CONFIGS / name) for name in files],
-        workflow_type=kind,
-        dataset_dir=str(phantoms),
-        output_dir=str(tmp_path),
-    )
+@pytest.mark.parametrize("folder", [CONFIGS, ORGANS], ids=identify)
+@pytest.mark.parametrize(("name", "kind"), [("train.yaml", "train"), ("inference.yaml", "infer")])
+def test_monai_finds_the_required_properties(folder, name, kind, phantoms, cts, tmp_path):
+    options = {"dataset_dir": str(phantoms if folder == CONFIGS else cts), "output_dir": str(tmp_path)}
+    workflow = ConfigWorkflow(config_file=str(folder / name), workflow_type=kind, **options)
     workflow.initialize()
     assert workflow.check_properties() == []
 
 
-def test_no_two_files_of_one_name_differ_in_case():
-    names = [path.name.lower() for path in Path(CONFIGS).iterdir()]
+@pytest.mark.parametrize("folder", [CONFIGS, ORGANS], ids=identify)
+def test_no_two_files_of_one_name_differ_in_case(folder):
+    names = [path.name.lower() for path in folder.iterdir()]
     assert len(names) == len(set(names))

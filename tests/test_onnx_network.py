@@ -161,7 +161,7 @@ def test_a_wrong_graph_replaces_nothing(trained, tmp_path, monkeypatch):
     def write(graph, inputs, metadata, file):
         shutil.copy(trained / "onnx" / (DENOISER if "x_t" in inputs else CONDITION), file)
 
-    monkeypatch.setattr("scripts.tools.onnx_network._write", write)
+    monkeypatch.setattr("scripts.tools.onnx_network.write", write)
     (tmp_path / CONDITION).write_bytes(b"of before")
     network = randomise(tiny_network())
     network.denoiser.out[-1].conv.bias.data += 1e-3

@@ -13,9 +13,7 @@ from monai.bundle import ConfigParser
 
 from conftest import ROOT, run_files
 from scripts.config import InputError
-from scripts.organs.merge_structures import merge
 from scripts.organs.structures import catalogue, numbers
-from scripts.tools import phantom_ct
 
 BUNDLE = ROOT / "bundles" / "organs"
 STRUCTURES = ["liver", "lung_upper_lobe_left", "lung_lower_lobe_left", "hip_left", "hip_right"]
@@ -25,23 +23,6 @@ TINY |= {"slices_per_volume": 8, "batch_size": 6, "max_epochs": 2, "learning_rat
 
 def run(*configs, **overrides):
     run_files([BUNDLE / "configs" / name for name in configs], **overrides)
-
-
-@pytest.fixture(scope="session")
-def cts(tmp_path_factory):
-    """Five CTs of 32 x 32 x 24 voxels with label maps: three for training, one for validation, one for testing."""
-    folder = tmp_path_factory.mktemp("cts")
-    for index, split in enumerate(["train", "train", "train", "val", "test"]):
-        image, structures = phantom_ct.make_subject(np.random.default_rng(index), (32, 32, 24), (10.0, 10.0, 20.0))
-        subject, affine = folder / f"s{index}", np.diag([10.0, 10.0, 20.0, 1.0])
-        (subject / "segmentations").mkdir(parents=True)
-        nib.save(nib.Nifti1Image(image, affine), subject / "ct.nii.gz")
-        for name, mask in structures.items():
-            nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), subject / "segmentations" / f"{name}.nii.gz")
-        with (folder / "meta.csv").open("a") as table:
-            table.write(f"{'image_id;split' + chr(10) if not index else ''}s{index};{split}\n")
-    merge(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -193,3 +174,23 @@ def test_the_bundle_needs_a_data_list_of_its_own(cts, tmp_path):
     with pytest.raises(InputError, match="image_size=40 must be divisible by 16"):
         run("train.yaml", dataset_dir=str(cts), output_dir=str(tmp_path / "out"), **TINY | {"image_size": 40})
     assert not (tmp_path / "out").exists()
+
+
+def test_int8_is_evaluated_and_segments_like_the_network(trained, cts, tmp_path):
+    pytest.importorskip("onnxruntime")
+    common = {"dataset_dir": str(cts), "ckpt_path": str(trained / "model.pt"), "onnx_dir": str(tmp_path), **TINY}
+    run("train.yaml", "export_int8.yaml", output_dir=str(tmp_path / "export"), **common)
+    run("train.yaml", "evaluate.yaml", output_dir=str(tmp_path / "float32"), **common)
+    run("train.yaml", "evaluate.yaml", "evaluate_int8.yaml", output_dir=str(tmp_path / "int8"), **common)
+    dice = [
+        json.loads((tmp_path / name / "summary.json").read_text())["mean over structures"]["dice"]["value"]
+        for name in ("float32", "int8")
+    ]
+    assert dice[1] == pytest.approx(dice[0], abs=0.1)
+    options = {"dataset_dir": str(cts / "s0"), "onnx_dir": str(tmp_path), "ckpt_path": "none"}
+    for name in ("inference.yaml", "inference_int8.yaml"):
+        assert (BUNDLE / "configs" / name).is_file()
+    run("inference.yaml", "inference_int8.yaml", output_dir=str(tmp_path / "out"), **options)
+    assert (tmp_path / "out" / "s0_seg.nii.gz").is_file()
+    with pytest.raises(InputError, match="onnx_dir '.*' was trained with spacing=10, now it is 5"):
+        run("train.yaml", "evaluate.yaml", "evaluate_int8.yaml", output_dir="no", **common | {"spacing": 5})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from scripts.config import InputError, bundle_root, running_parser, save_config
 from scripts.data.datalist import describe
 from scripts.data.subjects import check_output_dir
 from scripts.organs.structures import chosen
+from scripts.tools import onnx_files
 from scripts.tools.monai_label import apply_label_request
 from scripts.training.checkpoints import check_settings, load_weights
 from scripts.training.run import run_training, start
 
-__all__ = ["bundle_root", "chosen", "evaluate", "infer", "settings", "train"]
+__all__ = ["bundle_root", "chosen", "evaluate", "export_int8", "infer", "settings", "train"]
+CALIBRATION_BATCHES = 16  # of training slices, from which int8 takes its ranges
 SETTINGS = ("modalities", "structures", "windows", "num_slices", "spacing", "image_size", "features")
 
 
@@ -40,25 +43,46 @@ def train() -> None:
     run_training(parser, value("network_def"), datalist)
 
 
-def evaluate() -> None:
-    """Score the weights of ``ckpt_path`` on subjects that they were not trained on."""
+def evaluate(load: bool = True) -> None:
+    """Score the weights of ``ckpt_path`` on subjects that they were not trained on.
+
+    Args:
+        load: load the weights; false if ``network_def`` already has them, as an ONNX export.
+    """
     _, value = start("train.yaml", "evaluate.yaml")
-    load_weights(value("network"), value("ckpt_path"), value("settings"))
+    if load:
+        load_weights(value("network"), value("ckpt_path"), value("settings"))
+    else:
+        check_settings(value("network_def").settings, value("settings"), f"onnx_dir '{value('onnx_dir')}'")
     value("chosen_by")  # refuses subjects that the weights were trained on
     evaluator = value("validate::evaluator")
     save_config(value("output_dir") + "/evaluate.yaml")
     evaluator.run()
 
 
-def infer() -> None:
-    """Segment every subject of ``dataset_dir``."""
+def infer(load: bool = True) -> None:
+    """Segment every subject of ``dataset_dir``.
+
+    Args:
+        load: see :func:`evaluate`.
+    """
     parser, value = start("inference.yaml", "train.yaml")
     trained = value("settings")
     check_settings(trained, {key: value(key) for key in SETTINGS if key in parser.get()}, "the model")
     value("subset")  # refuses names that the weights do not know
-    load_weights(value("network"), value("ckpt_path"), trained)
+    if load:
+        load_weights(value("network"), value("ckpt_path"), trained)
     check_output_dir(value("output_dir"), value("data"))
     value("evaluator").run()
+
+
+def export_int8() -> None:
+    """Quantise the weights of ``ckpt_path`` to ``onnx_dir``; the ranges are those of one epoch of training slices."""
+    _, value = start("train.yaml")
+    network = value("network_def")
+    load_weights(network, value("ckpt_path"), value("settings"))
+    batches = (batch["image"] for batch in value("train::dataloader"))
+    onnx_files.export_int8(network, islice(batches, CALIBRATION_BATCHES), value("settings"), value("onnx_dir"))
 
 
 def _check_training(value: Callable[[str], Any]) -> None:

@@ -12,9 +12,7 @@ The metadata of the files holds settings and calibration. Batch size, height and
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
-import json
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,10 +26,9 @@ from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.networks.base import Outputs, SegmentationNetwork
 from scripts.networks.conditioning import ConditioningModule
 from scripts.networks.stochastic import DISTRIBUTION
+from scripts.tools.onnx_files import check, check_packages, open_file, run, write
 
 CONDITION, DENOISER = "condition.onnx", "denoiser.onnx"
-METADATA = "medsegdiff"
-TOLERANCE = 1e-4  # absolute and relative
 
 
 class ConditionGraph(nn.Module):
@@ -68,8 +65,7 @@ def export_onnx(network: SegmentationNetwork, onnx_dir: str, settings: Mapping[s
         InputError: if a package is missing, or a conditioning module cannot be exported.
         RuntimeError: if the outputs of a graph differ from those of the network.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        _import(package)
+    check_packages()
     unsupported = [
         type(module).__name__
         for module in network.modules()
@@ -98,8 +94,8 @@ def export_onnx(network: SegmentationNetwork, onnx_dir: str, settings: Mapping[s
     with contextlib.ExitStack() as files:
         for name, graph in graphs.items():
             file = files.enter_context(atomic_path(folder / name))
-            _write(graph, traced[name], metadata, file)
-            _check(graph, checked[name], file)
+            write(graph, traced[name], metadata, file)
+            check(graph, checked[name], file)
     if CONDITION not in graphs:
         (folder / CONDITION).unlink(missing_ok=True)
 
@@ -121,33 +117,6 @@ def _denoiser_inputs(condition: Mapping[str, torch.Tensor]) -> dict[str, torch.T
     return {name: tensor for name, tensor in condition.items() if name not in DISTRIBUTION}
 
 
-def _write(graph: nn.Module, inputs: dict[str, torch.Tensor], metadata: Mapping[str, Any], file: Path) -> None:
-    dynamic_axes = {
-        name: {0: "batch"} | ({2: f"{name}_height", 3: f"{name}_width"} if tensor.ndim == 4 else {})
-        for name, tensor in inputs.items()
-    }
-    program = torch.onnx.export(
-        graph,
-        (inputs, {}),  # torch takes a dictionary in the last place for keyword arguments
-        input_names=list(inputs),
-        output_names=list(graph(inputs)),
-        dynamic_shapes=(dynamic_axes,),
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    program.model.metadata_props[METADATA] = json.dumps(metadata)
-    program.save(file, external_data=False)
-
-
-def _check(graph: nn.Module, inputs: dict[str, torch.Tensor], file: Path) -> None:
-    found = _run(_session(file, torch.device("cpu")), inputs)
-    for name, expected in graph(inputs).items():
-        if not torch.allclose(found[name], expected, rtol=TOLERANCE, atol=TOLERANCE):
-            error = float((found[name] - expected).abs().max())
-            raise RuntimeError(f"{name} of onnxruntime and PyTorch differ by up to {error:.1e}; nothing was exported")
-
-
 class OnnxNetwork(SegmentationNetwork):
     """A network for sampling that runs the files of :func:`export_onnx`.
 
@@ -161,7 +130,7 @@ class OnnxNetwork(SegmentationNetwork):
     """
 
     def __init__(self, onnx_dir: str, device: str | torch.device = "cpu") -> None:
-        denoiser, metadata = _open(Path(onnx_dir, DENOISER), torch.device(device))
+        denoiser, metadata = open_file(Path(onnx_dir, DENOISER), torch.device(device))
         settings = check_plain(metadata["settings"], f"onnx_dir '{onnx_dir}'")
         diffusion = {name: settings[name] for name in inspect.signature(GaussianDiffusion).parameters}
         num_grades = len(metadata["calibration"]["grade_prior"])
@@ -172,7 +141,7 @@ class OnnxNetwork(SegmentationNetwork):
         self.is_stochastic = metadata["is_stochastic"]
         self.denoiser, self.conditioner = denoiser, None
         if self.has_calib_map:
-            self.conditioner, condition_metadata = _open(Path(onnx_dir, CONDITION), torch.device(device))
+            self.conditioner, condition_metadata = open_file(Path(onnx_dir, CONDITION), torch.device(device))
             if condition_metadata["export"] != metadata["export"]:
                 raise InputError(
                     f"onnx_dir '{onnx_dir}': its files come from different exports; export again with "
@@ -184,7 +153,7 @@ class OnnxNetwork(SegmentationNetwork):
     def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """See :meth:`SegmentationNetwork.condition`."""
         self.check_image_size(image.shape[2:])
-        return {} if self.conditioner is None else _run(self.conditioner, {"image": image})
+        return {} if self.conditioner is None else run(self.conditioner, {"image": image})
 
     def forward(  # type: ignore[override]
         self,
@@ -198,41 +167,5 @@ class OnnxNetwork(SegmentationNetwork):
         inputs = {"image": image, "x_t": x_t, "timesteps": timesteps, **_denoiser_inputs(condition)}
         if self.self_conditioning:
             inputs["estimate"] = torch.zeros_like(x_t) if estimate is None else estimate
-        outputs = _run(self.denoiser, inputs)
+        outputs = run(self.denoiser, inputs)
         return outputs["seg_logits"], outputs.get("cls_logits"), condition.get("calib_map")
-
-
-def _open(file: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """Session and metadata of an exported file."""
-    _import("onnxruntime")
-    if not file.is_file():
-        raise InputError(f"'{file}' does not exist; export it first with configs/export_onnx.yaml, or set onnx_dir")
-    try:
-        session = _session(file, device)
-        return session, json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
-    except Exception as error:  # onnxruntime's errors have no common class
-        raise InputError(f"'{file}' cannot be read as an export of this bundle ({error}); export again") from error
-
-
-def _session(file: Path, device: torch.device) -> Any:
-    onnxruntime = _import("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # onnxruntime's default ignores OMP_NUM_THREADS
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads would slow torch down
-    wanted = [f"{kind}ExecutionProvider" for kind in (["CUDA"] if device.type == "cuda" else []) + ["CPU"]]
-    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-    return onnxruntime.InferenceSession(str(file), options, providers=providers)
-
-
-def _run(session: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs of a graph by name, on the device of its input ``image``."""
-    names = [output.name for output in session.get_outputs()]
-    arrays = session.run(names, {name: tensor.numpy(force=True) for name, tensor in inputs.items()})
-    return {name: torch.from_numpy(array).to(inputs["image"].device) for name, array in zip(names, arrays, strict=True)}
-
-
-def _import(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise InputError(f"ONNX files need {package}: pip install -e '.[onnx]'") from error
