@@ -106,7 +106,9 @@ def export_int8(network: nn.Module, images: Iterable[torch.Tensor], settings: Ma
             single, folded, skip_symbolic_shape=True
         )
         logging.getLogger().setLevel(logging.INFO)  # onnxruntime changes it
-        quantization.quantize_static(folded, file, Batches(), per_channel=True, op_types_to_quantize=["Conv"])
+        quantization.quantize_static(
+            folded, file, Batches(), per_channel=True, op_types_to_quantize=["Conv", "ConvTranspose"]
+        )
         # onnxruntime drops the metadata
         onnx = importlib.import_module("onnx")
         model = onnx.load(file)
