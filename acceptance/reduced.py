@@ -22,6 +22,12 @@ TRAINING = {
     "--batch_size": ["8"],
     "--val_interval": ["1"],
 }
+ORGANS = {
+    "--image_size": ["32"],
+    "--features": ["[8,8,8,8,8,8]"],
+    "--slices_per_volume": ["4"],
+    "--val_interval": ["1"],
+}
 # Put in whatever a command says.
 EPOCHS = {"--max_epochs": ["1"]}
 BENCHMARKS = {
@@ -34,6 +40,7 @@ BENCHMARKS = {
     "grades.py": {"--repeats": ["1"]},
     "resize.py": {},
     "inference.py": {},
+    "int8.py": {"--image_size": ["32"], "--repeats": ["1"]},
     "network.py": {"--repeats": ["1"], "--image_size": ["32"]},
     "structure.py": {},
     "threads.py": {"--seconds": ["0.2"], "--loads": ["0", "1"]},
@@ -73,12 +80,16 @@ def reduced(words: list[str]) -> list[str]:
         if "ablation.yaml" in bases:
             return reduced_ablation(words, names)
         if "train.yaml" in bases:
-            words = put(put(words, TRAINING, replace=False), EPOCHS, replace=True)
+            sizes = ORGANS if "bundles/organs" in names[0] else TRAINING
+            words = put(put(words, sizes, replace=False), EPOCHS, replace=True)
         if "--nproc_per_node" in words:
             words = put(words, {"--nproc_per_node": ["2"]}, replace=True)
             if "train.yaml" in bases:  # one of ten subjects could not be shared by two processes
                 words = put(words, {"--validation_share": ["0.34"]}, replace=False)
         return words
+    if words[:2] == ["-m", "scripts.tools.phantom_ct"]:
+        count = min(10, int((values_of(words, "--num_subjects") or ["10"])[0]))
+        return put(words, {"--num_subjects": [str(count)]}, replace=True)
     if words[:2] == ["-m", "scripts.tools.phantom"]:
         count = min(10, int((values_of(words, "--num_subjects") or ["10"])[0]))
         words = put(words, {"--num_subjects": [str(count)]}, replace=True)

@@ -1,4 +1,4 @@
-"""Every command of README.md, docs/ and models/README.md is run, as it stands there. Run by `make docs-test`.
+"""Every command of the pages, those of bundles/ too, is run, as it stands there. Run by `make docs-test`.
 
 Pages are run in copies of the repository, block by block, as a reader does. Nothing of a command is changed but its
 sizes (reduced.py) and the folders below /path/to, which are made up. A new page needs nothing here, unless it has
@@ -24,11 +24,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
-from dicom_phantom import write_subject
+from dicom_phantom import write_series, write_subject
 from PIL import Image
 
 from scripts.tools.phantom import make_dataset
+from scripts.tools.phantom_ct import make_subject as make_ct
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 600
@@ -155,6 +157,15 @@ def ultrasounds(folder: Path) -> None:
     pd.DataFrame({"image": names, "label": ["benign", "malignant"] * 6}).to_csv(folder / "labels.csv", index=False)
 
 
+def ct_series(folder: Path) -> None:
+    """A CT as a DICOM series, in Hounsfield units."""
+    image, _ = make_ct(np.random.default_rng(0), (32, 32, 24), (10.0, 10.0, 20.0))
+    for file in write_series(folder / "case1", image + 1024, np.diag([10.0, 10.0, 20.0, 1.0])):
+        header = pydicom.dcmread(file)
+        header.RescaleSlope, header.RescaleIntercept = 1, -1024
+        header.save_as(file)
+
+
 DATA: dict[str, Callable[[Path], None]] = {  # by the name behind /path/to
     "BraTS2020": phantoms,
     "BraTs2021": train_and_test(phantoms),
@@ -163,6 +174,7 @@ DATA: dict[str, Callable[[Path], None]] = {  # by the name behind /path/to
     "Task01_BrainTumour": decathlon,
     "busi": ultrasounds,
     "cache": lambda folder: folder.mkdir(),
+    "ct_series": ct_series,
     "drishti": drishti,
     "new": grey_pictures,
     "new_subjects": lambda folder: phantoms(folder, 2),
@@ -218,13 +230,9 @@ def blocks_of(page: str) -> Iterator[Block]:
 
 def copies() -> list[list[Block]]:
     """Blocks by the copy that they are run in; what a fenced block runs, or the text before, is not run again."""
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "README.md", "docs/*.md", "models/README.md"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
+    pages = ["README.md", "docs/*.md", "models/README.md", "bundles/*/docs/*.md"]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *pages]
+    tracked = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     pages = sorted(page for page in tracked if (ROOT / page).is_file() and page not in ELSEWHERE)
     groups = SHARED + [[page] for page in pages if not any(page in group for group in SHARED)]
     blocks = [[block for page in group for block in blocks_of(page)] for group in groups]
@@ -255,9 +263,9 @@ def copy_repository(folder: Path) -> Path:
     """The files of the repository, and an environment whose interpreter reduces sizes."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() or (ROOT / name).is_symlink():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
     for words in (["init", "-q"], ["add", "-A"], [*IDENTITY, "commit", "-qm", "copy"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
     programs = folder / ".venv" / "bin"
