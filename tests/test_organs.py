@@ -108,6 +108,19 @@ def test_a_subset_is_written_and_a_typo_is_refused(trained, cts, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_structures_of_the_weights(trained, cts, tmp_path):
+    """They may be given as groups, but only those that were trained; a checkpoint with others is refused by name."""
+    infer(trained, cts / "s0", tmp_path / "a", structures=["hip_right", *STRUCTURES[:4]])
+    with pytest.raises(InputError, match="the model was trained with structures=.*, now it is"):
+        infer(trained, cts / "s0", tmp_path / "b", structures=["organs"])
+    checkpoint = torch.load(trained / "model.pt", weights_only=True)
+    checkpoint["settings"]["structures"][0] = "livr"
+    torch.save(checkpoint, tmp_path / "model.pt")
+    with pytest.raises(InputError, match="trained with an unknown structure 'livr'; did you mean 'liver'"):
+        infer(tmp_path, cts / "s0", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 class Oracle(torch.nn.Module):
     """Knows the class of a voxel by its HU: above 330 it is the second, above -420 the first, else background."""
 

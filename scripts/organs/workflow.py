@@ -68,7 +68,14 @@ def infer(load: bool = True) -> None:
     """
     parser, value = start("inference.yaml", "train.yaml")
     trained = value("settings")
-    check_settings(trained, {key: value(key) for key in SETTINGS if key in parser.get()}, "the model")
+    try:
+        chosen(trained["structures"])
+    except InputError as error:
+        raise InputError(f"the model was trained with an {error}: it is not of this bundle") from error
+    given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
+    if "structures" in given:
+        given["structures"] = chosen(given["structures"])
+    check_settings(trained, given, "the model")
     value("subset")  # refuses names that the weights do not know
     if load:
         load_weights(value("network"), value("ckpt_path"), trained)
