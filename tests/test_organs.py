@@ -207,3 +207,22 @@ def test_int8_is_evaluated_and_segments_like_the_network(trained, cts, tmp_path)
     assert (tmp_path / "out" / "s0_seg.nii.gz").is_file()
     with pytest.raises(InputError, match="onnx_dir '.*' was trained with spacing=10, now it is 5"):
         run("train.yaml", "evaluate.yaml", "evaluate_int8.yaml", output_dir="no", **common | {"spacing": 5})
+
+
+def test_the_binary_cross_entropy_is_that_of_torch():
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs" / "loss_bce.yaml"))
+    logits, label = torch.randn(2, 3, 8, 8), torch.randint(3, (2, 1, 8, 8))
+    truth = torch.nn.functional.one_hot(label[:, 0], 3).movedim(-1, 1).float()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth)
+    assert torch.allclose(parser.get_parsed_content("loss")(logits, label), expected)
+
+
+def test_the_usual_recipe_trains_and_segments(cts, tmp_path):
+    tiny = TINY | {"max_epochs": 1}
+    del tiny["batch_size"]
+    folders = {"dataset_dir": str(cts), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)}
+    run("train.yaml", "seed_settings.yaml", "loss_bce.yaml", **folders, **tiny)
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["settings"]["windows"] == [[-200, 300]]
+    infer(tmp_path, cts / "s0", tmp_path / "out")
+    assert (tmp_path / "out" / "s0_seg.nii.gz").is_file()
