@@ -7,7 +7,7 @@ from torch import nn
 
 from scripts.config import InputError
 from scripts.organs import inferer as module
-from scripts.organs.inferer import StructureInferer
+from scripts.organs.inferer import PatchInferer, StructureInferer
 
 WINDOWS = [[-1000, 0], [0, 1000]]
 
@@ -79,3 +79,11 @@ def test_the_metadata_stays(volume):
 def test_other_numbers_of_slices_are_refused(num_slices):
     with pytest.raises(InputError, match="must be 1, 3 or 5"):
         StructureInferer(WINDOWS, num_slices=num_slices)
+
+
+def test_patches_give_each_voxel_its_class(volume):
+    found = PatchInferer(WINDOWS, (16, 16, 4)).predict(MetaTensor(volume, meta={"name": "s1"}), Thresholds())["pred"]
+    assert found.dtype == torch.uint8
+    assert found.meta["name"] == "s1"
+    wrong = (found != expected(volume)) & ((volume + 500).abs() > 2) & ((volume - 500).abs() > 2)
+    assert not wrong.any()

@@ -226,3 +226,15 @@ def test_the_usual_recipe_trains_and_segments(cts, tmp_path):
     assert torch.load(tmp_path / "model.pt", weights_only=True)["settings"]["windows"] == [[-200, 300]]
     infer(tmp_path, cts / "s0", tmp_path / "out")
     assert (tmp_path / "out" / "s0_seg.nii.gz").is_file()
+
+
+def test_the_3d_baseline_is_trained_and_evaluated(cts, tmp_path):
+    network = {"network_def::init_filters": 8, "network_def::blocks_down": [1, 1], "network_def::blocks_up": [1]}
+    tiny = {key: TINY[key] for key in ("structures", "spacing", "image_size", "features")} | network
+    common = {"dataset_dir": str(cts), "ckpt_dir": str(tmp_path / "models"), **tiny}
+    files = ("train.yaml", "baseline_segresnet.yaml")
+    run(*files, output_dir=str(tmp_path / "train"), max_epochs=1, val_interval=1, **common)
+    run(*files, "evaluate.yaml", output_dir=str(tmp_path / "evaluate"), **common)
+    summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    assert summary["subjects"] == 1
+    assert next(iter(summary["structures"])) == "liver"
