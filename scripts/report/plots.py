@@ -34,9 +34,10 @@ def plot_learning_curves(
         shared: columns that are the same in both rows of an epoch, drawn once.
         file: PNG to write.
     """
-    rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(14, 3.5 * rows), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(rows, 3, squeeze=False).flat, panels.items(), strict=False):
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(14 / 3 * columns, 3.5 * rows), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
         for colour, name in enumerate(names):
             for split, style in (("train", "-"), ("validation", ".--")):
                 chosen = table[(table["split"] == split) & table[name].notna()]
