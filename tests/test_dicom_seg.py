@@ -84,7 +84,7 @@ def test_headers_that_cannot_be_referred_to(tmp_path):
         del image.FrameOfReferenceUID
         image.save_as(file)
     (item,) = find(tmp_path, ["t1"])
-    with pytest.raises(InputError, match=r"'case1': .*Frame Of Reference UID"):
+    with pytest.raises(InputError, match=r"'case1': .* has no FrameOfReferenceUID"):
         writer(tmp_path, item)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,9 @@ from dicom_phantom import OBLIQUE, write_series
 from monai.data import MetaTensor
 
 from conftest import ROOT
+from scripts.config import InputError
 from scripts.data.dicom import ordered_series
+from scripts.data.transforms import LoadVolumesd
 from scripts.organs.structures import catalogue
 from scripts.organs.writing import StructureSegWriter
 from test_dicom import find
@@ -62,3 +65,36 @@ def test_nothing_found_writes_nothing_and_says_so(tmp_path, item, evaluate_items
     evaluate_items(writer, [inferred(item, np.zeros((8, 10, 4), np.uint8))])
     assert "subject 'case1': nothing was found, so no DICOM segmentation is written" in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+def test_the_label_map_of_real_slices(tmp_path, shared_data, evaluate_items):
+    """20 slices of 512 x 512 with 31 structures; the UIDs of the published files are empty, so copies get new ones."""
+    folder = shared_data / "totalsegmentator"
+    (found,) = find(folder / "example_ct_dicom", ["ct"])
+    with pytest.raises(InputError, match="has no SOPClassUID, SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID"):
+        StructureSegWriter(str(tmp_path), [found], BUNDLE)
+    series, study = highdicom.UID(), highdicom.UID()
+    (tmp_path / "case1").mkdir()
+    for number, file in enumerate((folder / "example_ct_dicom").iterdir()):
+        image = pydicom.dcmread(file)
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = highdicom.UID()
+        image.SeriesInstanceUID, image.StudyInstanceUID = series, study
+        image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+        image.save_as(tmp_path / "case1" / f"{number}.dcm")
+    (item,) = find(tmp_path, ["ct"])
+    volume = LoadVolumesd("image", ["ct"])(item)["image"]
+    truth = nib.load(folder / "example_seg_dicom.nii.gz")
+    turn = nib.orientations.ornt_transform(nib.io_orientation(truth.affine), nib.io_orientation(volume.affine))
+    turned = truth.as_reoriented(turn)
+    np.testing.assert_allclose(turned.affine, volume.affine, atol=1e-2)
+    labels = np.asarray(turned.dataobj).astype(np.uint8)
+    evaluate_items(StructureSegWriter(str(tmp_path / "out"), [item], BUNDLE), [inferred(item, labels)])
+    seg = highdicom.seg.segread(tmp_path / "out" / "case1_seg.dcm")
+    names = {entry["number"]: entry["name"] for entry in catalogue().values()}
+    present = [number for number in np.unique(labels) if number]
+    assert len(present) == 31
+    described = [seg.get_segment_description(number).segment_label for number in seg.segment_numbers]
+    assert described == [names[number] for number in present]
+    uids = [pydicom.dcmread(image.file).SOPInstanceUID for image in ordered_series(item["image"][0])]
+    pixels = seg.get_pixels_by_source_instance(uids, combine_segments=True, assert_missing_frames_are_empty=True)
+    assert np.array_equal(np.array([0, *present])[pixels].transpose(2, 1, 0), labels)

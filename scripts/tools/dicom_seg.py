@@ -19,6 +19,7 @@ from scripts.data.dicom import is_dicom, ordered_series
 
 logger = logging.getLogger(__name__)
 
+UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
 Code = tuple[str, str]  # value and meaning of a concept of SNOMED CT
 TISSUE: Code = ("85756007", "Tissue")  # only for the check of headers
 SERIES_NUMBER = 900  # higher than the series numbers of scanners
@@ -58,6 +59,11 @@ class SegmentationWriter:
                     "inference without configs/dicom_seg.yaml"
                 )
             header = self._read(file)
+            if absent := [name for name in UIDS if not header.get(name)]:
+                raise InputError(
+                    f"subject '{item['subject']}': {file} has no {', '.join(absent)}, so no DICOM segmentation can "
+                    "refer to it; give the files new UIDs, or run inference without configs/dicom_seg.yaml"
+                )
             anything = self.segment(1, "test", TISSUE, TISSUE)
             self._segmentation(item["subject"], [header], np.zeros((1, header.Rows, header.Columns)), [anything])
 
