@@ -28,7 +28,7 @@ WORKFLOW = """
 import sys
 from monai.bundle import ConfigWorkflow
 kind, files, overrides = sys.argv[1], sys.argv[2].split(","), dict(zip(sys.argv[3::2], sys.argv[4::2]))
-numbers = {"max_epochs": 1, "val_interval": 1, "slices_per_volume": 1} if kind == "train" else {}
+numbers = {"max_epochs": 1, "val_interval": 1, "slices_per_volume": 4} if kind == "train" else {}
 workflow = ConfigWorkflow(config_file=files, workflow_type=kind, **overrides, **numbers)
 workflow.initialize()
 assert workflow.check_properties() == [], workflow.check_properties()

@@ -185,6 +185,8 @@ def test_the_bundle_needs_a_data_list_of_its_own(cts, tmp_path):
         run("train.yaml", dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"), **TINY)
     with pytest.raises(InputError, match="unknown configuration key 'structure' .did you mean 'structures'"):
         run("train.yaml", dataset_dir=str(cts), structure=["liver"])
+    with pytest.raises(InputError, match="an epoch has 3 slices, fewer than batch_size; raise slices_per_volume"):
+        run("train.yaml", dataset_dir=str(cts), output_dir=str(tmp_path / "out"), **TINY | {"slices_per_volume": 1})
     with pytest.raises(InputError, match="image_size=40 must be divisible by 16"):
         run("train.yaml", dataset_dir=str(cts), output_dir=str(tmp_path / "out"), **TINY | {"image_size": 40})
     assert not (tmp_path / "out").exists()

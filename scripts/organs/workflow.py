@@ -98,6 +98,9 @@ def _check_training(value: Callable[[str], Any]) -> None:
         raise InputError(f"datalist_file '{file}' does not exist; run scripts.organs.merge_structures first")
     if not value("datalist")["validation"]:
         raise InputError("there is no validation subject, which chooses the weights; correct datalist_file")
+    slices = len(value("datalist")["training"]) * value("slices_per_volume")
+    if slices < value("batch_size"):
+        raise InputError(f"an epoch has {slices} slices, fewer than batch_size; raise slices_per_volume")
     size, divisor = value("image_size"), 2 ** (len(value("features")) - 2)
     if size % divisor:
         raise InputError(f"image_size={size} must be divisible by {divisor}: 2 per down-sampling")
