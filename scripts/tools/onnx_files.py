@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -105,7 +104,6 @@ def export_int8(network: nn.Module, images: Iterable[torch.Tensor], settings: Ma
         importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process(
             single, folded, skip_symbolic_shape=True
         )
-        logging.getLogger().setLevel(logging.INFO)  # onnxruntime changes it
         quantization.quantize_static(
             folded, file, Batches(), per_channel=True, op_types_to_quantize=["Conv", "ConvTranspose"]
         )
