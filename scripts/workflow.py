@@ -13,7 +13,7 @@ from typing import Any
 import ignite.distributed as idist
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from scripts.config import InputError, check_plain, running_parser, save_config, start_run
+from scripts.config import InputError, check_plain, running_parser, save_config
 from scripts.data.datalist import describe
 from scripts.data.grades import check_alpha
 from scripts.data.subjects import check_output_dir
@@ -95,11 +95,6 @@ def export() -> None:
     network = value("network_def")
     load_weights(network, value("ckpt_path"), value("settings"))
     export_onnx(network, value("onnx_dir"), value("settings"))
-
-
-def ablate() -> None:
-    """Train and evaluate a grid of settings, and compare them in one table."""
-    start_run("ablation.yaml").get_parsed_content("ablation").run()
 
 
 def _check_training(value: Callable[[str], Any]) -> tuple[SegmentationNetwork, dict[str, list]]:

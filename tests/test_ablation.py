@@ -6,14 +6,18 @@ import pytest
 from scipy.stats import false_discovery_control, wilcoxon
 
 from conftest import TINY_TRAINING
-from scripts.config import InputError, TrainingError
+from scripts.config import BUNDLE_ROOT, InputError, TrainingError
+from scripts.report.results import read_results
 from scripts.tools.ablation import Ablation, compare, to_markdown
 
+MAIN = {"bundle": str(BUNDLE_ROOT), "read": read_results, "plotted": ["dice", "auc"]}
 SETTINGS = TINY_TRAINING | {"max_epochs": 1, "device": "cpu"}
 
 
 def ablation(tmp_path, arms, grid=None, **options):
-    return Ablation(str(tmp_path), ["train.yaml"], SETTINGS | {"max_epochs": 4}, arms, grid or {}, **options)
+    given = MAIN | {"evaluation_keys": ["num_samples"], "configs": ["train.yaml"]}
+    given |= {"settings": SETTINGS | {"max_epochs": 4}} | options
+    return Ablation(output_dir=str(tmp_path), arms=arms, grid=grid or {}, **given)
 
 
 def tables(effect=0.05, subjects=12):
@@ -72,7 +76,7 @@ def test_bad_grids_are_refused_before_any_run(arms, options, message, tmp_path):
 
 def test_all_arms_have_as_many_epochs(tmp_path):
     with pytest.raises(InputError, match="settings must give max_epochs"):
-        Ablation(str(tmp_path), ["train.yaml"], {}, {"a": {}}, {})
+        Ablation(**MAIN, output_dir=str(tmp_path), configs=["train.yaml"], settings={}, arms={"a": {}}, grid={})
 
 
 def test_paired_tests_are_wilcoxons_over_subjects_corrected():
@@ -114,7 +118,7 @@ def test_runs_are_kept_and_failures_named(phantoms, tmp_path, monkeypatch):
     arms = {"joint": {}, "three samples": {"num_samples": 3}, "odd": {"image_size": 30}}
 
     def grid(**more):
-        return Ablation(str(tmp_path), ["train.yaml"], settings, {**arms, **more}, {}, seeds=[0], processes=2)
+        return ablation(tmp_path, {**arms, **more}, settings=settings, seeds=[0], processes=2)
 
     with pytest.raises(TrainingError, match="1 of 2 trainings failed(.|\n)*odd, seed 0: error: image_size"):
         grid().run()

@@ -18,7 +18,7 @@ from scripts.organs.workflow import SETTINGS as ORGAN_SETTINGS
 CONFIGS = ROOT / "configs"
 ORGANS = ROOT / "bundles" / "organs" / "configs"
 BASES = ("train.yaml", "inference.yaml")
-ABLATIONS = sorted(path.name for path in CONFIGS.glob("ablation*.yaml"))
+ABLATIONS = sorted(path for folder in (CONFIGS, ORGANS) for path in folder.glob("ablation*.yaml"))
 FILES = sorted(path for folder in (CONFIGS, ORGANS) for path in folder.glob("*.yaml"))
 OVERLAYS = [path for path in FILES if path.name not in BASES and not path.name.startswith("ablation")]
 EVALUATION = ("subset", "num_eval_cases", "chosen_by", "grade_prior", "prior")  # keys that evaluate.yaml declares
@@ -62,13 +62,15 @@ def test_overlays_only_override(file):
     assert len(file.read_text().splitlines()) <= 80
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_ablations_are_grids_of_known_keys(name, tmp_path):
-    parser = parsed("ablation.yaml", name, output_dir=str(tmp_path), dataset_dir=str(tmp_path))
+@pytest.mark.parametrize("file", ABLATIONS, ids=identify)
+def test_ablations_are_grids_of_known_keys(file, tmp_path):
+    files, folder = dict.fromkeys(["ablation.yaml", file.name]), file.parent
+    parser = parsed(*files, folder=folder, output_dir=str(tmp_path), dataset_dir=str(tmp_path))
     ablation = parser.get_parsed_content("ablation")
-    assert len(ablation.arms) == len(parsed("ablation.yaml", name).get("arms"))
+    assert len(ablation.arms) == len(parsed(*files, folder=folder).get("arms"))
     for arm in ablation.arms:
-        assert parsed(*arm.configs, **arm.training | arm.sampling).get_parsed_content("network_def")
+        overrides = arm.training | arm.evaluating
+        assert parsed(*arm.configs, folder=folder, **overrides).get_parsed_content("network_def")
 
 
 @pytest.mark.parametrize("file", FILES, ids=identify)

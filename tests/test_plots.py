@@ -50,7 +50,7 @@ def test_overlay_outlines_every_region(tmp_path):
 
 def test_ablation_has_a_dot_for_each_seed(tmp_path):
     runs = pd.DataFrame({"arm": ["a", "a", "b"], "seed": [0, 1, 0], "dice": [0.5, 0.6, 0.9], "auc": np.nan})
-    plot_ablation(runs, tmp_path / "ablation.png")
+    plot_ablation(runs, ["dice", "auc"], tmp_path / "ablation.png")
     picture = mpimg.imread(tmp_path / "ablation.png")[..., :3]
     orange = np.abs(picture - np.array([255, 127, 14]) / 255).max(axis=-1) < 0.1
     rows, columns = np.nonzero(orange)  # the bar of the arm with two seeds

@@ -25,6 +25,7 @@ from scripts.organs.plots import plot_preview, plot_structures
 from scripts.organs.structures import catalogue
 from scripts.organs.training_labels import prior_of
 from scripts.report.intervals import with_intervals
+from scripts.report.results import Results
 
 TOLERANCE = 3.0  # mm, of the normalised surface distance
 SCORES = ("dice", "nsd", "hd95", "prior_dice")
@@ -163,3 +164,23 @@ def summary(table: pd.DataFrame, structures: Sequence[str], seed: int = 0) -> di
         "mean over structures": {score: found[f"/{score}"] for score in SCORES},
         "structures": per_structure,
     }
+
+
+def read_results(folder: Path, training: Mapping[str, Any]) -> Results:
+    """Scores of an evaluation of this bundle: means over the structures.
+
+    Args:
+        folder: of ``summary.json`` and ``structures.csv``.
+        training: keys of the training, which make no difference here.
+    """
+    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    means = {score: found["mean over structures"][score]["value"] for score in SCORES}
+    parts = {name: scores["dice"]["value"] for name, scores in found["structures"].items()}
+    counts = {"at 0": sum(value == 0 for value in parts.values())}
+    table = pd.read_csv(folder / "structures.csv")
+    subjects = table.groupby("subject")[["dice", "nsd"]].mean().reset_index()
+    return Results(_numbers(means) | counts, subjects, _numbers(parts))
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: np.nan if value is None else value for name, value in values.items()}

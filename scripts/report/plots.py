@@ -226,22 +226,23 @@ def _save(figure: Figure, file: str | Path) -> None:
         figure.savefig(path, dpi=90)
 
 
-def plot_ablation(runs: pd.DataFrame, file: str | Path) -> None:
-    """Draw Dice and AUC of every arm: a dot per seed, a bar for mean and standard deviation.
+def plot_ablation(runs: pd.DataFrame, scores: Sequence[str], file: str | Path) -> None:
+    """Draw the scores of every arm: a dot per seed, a bar for mean and standard deviation.
 
     Args:
-        runs: ``arm``, ``seed``, ``dice``, ``auc``; NaN where an arm has none.
+        runs: ``arm``, ``seed`` and the scores; NaN where an arm has none.
+        scores: names of the columns, one panel each.
         file: PNG to write.
     """
     arms = list(dict.fromkeys(runs["arm"]))
-    figure = Figure(figsize=(12, 1.2 + 0.35 * len(arms)), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("dice", "auc"), strict=True):
+    figure = Figure(figsize=(6 * len(scores), 1.2 + 0.35 * len(arms)), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(scores), sharey=True, squeeze=False)[0], scores, strict=True):
         for row, arm in enumerate(arms):
             values = runs.loc[runs["arm"] == arm, name].dropna()
             axes.plot(values, [row] * len(values), ".", color="C0", alpha=0.6)
             if len(values) > 1:
                 axes.errorbar(values.mean(), row, xerr=values.std(), fmt="|", color="C1", capsize=4)
-        axes.set(xlabel={"dice": "Dice", "auc": "AUC"}[name], yticks=range(len(arms)), yticklabels=arms)
+        axes.set(xlabel=name, yticks=range(len(arms)), yticklabels=arms)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
     _save(figure, file)

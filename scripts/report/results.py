@@ -1,18 +1,69 @@
-"""Mean scores of several models on one data set, in one JSON file."""
+"""Scores of finished evaluations: read those of one, and collect those of several models in one JSON file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from scripts.config import InputError, atomic_path
 
 THRESHOLD = 0.5  # of the probability, as in validate::postprocessing
 SET_ANOTHER_FILE = "set validate::report::results::file to another file"
+TASKS = {"dice": "segmentation", "iou": "segmentation", "auc": "grading", "f1": "grading", "accuracy": "grading"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Scores of one evaluation.
+
+    Args:
+        scores: means over the subjects.
+        subjects: one row per subject with ``subject`` and the scores that are compared in pairs.
+        parts: Dice of each region or structure, mean over the subjects.
+    """
+
+    scores: dict[str, float]
+    subjects: pd.DataFrame
+    parts: dict[str, float]
+
+
+def read_results(folder: Path, training: Mapping[str, Any]) -> Results:
+    """Scores of an evaluation of this bundle; NaN for those of a task that was not trained.
+
+    The grade of a subject is scored by ``error``, its Brier score (0 to 1).
+
+    Args:
+        folder: of ``summary.json`` and ``subjects.csv``.
+        training: keys of the training.
+    """
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    masks, grading = summary["segmentation"], summary["grading"]
+    tasks = training.get("loss::tasks", list(TASKS.values()))
+    parts = {region: float(mask["dice"]["mean"]["value"]) for region, mask in masks.items()}
+    scores = {name: float(np.mean([mask[name]["mean"]["value"] for mask in masks.values()])) for name in ("dice", "iou")}
+    scores |= {
+        name: float(np.nan if (v := grading[name]["value"]) is None else v) for name in ("auc", "f1", "accuracy")
+    }
+    table = pd.read_csv(folder / "subjects.csv")
+    prob = table.filter(regex="^prob_")
+    truth = pd.get_dummies(pd.Categorical(table["grade"], categories=range(prob.shape[1])), dtype=float).to_numpy()
+    error = (np.square(prob - truth).sum(axis=1, skipna=False) / 2).where(table["grade"] >= 0)
+    subjects = {
+        "subject": table["subject"],
+        "dice": table.filter(regex="^dice_").mean(axis=1) if "segmentation" in tasks else np.nan,
+        "error": error if "grading" in tasks else np.nan,
+    }
+    return Results(
+        {name: value if TASKS[name] in tasks else np.nan for name, value in scores.items()},
+        pd.DataFrame(subjects),
+        parts if "segmentation" in tasks else {},
+    )
 
 
 class ResultsFile:
