@@ -32,6 +32,7 @@ ORGANS = {
 EPOCHS = {"--max_epochs": ["1"]}
 BENCHMARKS = {
     "annotators.py": {"--kinds": ["nested"], "--seeds": ["0"], "--steps": ["2"], "--pictures": ["2"]},
+    "ct.py": {"--shape": ["64", "64", "16"], "--features": ["8"] * 6},
     "cup_to_disc.py": {},
     "data.py": {"--num_subjects": ["1"], "--image_size": ["32"]},
     "export.py": {"--repeats": ["1"], "--slices": ["2"]},
@@ -115,7 +116,8 @@ def reduced_ablation(words: list[str], files: list[str]) -> list[str]:
     kept = dict.fromkeys([config.get("reference") or next(iter(arms)), list(arms)[-1]])
     grid = {key: values[:1] for key, values in config.get("grid", {}).items()}
     words = put(words, EPOCHS | {"--seeds": ["[0]"], "--arms": [str({n: arms[n] for n in kept})]}, replace=True)
-    settings = {f"--ablation::settings::{key[2:]}": value for key, value in TRAINING.items() if key != "--val_interval"}
+    sizes = ORGANS if "bundles/organs" in files[0] else TRAINING
+    settings = {f"--ablation::settings::{key[2:]}": value for key, value in sizes.items() if key != "--val_interval"}
     return put(words, {"--grid": [str(grid)]} | settings, replace=False)
 
 

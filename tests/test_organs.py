@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser
 
 from conftest import ROOT, run_files
 from scripts.config import InputError
+from scripts.organs.report import read_results
 from scripts.organs.structures import catalogue, numbers
 
 BUNDLE = ROOT / "bundles" / "organs"
@@ -50,6 +51,20 @@ def test_resuming_a_complete_training_changes_nothing(trained, cts, capsys):
     assert (trained / "last.pt").read_bytes() == before
 
 
+def test_an_ablation_compares_arms(cts, tmp_path):
+    keys = {name: TINY[name] for name in ("structures", "spacing", "image_size", "features", "slices_per_volume")}
+    settings = keys | {"dataset_dir": str(cts), "max_epochs": 1, "batch_size": 6, "device": "cpu"}
+    arms = {"weighted": {}, "plain": {"loss::weight": None}}
+    options = {"output_dir": str(tmp_path), "seeds": [0], "configs": ["train.yaml"], "arms": arms}
+    run("ablation.yaml", **options, dataset_dir=str(cts), **{"ablation::settings": settings})
+    table = pd.read_csv(tmp_path / "table.csv").set_index("arm")
+    assert list(table.index) == ["weighted", "plain"]
+    assert table["dice"].between(0, 1).all()
+    assert pd.read_csv(tmp_path / "parts.csv")["dice"].tolist() == sorted(STRUCTURES, key=lambda n: catalogue()[n]["number"])
+    weights = [torch.load(path, weights_only=True)["model"] for path in sorted(tmp_path.glob("*_seed0/last.pt"))]
+    assert any(not torch.equal(one, two) for one, two in zip(*(w.values() for w in weights), strict=True))  # None is told
+
+
 def test_evaluation_beside_the_prior(trained, cts, tmp_path):
     common = {"dataset_dir": str(cts), "ckpt_path": str(trained / "model.pt"), **TINY}
     run("train.yaml", "evaluate.yaml", output_dir=str(tmp_path), **common)
@@ -58,6 +73,10 @@ def test_evaluation_beside_the_prior(trained, cts, tmp_path):
     assert list(summary["structures"]) == sorted(STRUCTURES, key=lambda name: catalogue()[name]["number"])
     table = pd.read_csv(tmp_path / "structures.csv").set_index("structure")
     assert summary["mean over structures"]["dice"]["value"] == pytest.approx(table["dice"].mean(), rel=1e-4)
+    found = read_results(tmp_path, {})  # for an ablation
+    assert found.parts == pytest.approx(table["dice"].to_dict(), rel=1e-4)
+    assert found.scores["dice"] == pytest.approx(found.subjects["dice"].mean(), rel=1e-4)
+    assert found.scores["at 0"] == (table["dice"] == 0).sum()
     assert table.loc["liver", "true_volume_mm3"] > 0
     assert table["prior_dice"].max() > 0
     assert {path.name for path in tmp_path.iterdir()} >= {"structures.png", "overlays", "evaluate.yaml"}

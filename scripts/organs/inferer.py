@@ -15,10 +15,42 @@ from scripts.organs.transforms import check_windows, to_windows
 CHUNK = 2**26  # values of the logits that are computed at a time, which bounds the memory
 
 
-class StructureInferer(Inferer):
+class LabelMapInferer(Inferer):
+    """Label maps of volumes. A subclass implements ``_segment``.
+
+    Args:
+        windows: lowest and highest HU of each channel.
+
+    Raises:
+        InputError: for invalid windows.
+    """
+
+    def __init__(self, windows: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        self.windows = check_windows(windows)
+
+    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
+        """Classes ``[B, 1, H, W, S]`` of volumes ``[B, 1, H, W, S]`` in HU; MONAI Label calls this."""
+        return self.predict(inputs, network)["pred"]
+
+    @torch.no_grad()
+    def predict(self, inputs: torch.Tensor, network: nn.Module) -> dict[str, torch.Tensor]:
+        """Segment volumes ``[B, 1, H, W, S]`` in HU: ``pred``, the class of each voxel (uint8, 0 is background)."""
+        found = self._segment(torch.as_tensor(inputs), network)
+        if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms
+            found["pred"] = MetaTensor(found["pred"], meta=inputs.meta)
+        return found
+
+    def _segment(self, inputs: torch.Tensor, network: nn.Module) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+class StructureInferer(LabelMapInferer):
     """Label maps of volumes by MONAI's sliding window in the plane of the slices.
 
-    The logits of all structures of a CT take tens of gigabytes, so only those of a few slices exist at a time.
+    The logits of all structures of a CT take tens of gigabytes, so only those of a few slices exist at a time. Beside
+    ``pred``, :meth:`predict` returns ``structure_prob [B, K]``, the mean probability of the voxels of each structure,
+    NaN where there is none.
 
     Args:
         windows: lowest and highest HU of each channel.
@@ -39,32 +71,18 @@ class StructureInferer(Inferer):
         overlap: float = 0.25,
         sw_batch_size: int = 8,
     ) -> None:
-        super().__init__()
+        super().__init__(windows)
         if num_slices not in (1, 3, 5):
             raise InputError(f"num_slices={num_slices!r} must be 1, 3 or 5")
-        self.windows = check_windows(windows)
         self.num_slices = num_slices
         self.slide = SlidingWindowInferer((roi_size, roi_size), sw_batch_size, overlap, mode="gaussian")
 
-    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
-        """Classes ``[B, 1, H, W, S]`` of volumes ``[B, 1, H, W, S]`` in HU; MONAI Label calls this."""
-        return self.predict(inputs, network)["pred"]
-
-    @torch.no_grad()
-    def predict(self, inputs: torch.Tensor, network: nn.Module) -> dict[str, torch.Tensor]:
-        """Segment volumes ``[B, 1, H, W, S]`` in HU.
-
-        Returns:
-            ``pred [B, 1, H, W, S]``, the class of each voxel (uint8, 0 is background), and ``structure_prob [B, K]``,
-            the mean probability of the voxels of each structure, NaN where there is none.
-        """
-        results = [self._predict_volume(volume[0], network) for volume in torch.as_tensor(inputs)]
+    def _segment(self, inputs: torch.Tensor, network: nn.Module) -> dict[str, torch.Tensor]:
+        results = [self._segment_volume(volume[0], network) for volume in inputs]
         pred, prob = (torch.stack(part) for part in zip(*results, strict=True))
-        if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms
-            pred = MetaTensor(pred, meta=inputs.meta)
         return {"pred": pred, "structure_prob": prob}
 
-    def _predict_volume(self, volume: torch.Tensor, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def _segment_volume(self, volume: torch.Tensor, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Classes ``[1, H, W, S]`` and probabilities ``[K]`` of a volume ``[H, W, S]``."""
         depth, classes = volume.shape[-1], torch.zeros(volume.shape, dtype=torch.uint8, device=volume.device)
         # the neighbours of the first and the last slice are these slices themselves
@@ -85,7 +103,7 @@ class StructureInferer(Inferer):
         return classes[None], (sums / counts)[1:].float()
 
 
-class PatchInferer(Inferer):
+class PatchInferer(LabelMapInferer):
     """Label maps of volumes by MONAI's sliding window in three dimensions, for networks that take patches.
 
     The logits of all structures exist at once: a volume of 512 x 512 x 300 voxels needs 35 GB for 118 classes.
@@ -100,19 +118,9 @@ class PatchInferer(Inferer):
     """
 
     def __init__(self, windows: Sequence[Sequence[float]], roi_size: Sequence[int], overlap: float = 0.25) -> None:
-        super().__init__()
-        self.windows = check_windows(windows)
+        super().__init__(windows)
         self.slide = SlidingWindowInferer(roi_size, 1, overlap, mode="gaussian")
 
-    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
-        """Classes ``[B, 1, H, W, S]`` of volumes ``[B, 1, H, W, S]`` in HU."""
-        return self.predict(inputs, network)["pred"]
-
-    @torch.no_grad()
-    def predict(self, inputs: torch.Tensor, network: nn.Module) -> dict[str, torch.Tensor]:
-        """Segment volumes ``[B, 1, H, W, S]`` in HU: ``pred``, the class of each voxel (uint8, 0 is background)."""
-        image = to_windows(torch.as_tensor(inputs).float(), self.windows)
-        pred = torch.as_tensor(self.slide(image, network)).argmax(dim=1, keepdim=True).to(torch.uint8)
-        if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms
-            pred = MetaTensor(pred, meta=inputs.meta)
-        return {"pred": pred}
+    def _segment(self, inputs: torch.Tensor, network: nn.Module) -> dict[str, torch.Tensor]:
+        logits = torch.as_tensor(self.slide(to_windows(inputs.float(), self.windows), network))
+        return {"pred": logits.argmax(dim=1, keepdim=True).to(torch.uint8)}
