@@ -69,15 +69,18 @@ def enlarged(volume: np.ndarray) -> np.ndarray:
 
 
 def reading(folder: Path) -> pd.DataFrame:
-    """Seconds until the structures are one array: from the masks, which ``merge_structures`` does once, and merged."""
-    start = time.perf_counter()
+    """Seconds to read the masks of a subject, and its label map, which ``merge_structures`` makes of them once."""
+    files = {"117 masks (s)": sorted(folder.glob("segmentations/*.nii.gz"))}
     merge_subject(folder)
-    masks = time.perf_counter() - start
-    start = time.perf_counter()
-    np.asarray(nib.load(folder / f"{LABEL_SUFFIX}.nii.gz").dataobj)
-    merged = time.perf_counter() - start
-    ratio = {"117 masks, merged once (s)": masks, "label map (s)": merged, "times faster": masks / merged}
-    return pd.DataFrame([ratio])
+    files["label map (s)"] = [folder / f"{LABEL_SUFFIX}.nii.gz"]
+    seconds = {}
+    for name, paths in files.items():
+        start = time.perf_counter()
+        for path in paths:
+            np.asarray(nib.load(path).dataobj)
+        seconds[name] = time.perf_counter() - start
+    masks, merged = seconds.values()
+    return pd.DataFrame([seconds | {"times faster": masks / merged}])
 
 
 def inference(folder: Path, features: list[int], amp: bool) -> pd.DataFrame:

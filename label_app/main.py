@@ -1,4 +1,4 @@
-"""MONAI Label app for the bundle in its parent folder. It also returns the grade, estimates and an uncertainty map.
+"""MONAI Label app for the bundles of its parent folder. Its answers also hold the row or rows of a subject's table.
 
 Start the server with ``--app <repository>/label_app``. Nothing is copied or downloaded (docs/monai_label.md).
 """
@@ -10,11 +10,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from fastapi import HTTPException
 from monai.data import NibabelWriter
 from monailabel.config import settings
@@ -24,13 +25,10 @@ from monailabel.tasks.activelearning.random import Random
 from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
 
-BUNDLE = str(Path(__file__).resolve().parents[1])
-MODEL = "medsegdiff_segmentation"
-VOLUMES = {"mask": "pred", "uncertainty": "uncertainty", "probability": "prob"}
+ROOT = Path(__file__).resolve().parents[1]
 CHOICES = {
     "sampler": ("ddim", "ddpm", "dpm_solver", "unipc"),
     "fusion": ("mean", "majority", "staple"),
-    "volume": tuple(VOLUMES),
     "result_extension": (".nii.gz", ".nii", ".nrrd", ".seg.nrrd"),
 }
 RANGES = {"num_inference_steps": (0, 1000), "num_samples": (1, 32)}
@@ -40,15 +38,16 @@ tempfile.tempdir = UPLOADS
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
 
-class SegmentAndGrade(BundleInferTask):
-    """Inference of the bundle. The answer also holds the row of ``grades.csv``. Input errors are sent to the client.
+class Infer(BundleInferTask):
+    """Inference of a bundle. The answer also holds what its table says. Input errors are sent to the client.
 
-    The option ``volume`` selects the volume of the answer: the mask, the uncertainty (bits) or the probability.
+    The option ``volume`` selects the volume of the answer, such as the uncertainty (bits).
     """
 
-    def __init__(self, conf: dict[str, str], studies: str) -> None:
-        super().__init__(BUNDLE, conf)
-        self._config["volume"] = list(VOLUMES)
+    def __init__(self, bundle: Path, volumes: dict[str, str], conf: dict[str, str], studies: str) -> None:
+        super().__init__(str(bundle), conf)
+        self.volumes = volumes
+        self._config["volume"] = list(volumes)
         own = (settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_DATASTORE_CACHE_PATH)
         folders = (studies, UPLOADS, Path.home() / ".cache" / "monailabel", *filter(None, own))
         self.folders = [Path(folder).resolve() for folder in folders]
@@ -56,7 +55,9 @@ class SegmentAndGrade(BundleInferTask):
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict]:
         if not request.get("image"):
             raise HTTPException(404, "the studies folder has no image of this name")
-        check_options(request, self._config.get("device", []))
+        weights = tuple(file.name for file in Path(self.bundle_path, "models").glob("*.pt"))
+        choices = CHOICES | {"volume": tuple(self.volumes), "model_filename": weights}
+        check_options(request, choices, self._config.get("device", []))
         check_path(request["image"], self.folders)
         try:
             return super().__call__(request, callbacks)
@@ -76,33 +77,35 @@ class SegmentAndGrade(BundleInferTask):
         return data | data.pop(self.key_pred)
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, dict]:
-        """File of the selected volume, and the subject's row of ``grades.csv``."""
-        from scripts.data.grades import grade_names
-        from scripts.data.regions import LabelToRegionsd
-        from scripts.report.tables import grade_row
-
+        """File of the selected volume, and what the table of the bundle says of the subject."""
         name = data["volume"] if isinstance(data["volume"], str) else data["volume"][0]
-        settings = self.bundle_config.get_parsed_content("settings")
-        to_regions: Any = LabelToRegionsd("pred", self.bundle_config.get_parsed_content("region_coding"))
-        item = to_regions(data | {"pred": data["pred"][None]})  # MONAI Label removed the axis of the label map
-        row = grade_row(item, settings["regions"], grade_names(settings["grade_labels"]))
-        row = {key: None if value != value else value for key, value in row.items()}  # JSON has no NaN
+        item = data | {"pred": data["pred"][None]}  # MONAI Label removed the axis of the label map
+        answer = without_nan(self.bundle_config.get_parsed_content("table").answer(item))
         if name != "mask":
-            return write_volume(data[VOLUMES[name]]), row
-        return super().writer(data | {self.output_json_key: row}, extension, dtype)
+            return write_volume(data[self.volumes[name]]), answer
+        return super().writer(data | {self.output_json_key: answer}, extension, dtype)
 
 
-def check_options(request: dict[str, Any], devices: Sequence[str]) -> None:
+def without_nan(value: Any) -> Any:
+    """The value with None instead of NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return None if value != value else value
+
+
+def check_options(request: dict[str, Any], choices: Mapping[str, Sequence[str]], devices: Sequence[str]) -> None:
     """Answer 422 unless every option of a request has the right type and one of its values.
 
     MONAI Label writes options into the configuration, whose text is code, and into names of files.
 
     Args:
         request: of a client.
+        choices: values of an option, by its name.
         devices: names that the server offers.
     """
-    weights = tuple(file.name for file in Path(BUNDLE, "models").glob("*.pt"))
-    for name, allowed in {**CHOICES, "model_filename": weights}.items():
+    for name, allowed in choices.items():
         value = request.get(name, [])
         for choice in value if isinstance(value, list) else [value]:
             if choice not in allowed:
@@ -144,17 +147,21 @@ class TrainOnOneDevice(BundleTrainTask):
         return super().__call__(request | {"multi_gpu": False}, datastore)
 
 
-class MedSegDiffApp(MONAILabelApp):
-    """App with one model, which can segment, grade and be trained."""
+class BundlesApp(MONAILabelApp):
+    """App with a model for each bundle, which can segment and be trained."""
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
-        super().__init__(app_dir, studies, conf, "MedSegDiff", "Segmentation and grading with calibrated uncertainty")
+        self.bundles = {}
+        for file in (ROOT / "configs" / "inference.yaml", *sorted(ROOT.glob("bundles/*/configs/inference.yaml"))):
+            served = yaml.safe_load(file.read_text(encoding="utf-8"))["label_app"]
+            self.bundles[served["model"]] = (file.parents[1], served["volumes"])
+        super().__init__(app_dir, studies, conf, "MedSegDiff", "Segmentation, grading and calibrated uncertainty")
 
     def init_infers(self) -> dict:
-        return {MODEL: SegmentAndGrade(self.conf, self.studies)}
+        return {name: Infer(*bundle, self.conf, self.studies) for name, bundle in self.bundles.items()}
 
     def init_trainers(self) -> dict:
-        return {MODEL: TrainOnOneDevice(BUNDLE, self.conf)}
+        return {name: TrainOnOneDevice(str(folder), self.conf) for name, (folder, _) in self.bundles.items()}
 
     def init_strategies(self) -> dict:
         return {"random": Random(), "first": First()}

@@ -60,8 +60,9 @@ def write_series(
         image.SliceThickness = f"{spacing[2]:.6f}"
         image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
         image.Columns, image.Rows = volume.shape[:2]
-        image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 16, 15, 0
-        image.PixelData = volume[:, :, index].T.astype(np.uint16).tobytes()
+        image.BitsAllocated, image.BitsStored, image.HighBit = 16, 16, 15
+        image.PixelRepresentation = int(volume.min() < 0)
+        image.PixelData = volume[:, :, index].T.astype(np.int16 if volume.min() < 0 else np.uint16).tobytes()
         image.save_as(file, enforce_file_format=True)
         files.append(file)
     return files

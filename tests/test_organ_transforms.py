@@ -38,7 +38,7 @@ def test_labels_become_classes_and_return():
 
 @pytest.mark.parametrize("value", [0.5, -1.0, 118.0, 300.0, float("nan")])
 def test_other_labels_are_refused(value):
-    with pytest.raises(InputError, match="subject 's1'.*whole numbers from 0 to 117"):
+    with pytest.raises(InputError, match="subject 's1'.*no whole number from 0 to 117"):
         CompactLabelsd("label", STRUCTURES)({"label": torch.tensor([[1.0, value]]), "subject": "s1"})
 
 

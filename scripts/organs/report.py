@@ -12,26 +12,24 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Events
-from monai.engines.workflow import Workflow
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
 from scripts.config import atomic_path
 from scripts.data.pictures import read_volume
 from scripts.data.split import patient
 from scripts.data.writing import write_csv
-from scripts.distributed import gather_from_all
 from scripts.organs.plots import plot_preview, plot_structures
 from scripts.organs.structures import catalogue
 from scripts.organs.training_labels import prior_of
 from scripts.report.intervals import with_intervals
 from scripts.report.results import Results
+from scripts.sampling.rows import RowsHandler
 
 TOLERANCE = 3.0  # mm, of the normalised surface distance
 SCORES = ("dice", "nsd", "hd95", "prior_dice")
 
 
-class StructureReport:
+class StructureReport(RowsHandler):
     """Evaluation handler: ``structures.csv``, ``summary.json``, ``structures.png`` and an overlay of each subject.
 
     A row of the table is a structure of a subject that is in the truth or in the prediction. A structure that is only
@@ -62,31 +60,19 @@ class StructureReport:
         self.seed = seed
         self.settings = dict(settings or {})
 
-    def attach(self, engine: Workflow) -> None:
-        """Attach to the evaluator."""
-        engine.add_event_handler(Events.STARTED, self.started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self.completed)
-
-    def started(self, engine: Workflow) -> None:
-        self.rows: list[dict] = []
-
-    def iteration_completed(self, engine: Workflow) -> None:
-        for item in engine.state.output:
-            affine = np.asarray(item["pred"].affine)
-            pred, truth = (torch.as_tensor(item[key])[0].cpu().numpy().astype(np.uint8) for key in ("pred", "label"))
-            prior = prior_of(self.prior, truth.shape, affine)
-            subject = {"subject": item["subject"], "patient": patient(item["subject"], self.patient_pattern)}
-            spacing = nib.affines.voxel_sizes(affine)
-            self.rows += [subject | row for row in structure_rows(pred, truth, prior, spacing, self.structures)]
-            file = self.output_dir / "overlays" / f"{item['subject']}_preview.png"
-            plot_preview(read_volume(item["pred"].meta["filename_or_obj"]), pred, affine, item["subject"], file, truth)
-
-    def completed(self, engine: Workflow) -> None:
-        self._write(pd.DataFrame(gather_from_all(self.rows)))
+    def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        affine = np.asarray(item["pred"].affine)
+        pred, truth = (torch.as_tensor(item[key])[0].cpu().numpy().astype(np.uint8) for key in ("pred", "label"))
+        prior = prior_of(self.prior, truth.shape, affine)
+        subject = {"subject": item["subject"], "patient": patient(item["subject"], self.patient_pattern)}
+        file = self.output_dir / "overlays" / f"{item['subject']}_preview.png"
+        plot_preview(read_volume(item["pred"].meta["filename_or_obj"]), pred, affine, item["subject"], file, truth)
+        rows = structure_rows(pred, truth, prior, nib.affines.voxel_sizes(affine), self.structures)
+        return [subject | row for row in rows]
 
     @idist.one_rank_only()
-    def _write(self, table: pd.DataFrame) -> None:
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        table = pd.DataFrame(rows)
         write_csv(table, self.output_dir / "structures.csv")
         found = summary(table, self.structures, self.seed)
         with atomic_path(self.output_dir / "summary.json") as path:

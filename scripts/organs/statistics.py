@@ -12,20 +12,18 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Events
-from monai.engines.workflow import Workflow
 
 from scripts.config import atomic_path
 from scripts.data.pictures import read_volume
 from scripts.data.writing import write_csv
-from scripts.distributed import gather_from_all
 from scripts.organs.plots import plot_preview
 from scripts.organs.structures import catalogue
+from scripts.sampling.rows import RowsHandler
 
 NUM_LABELS = 118
 
 
-class StatisticsTable:
+class StatisticsTable(RowsHandler):
     """Inference handler: ``<subject>_statistics.json``, ``<subject>_preview.png`` and one ``statistics.csv``.
 
     The JSON has ``volume`` (mm3) and ``intensity`` (mean HU) of every structure, 0 where it is absent, as
@@ -36,47 +34,50 @@ class StatisticsTable:
         structures: names of the classes, for their probabilities.
     """
 
+    write_each = True
+
     def __init__(self, output_dir: str, structures: Sequence[str]) -> None:
         self.output_dir = Path(output_dir)
         self.structures = list(structures)
 
-    def attach(self, engine: Workflow) -> None:
-        """Attach to the evaluator."""
-        engine.add_event_handler(Events.STARTED, self.started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self.completed)
+    def answer(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """The rows of an item, which MONAI Label sends to its client: ``{"structures": [...]}``."""
+        return {"structures": self._rows(item, _statistics(item, _image(item)))}
 
-    def started(self, engine: Workflow) -> None:
-        self.rows: list[dict] = []
-
-    def iteration_completed(self, engine: Workflow) -> None:
-        for item in engine.state.output:
-            self._describe(item)
-        self._write(self.rows)  # the rows so far, in case the run is interrupted
-
-    def completed(self, engine: Workflow) -> None:
-        self._write(gather_from_all(self.rows))
-
-    def _describe(self, item: Mapping[str, Any]) -> None:
-        labels, affine = (
-            torch.as_tensor(item["pred"])[0].cpu().numpy().astype(np.uint8),
-            np.asarray(item["pred"].affine),
-        )
-        image = read_volume(item["pred"].meta["filename_or_obj"])
-        found = structure_statistics(labels, image, affine)
-        prob = dict(zip(self.structures, torch.as_tensor(item["structure_prob"]).tolist(), strict=True))
-        for name, values in found.items():
-            if values["volume_mm3"]:
-                self.rows.append({"subject": item["subject"], "structure": name, "probability": prob[name], **values})
+    def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        image = _image(item)
+        found = _statistics(item, image)
         form = {name: {"volume": v["volume_mm3"], "intensity": round(v["mean_hu"], 5)} for name, v in found.items()}
         with atomic_path(self.output_dir / f"{item['subject']}_statistics.json") as path:
             path.write_text(json.dumps(form, indent=4), encoding="utf-8")
-        plot_preview(image, labels, affine, item["subject"], self.output_dir / f"{item['subject']}_preview.png")
+        file = self.output_dir / f"{item['subject']}_preview.png"
+        plot_preview(image, _labels(item), np.asarray(item["pred"].affine), item["subject"], file)
+        return self._rows(item, found)
+
+    def _rows(self, item: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        prob = dict(zip(self.structures, torch.as_tensor(item["structure_prob"]).tolist(), strict=True))
+        return [
+            {"subject": item["subject"], "structure": name, "probability": prob[name], **values}
+            for name, values in found.items()
+            if values["volume_mm3"]
+        ]
 
     @idist.one_rank_only()
-    def _write(self, rows: list[dict]) -> None:
+    def write(self, rows: list[dict]) -> None:
         columns = ["subject", "structure", "volume_mm3", "mean_hu", "probability", "touches_border"]
         write_csv(pd.DataFrame(rows, columns=columns), self.output_dir / "statistics.csv")
+
+
+def _labels(item: Mapping[str, Any]) -> np.ndarray:
+    return torch.as_tensor(item["pred"])[0].cpu().numpy().astype(np.uint8)
+
+
+def _image(item: Mapping[str, Any]) -> np.ndarray:
+    return read_volume(item["pred"].meta["filename_or_obj"])
+
+
+def _statistics(item: Mapping[str, Any], image: np.ndarray) -> dict[str, dict[str, Any]]:
+    return structure_statistics(_labels(item), image, np.asarray(item["pred"].affine))
 
 
 def structure_statistics(labels: np.ndarray, image: np.ndarray, affine: np.ndarray) -> dict[str, dict[str, Any]]:

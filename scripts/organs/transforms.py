@@ -108,10 +108,11 @@ class CompactLabelsd(MapTransform):
         for key in self.key_iterator(d):
             values = torch.as_tensor(d[key])
             indices = values.to(torch.uint8)
-            if not torch.equal(indices.to(values.dtype), values) or indices.max() > 117:
+            wrong = values[(indices.to(values.dtype) != values) | (indices > 117)]
+            if len(wrong):
                 raise InputError(
-                    f"subject '{d.get('subject', '?')}': the label map has values that are not whole numbers from 0 to "
-                    "117; make it with scripts.organs.merge_structures"
+                    f"subject '{d.get('subject', '?')}': the label map has the value {float(wrong[0]):g}, which is no "
+                    "whole number from 0 to 117; make it with scripts.organs.merge_structures"
                 )
             d[key] = d[key].clone()  # keeps the metadata
             d[key].copy_(self.table.to(indices.device)[indices.long()])

@@ -11,7 +11,6 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import pandas as pd
-from ignite.engine import Events
 from monai.engines.workflow import Workflow
 from scipy.stats import spearmanr
 from sklearn.metrics import brier_score_loss
@@ -44,11 +43,12 @@ from scripts.report.uncertainty import (
     size_unit,
     true_masks,
 )
+from scripts.sampling.rows import RowsHandler
 
 logger = logging.getLogger(__name__)
 
 
-class SubjectReport:
+class SubjectReport(RowsHandler):
     """Evaluation handler that writes one row and one overlay per subject, then a summary with 95 % intervals.
 
     Writes ``subjects.csv``, ``summary.json``, ``evaluation_results.json``, ``reliability.png``, ``risk_coverage.png``,
@@ -84,43 +84,36 @@ class SubjectReport:
         self.patient_pattern = patient_pattern
         self.seed = seed
 
-    def attach(self, engine: Workflow) -> None:
-        """Attach to the evaluator."""
-        engine.add_event_handler(Events.STARTED, self.started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self.completed)
-
     def started(self, engine: Workflow) -> None:
-        self.rows: list[dict] = []
+        super().started(engine)
         self.bins: list[dict[str, np.ndarray]] = []  # one dictionary per subject
         self.risks: list[dict[str, np.ndarray]] = []
 
-    def iteration_completed(self, engine: Workflow) -> None:
-        for item in engine.state.output:
-            background = read_background(item)
-            spacing = item["label"].pixdim.tolist()
-            row = {"subject": item["subject"], "patient": patient(item["subject"], self.patient_pattern)}
-            if self.grades:
-                row |= {"grade": int(item["grade"]), **grade_columns(item, self.grades)}
-                row |= grade_columns(item, self.grades, "prior")
-            row |= mask_scores(item["pred"], item["label"], spacing, self.regions)
-            size = size_unit(item)
-            self.bins.append({})
-            self.risks.append({})
-            for channel, region in enumerate(self.regions):
-                row[size.column("", "", region)] = float(item["pred"][channel].sum()) * size.voxel
-                row[size.column("true", "", region)] = float(item["label"][channel].sum()) * size.voxel
-                self._score_uncertainty(item, channel, background != 0, row)
-            row |= estimates(item, self.regions)
-            for channel, region in enumerate(self.regions):
-                low, high = (row[size.column("", name, region)] for name in ("low", "high"))
-                volumes = true_masks(item, channel).sum(axis=(1, 2, 3)) * size.voxel
-                outside = np.array([nonconformity(low, high, volume) for volume in volumes])
-                row[f"covered_{region}"] = float((outside < 1e-6).mean()) if np.isfinite(low) else np.nan
-            self.rows.append(row)
-            title = f"{item['subject']}  Dice {row[f'dice_{self.regions[0]}']:.2f}"
-            samples = item["samples"].unflatten(0, (-1, len(self.regions))) if "samples" in item else ()
-            write_overlay(item, background, title, self.output_dir / "overlays", samples)
+    def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        background = read_background(item)
+        spacing = item["label"].pixdim.tolist()
+        row = {"subject": item["subject"], "patient": patient(item["subject"], self.patient_pattern)}
+        if self.grades:
+            row |= {"grade": int(item["grade"]), **grade_columns(item, self.grades)}
+            row |= grade_columns(item, self.grades, "prior")
+        row |= mask_scores(item["pred"], item["label"], spacing, self.regions)
+        size = size_unit(item)
+        self.bins.append({})
+        self.risks.append({})
+        for channel, region in enumerate(self.regions):
+            row[size.column("", "", region)] = float(item["pred"][channel].sum()) * size.voxel
+            row[size.column("true", "", region)] = float(item["label"][channel].sum()) * size.voxel
+            self._score_uncertainty(item, channel, background != 0, row)
+        row |= estimates(item, self.regions)
+        for channel, region in enumerate(self.regions):
+            low, high = (row[size.column("", name, region)] for name in ("low", "high"))
+            volumes = true_masks(item, channel).sum(axis=(1, 2, 3)) * size.voxel
+            outside = np.array([nonconformity(low, high, volume) for volume in volumes])
+            row[f"covered_{region}"] = float((outside < 1e-6).mean()) if np.isfinite(low) else np.nan
+        title = f"{item['subject']}  Dice {row[f'dice_{self.regions[0]}']:.2f}"
+        samples = item["samples"].unflatten(0, (-1, len(self.regions))) if "samples" in item else ()
+        write_overlay(item, background, title, self.output_dir / "overlays", samples)
+        return [row]
 
     def _score_uncertainty(self, item: Mapping[str, Any], channel: int, foreground: np.ndarray, row: dict) -> None:
         region = self.regions[channel]
@@ -141,8 +134,8 @@ class SubjectReport:
             row |= {f"{name}_{region}": value for name, value in scores.items()}
             self.bins[-1] |= {f"{region} votes {name}": values for name, values in votes.items()}
 
-    def completed(self, engine: Workflow) -> None:
-        table, bins, risks = pd.DataFrame(gather_from_all(self.rows)), _stacked(self.bins), _stacked(self.risks)
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        table, bins, risks = pd.DataFrame(rows), _stacked(self.bins), _stacked(self.risks)
         if idist.get_rank() == 0:
             self._write(table, bins, risks)
 

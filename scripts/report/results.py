@@ -46,7 +46,9 @@ def read_results(folder: Path, training: Mapping[str, Any]) -> Results:
     masks, grading = summary["segmentation"], summary["grading"]
     tasks = training.get("loss::tasks", list(TASKS.values()))
     parts = {region: float(mask["dice"]["mean"]["value"]) for region, mask in masks.items()}
-    scores = {name: float(np.mean([mask[name]["mean"]["value"] for mask in masks.values()])) for name in ("dice", "iou")}
+    scores = {
+        name: float(np.mean([mask[name]["mean"]["value"] for mask in masks.values()])) for name in ("dice", "iou")
+    }
     scores |= {
         name: float(np.nan if (v := grading[name]["value"]) is None else v) for name in ("auc", "f1", "accuracy")
     }

@@ -10,19 +10,17 @@ import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Events
-from monai.engines.workflow import Workflow
 
 from scripts.data.grades import grade_names
 from scripts.data.writing import write_csv
-from scripts.distributed import gather_from_all
 from scripts.networks.calibration import VOLUMES_FROM
 from scripts.report.plots import read_background, write_overlay
 from scripts.report.uncertainty import sampled_volume, size_unit, volume_estimate, volume_interval
 from scripts.sampling.probability import temperature_scaled
+from scripts.sampling.rows import RowsHandler
 
 
-class GradeTable:
+class GradeTable(RowsHandler):
     """Inference handler: ``grades.csv`` and one overlay per subject.
 
     A row holds the probability of each grade, the likeliest grade, and volumes and quality of each region.
@@ -33,6 +31,8 @@ class GradeTable:
         regions: names of the region channels.
         to_regions: turns the label map ``pred`` of an item back into region channels.
     """
+
+    write_each = True
 
     def __init__(
         self,
@@ -46,31 +46,20 @@ class GradeTable:
         self.to_regions = to_regions
         self.grades = grade_names(grade_labels)
 
-    def attach(self, engine: Workflow) -> None:
-        """Attach to the evaluator."""
-        engine.add_event_handler(Events.STARTED, self.started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self.completed)
+    def answer(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of an item, which MONAI Label sends to its client."""
+        return grade_row(self.to_regions(item), self.regions, self.grades)
 
-    def started(self, engine: Workflow) -> None:
-        self.rows: list[dict] = []
-
-    def completed(self, engine: Workflow) -> None:
-        self._write(gather_from_all(self.rows))
-
-    def iteration_completed(self, engine: Workflow) -> None:
-        for item in engine.state.output:
-            found = self.to_regions(item)
-            row = grade_row(found, self.regions, self.grades)
-            self.rows.append(row)
-            grade = row["grade"]
-            title = item["subject"] + (f"  {grade}: {row[f'prob_{grade}']:.2f}" if grade else "")
-            samples = [self.to_regions({"pred": mask[None]})["pred"] for mask in item.get("samples", ())]
-            write_overlay(found, read_background(item), title, self.output_dir, samples)
-        self._write(self.rows)  # the rows so far, in case the run is interrupted
+    def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        row = self.answer(item)
+        grade = row["grade"]
+        title = item["subject"] + (f"  {grade}: {row[f'prob_{grade}']:.2f}" if grade else "")
+        samples = [self.to_regions({"pred": mask[None]})["pred"] for mask in item.get("samples", ())]
+        write_overlay(self.to_regions(item), read_background(item), title, self.output_dir, samples)
+        return [row]
 
     @idist.one_rank_only()
-    def _write(self, rows: list[dict]) -> None:
+    def write(self, rows: list[dict]) -> None:
         write_csv(pd.DataFrame(rows), self.output_dir / "grades.csv")
 
 

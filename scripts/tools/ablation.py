@@ -65,8 +65,9 @@ class Ablation:
     """A grid of settings, each of which is trained and evaluated with several seeds.
 
     The arms are those of ``arms`` and every combination of the values in ``grid``. Arms that differ only in keys of
-    evaluation share one training. The same command continues an interrupted grid: finished runs are kept and interrupted ones are
-    resumed. The last weights are evaluated, because the best ones are chosen on the validation subjects.
+    evaluation share one training. The same command continues an interrupted grid: finished runs are kept and
+    interrupted ones are resumed. The last weights are evaluated, because the best ones are chosen on the validation
+    subjects.
 
     Writes ``runs.csv`` (scores of each arm and seed), ``table.csv`` and ``table.md`` (mean and standard deviation over
     the seeds; mean difference to the reference per subject with Wilcoxon's signed-rank test, corrected for the number
