@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import monailabel
@@ -44,11 +46,11 @@ def inferred(phantoms, tmp_path_factory) -> Path:
 class Server:
     """A running server."""
 
-    def __init__(self, url: str, process: subprocess.Popen, log: Path, bundle: Path) -> None:
-        self.url, self.process, self.log, self.bundle = url, process, log, bundle
+    def __init__(self, url: str, process: subprocess.Popen, log: Path, bundle: Path, model: str = MODEL) -> None:
+        self.url, self.process, self.log, self.bundle, self.model = url, process, log, bundle, model
 
     def infer(self, image: str = "", output: str = "image", files: dict | None = None, **params) -> requests.Response:
-        url = f"{self.url}/infer/{MODEL}?image={image}&output={output}"
+        url = f"{self.url}/infer/{self.model}?image={image}&output={output}"
         return requests.post(url, files={"params": (None, json.dumps(params))} | (files or {}), timeout=120)
 
     def alive(self) -> bool:
@@ -80,19 +82,27 @@ def server(request, phantoms, tmp_path_factory):
             shutil.copy(file, studies)
     shutil.copy(phantoms / SUBJECT / f"{SUBJECT}_seg.nii.gz", folder / "mask.nii.gz")
     bundle = unpack_release(folder)
+    word = "cp -r" if request.param == "stock" else "--app label_app"
+    with serve(lambda port: documented(word, port, folder)[0], folder, bundle) as running:
+        yield Server(*running, bundle)
+
+
+@contextlib.contextmanager
+def serve(command: Callable[[str], str], folder: Path, root: Path) -> Iterator[tuple[str, subprocess.Popen, Path]]:
+    """Start a server by a command with a free port, in the folder ``root``: its address, process and log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    (command,) = documented("cp -r" if request.param == "stock" else "--app label_app", port, folder)
-    log = folder / "server.log"
+    # a module that tells when it is imported
+    (root / "marked.py").write_text(f"open({str(folder / 'imported')!r}, 'w')")
+    url, log = f"http://127.0.0.1:{port}", folder / "server.log"
     with log.open("w") as stream:
-        shell = ["bash", "-euc", command.replace("MONAI_ZOO_SOURCE", "exec env MONAI_ZOO_SOURCE")]
-        process = subprocess.Popen(shell, cwd=bundle, stdout=stream, stderr=stream)
-    served = Server(f"http://127.0.0.1:{port}", process, log, bundle)
+        shell = ["bash", "-euc", command(port).replace("MONAI_ZOO_SOURCE", "exec env MONAI_ZOO_SOURCE")]
+        process = subprocess.Popen(shell, cwd=root, stdout=stream, stderr=stream)
     try:
-        wait_for(lambda: process.poll() is not None or answers(served.url), 180)
+        wait_for(lambda: process.poll() is not None or answers(url), 180)
         assert process.poll() is None, log.read_text()[-3000:]
-        yield served
+        yield url, process, log
     finally:
         process.terminate()
         process.wait(30)
@@ -269,13 +279,13 @@ def test_bad_input_is_told_and_the_server_stays_up(server, phantoms, tmp_path, k
 
 TOUCH = "__import__('pathlib').Path({marker!r}).touch()"
 HOSTILE = {  # by the option; {code} would create a file
-    "sampler": ["${code}", "$import antigravity", "@device", "%/etc/passwd", ["${code}"], {"_target_": "os.getpid"}, 7],
+    "sampler": ["${code}", "$import marked", "@device", "%/etc/passwd", ["${code}"], {"_target_": "os.getpid"}, 7],
     "fusion": ["${code}", "mean; {code}", None],
     "num_samples": ["${code}", -1, 10**9, 1.5, True, "3"],
-    "num_inference_steps": ["${code}", -1, 10**9, "$import this"],
+    "num_inference_steps": ["${code}", -1, 10**9, "$import marked"],
     "model_filename": ["${code}", "../../../etc/passwd", "last.pt\x00"],
     "result_extension": ["${code}", "/../../x", ".sh"],
-    "device": ["${code}", "cuda; {code}"],
+    "device": ["${code}", "cuda; {code}", "$import marked", "%/etc/passwd"],
     "label_tag": ["${code}"],
 }
 CASES = [(option, value) for option, values in HOSTILE.items() for value in values]
@@ -290,6 +300,7 @@ def test_options_are_data(server, tmp_path, option, value):
     answer = server.infer(f"{SUBJECT}_t1", "json", **{option: hostile})
     again = server.infer(f"{SUBJECT}_t1", "json")  # what was written into the configuration is parsed again
     assert not marker.exists()
+    assert not (server.log.parent / "imported").exists()
     assert server.alive()
     assert again.status_code == 200, again.text
     if not is_stock(server):

@@ -31,7 +31,8 @@ CHOICES = {
     "fusion": ("mean", "majority", "staple"),
     "result_extension": (".nii.gz", ".nii", ".nrrd", ".seg.nrrd"),
 }
-RANGES = {"num_inference_steps": (0, 1000), "num_samples": (1, 32)}
+RANGES = {"num_inference_steps": (0, 1000), "num_samples": (1, 32), "sw_batch_size": (1, 32)}
+SHARES = {"overlap": 0.9}  # from 0 to this
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 UPLOADS = tempfile.mkdtemp(prefix="medsegdiff_label_")  # MONAI Label writes what clients upload to the temporary folder
 tempfile.tempdir = UPLOADS
@@ -114,6 +115,10 @@ def check_options(request: dict[str, Any], choices: Mapping[str, Sequence[str]],
         value = request.get(name, low)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise HTTPException(422, f"{name}={value!r} must be a whole number from {low} to {high}")
+    for name, largest in SHARES.items():
+        value = request.get(name, 0)
+        if not isinstance(value, (int, float)) or not 0 <= value <= largest:  # NaN is not
+            raise HTTPException(422, f"{name}={value!r} must be a number from 0 to {largest}")
     device = request.get("device", "cpu")
     for value in device if isinstance(device, list) else [device]:
         if value and value not in devices and not (isinstance(value, str) and DEVICE.fullmatch(value)):

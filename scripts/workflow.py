@@ -13,17 +13,18 @@ from typing import Any
 import ignite.distributed as idist
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from scripts.config import InputError, check_plain, running_parser, save_config
+from scripts.config import InputError, running_parser, save_config
 from scripts.data.datalist import describe
 from scripts.data.grades import check_alpha
 from scripts.data.subjects import check_output_dir
 from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
-from scripts.tools.monai_label import PlainOptions, apply_label_request
+from scripts.tools.monai_label import apply_label_request, option
 from scripts.tools.onnx_network import export_onnx
 from scripts.training.checkpoints import NAMING, check_settings, load_weights
 from scripts.training.run import run_training, start
 
+__all__ = ["evaluate", "export", "infer", "option", "settings", "train"]
 logger = logging.getLogger(__name__)
 
 
@@ -31,21 +32,6 @@ def settings() -> dict[str, Any]:
     """The settings that give the weights their meaning, read from the public keys of the running configuration."""
     parser = running_parser()
     return {name: parser.get_parsed_content(name) for name in SETTINGS}
-
-
-def option(name: str) -> Any:
-    """Value of an option of ``displayable_configs``, which MONAI Label shows to its users.
-
-    MONAI Label writes the options of a request into the configuration and parses it again. From the first call on,
-    text that the parser would evaluate is refused there (:class:`PlainOptions`).
-    """
-    parser = running_parser()
-    if not isinstance(parser["displayable_configs"], PlainOptions):
-        # not parser.set, which would drop what is being resolved
-        parser.config["displayable_configs"] = PlainOptions(parser["displayable_configs"])  # type: ignore[index]
-    value = parser["displayable_configs"][name]
-    own_text = f"$workflow.option('{name}')"
-    return parser.get_parsed_content(name) if value == own_text else check_plain(value, f"option '{name}'")
 
 
 def train() -> None:

@@ -75,6 +75,12 @@ def test_the_metadata_stays(volume):
     assert torch.equal(inferer(volume, Thresholds()), inferer.predict(volume, Thresholds())["pred"])
 
 
+@pytest.mark.parametrize("options", [{"overlap": 1.0}, {"overlap": -0.1}, {"overlap": "0"}, {"sw_batch_size": 0}])
+def test_other_overlaps_and_batches_are_refused(options):
+    with pytest.raises(InputError, match=f"{next(iter(options))}=.* must be a"):
+        StructureInferer([[-160, 240]], **options)
+
+
 @pytest.mark.parametrize("num_slices", [0, 2, 7, "3"])
 def test_other_numbers_of_slices_are_refused(num_slices):
     with pytest.raises(InputError, match="must be 1, 3 or 5"):

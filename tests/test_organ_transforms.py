@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose, Invertd, Orientationd, Spacingd
 
 from scripts.config import InputError
-from scripts.organs.transforms import CheckHounsfieldd, CompactLabelsd, HUWindowsd, NeighboursToChannelsd
+from scripts.organs.transforms import (
+    CheckHounsfieldd,
+    CompactLabelsd,
+    HUWindowsd,
+    NeighboursToChannelsd,
+    SliceSpacingd,
+)
 
 STRUCTURES = ["spleen", "liver", "costal_cartilages"]  # numbers 1, 5 and 117
 
@@ -56,3 +64,26 @@ def test_an_image_without_air_gives_a_warning(caplog):
         assert not caplog.text
         CheckHounsfieldd("image")({"image": torch.tensor([0.0, 100]), "subject": "mr"})
     assert "subject 'mr': the darkest voxel is 0" in caplog.text
+
+
+def test_the_spacing_and_its_inverse_are_those_of_monai():
+    """On an oblique grid, with items whose keys begin like that of the image, as MONAI Label has them."""
+    c, s = np.cos(0.3), np.sin(0.3)
+    affine = torch.eye(4, dtype=torch.float64)
+    affine[:3, :3] = torch.tensor([[-0.8 * c, -0.8 * s, 0], [-0.8 * s, 0.8 * c, 0], [0, 0, 2.5]])
+    values = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 40, 36, 37)).astype(np.float32))
+    image = MetaTensor(values, affine=affine, meta={"filename_or_obj": "ct.nii.gz"})
+    results = []
+    for spacing in (Spacingd("image", (1.5, 1.5, -1), mode="bilinear"), SliceSpacingd("image", 1.5)):
+        transform = Compose([Orientationd("image", axcodes="RAS", labels=None), spacing])
+        others = {"image_path": "ct.nii.gz"} if isinstance(spacing, SliceSpacingd) else {}
+        item = transform({"image": image.clone(), **others})
+        labels = MetaTensor((torch.as_tensor(item["image"]) > 0.2).to(torch.uint8), meta=item["image"].meta)
+        back = Invertd("pred", transform, orig_keys="image", nearest_interp=True)(item | {"pred": labels})["pred"]
+        results.append((torch.as_tensor(item["image"]), torch.as_tensor(back), back.affine))
+    (image_1, labels_1, affine_1), (image_2, labels_2, affine_2) = results
+    assert torch.allclose(image_1, image_2, atol=1e-4)
+    assert labels_2.dtype == torch.uint8
+    assert torch.equal(labels_1, labels_2)
+    assert torch.allclose(affine_1, affine_2)
+    assert torch.allclose(affine_2, affine)

@@ -60,7 +60,7 @@ class StructureInferer(LabelMapInferer):
         sw_batch_size: windows in a batch.
 
     Raises:
-        InputError: for an even number of slices, or invalid windows.
+        InputError: for an even number of slices, or invalid windows, overlap or batch size.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class StructureInferer(LabelMapInferer):
         super().__init__(windows)
         if num_slices not in (1, 3, 5):
             raise InputError(f"num_slices={num_slices!r} must be 1, 3 or 5")
+        check_sliding(overlap, sw_batch_size)
         self.num_slices = num_slices
         self.slide = SlidingWindowInferer((roi_size, roi_size), sw_batch_size, overlap, mode="gaussian")
 
@@ -101,6 +102,14 @@ class StructureInferer(LabelMapInferer):
             counts += torch.bincount(winner.flatten(), minlength=len(sums)).cpu()
             start, step = start + len(slices), max(1, CHUNK // logits[0].numel())
         return classes[None], (sums / counts)[1:].float()
+
+
+def check_sliding(overlap: float, sw_batch_size: int) -> None:
+    """Raise InputError for an overlap or a batch size that a sliding window cannot have."""
+    if not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
+        raise InputError(f"overlap={overlap!r} must be a number from 0 to below 1")
+    if not isinstance(sw_batch_size, int) or sw_batch_size < 1:
+        raise InputError(f"sw_batch_size={sw_batch_size!r} must be a whole number, 1 or more")
 
 
 class PatchInferer(LabelMapInferer):

@@ -88,9 +88,10 @@ def structure_statistics(labels: np.ndarray, image: np.ndarray, affine: np.ndarr
         image: the CT ``[H, W, S]`` in HU.
         affine: from voxels to mm.
     """
-    flat = labels.ravel()
-    counts = np.bincount(flat, minlength=NUM_LABELS)
-    sums = np.bincount(flat, image.ravel().astype(np.float64), NUM_LABELS)
+    counts, sums = np.zeros(NUM_LABELS), np.zeros(NUM_LABELS)
+    for numbers, values in zip(np.moveaxis(labels, -1, 0), np.moveaxis(image, -1, 0), strict=True):  # saves memory
+        counts += np.bincount(numbers.ravel(), minlength=NUM_LABELS)
+        sums += np.bincount(numbers.ravel(), values.ravel(), NUM_LABELS)
     faces = [labels.take(side, axis) for axis in range(3) for side in (0, -1)]
     border = {int(number) for face in faces for number in np.unique(face)}
     voxel = float(np.prod(nib.affines.voxel_sizes(affine)))

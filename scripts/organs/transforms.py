@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Spacingd
+from monai.utils import TraceKeys
 
 from scripts.config import InputError
 from scripts.organs.structures import catalogue
 
 logger = logging.getLogger(__name__)
 
+SLICES = 16  # that are resampled at a time
 NO_AIR = -500  # HU; a CT has darker voxels, an image of another kind or raw values do not
 
 
@@ -114,8 +119,42 @@ class CompactLabelsd(MapTransform):
                     f"subject '{d.get('subject', '?')}': the label map has the value {float(wrong[0]):g}, which is no "
                     "whole number from 0 to 117; make it with scripts.organs.merge_structures"
                 )
-            d[key] = d[key].clone()  # keeps the metadata
-            d[key].copy_(self.table.to(indices.device)[indices.long()])
+            table, d[key] = self.table.to(indices.device), d[key].clone()  # keeps the metadata
+            for result, part in zip(d[key].unbind(-1), indices.unbind(-1), strict=True):  # torch needs 64-bit indices
+                result.copy_(table[part.long()])
+        return d
+
+
+class SliceSpacingd(Spacingd):
+    """MONAI's Spacingd in the plane of the slices, whose inverse takes a few slices at a time.
+
+    MONAI computes the coordinates of all voxels in float64: the inverse of a label map of 512 x 512 x 300 voxels takes
+    2 GB. It also changes every item whose key begins like the key of the image, such as the ``image_path`` of MONAI
+    Label (docs/monai_traps.md).
+
+    Args:
+        keys: keys of volumes ``[C, H, W, S]``.
+        spacing: of the pixels (mm); the distance of the slices is kept.
+        mode: ``bilinear`` or ``nearest``.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: float, mode: Sequence[str] | str = "bilinear") -> None:
+        super().__init__(keys, pixdim=(spacing, spacing, -1), mode=mode, dtype=np.float32)
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict:
+        return dict(data) | super().__call__({key: data[key] for key in self.key_iterator(dict(data))}, lazy)
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            volume, applied = torch.as_tensor(d[key]), d[key].applied_operations[-1]
+            parts: list[Any] = []
+            for part in torch.split(volume, SLICES, dim=-1):
+                own = applied | {TraceKeys.ORIG_SIZE: (*applied[TraceKeys.ORIG_SIZE][:2], part.shape[-1])}
+                before = MetaTensor(part, meta=d[key].meta, applied_operations=[own])
+                parts.append(self.spacing_transform.inverse(before))
+            result = torch.cat([torch.as_tensor(part).to(volume.dtype) for part in parts], dim=-1)
+            d[key] = MetaTensor(result, meta=parts[0].meta, applied_operations=d[key].applied_operations[:-1])
         return d
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,11 +15,13 @@ from scripts.data.datalist import describe
 from scripts.data.subjects import check_output_dir
 from scripts.organs.structures import chosen
 from scripts.tools import onnx_files
-from scripts.tools.monai_label import apply_label_request
+from scripts.tools.monai_label import apply_label_request, option
 from scripts.training.checkpoints import check_settings, load_weights
 from scripts.training.run import run_training, start
 
-__all__ = ["bundle_root", "chosen", "evaluate", "export_int8", "infer", "settings", "train"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["bundle_root", "chosen", "evaluate", "export_int8", "infer", "option", "settings", "train"]
 CALIBRATION_BATCHES = 16  # of training slices, from which int8 takes its ranges
 SETTINGS = ("modalities", "structures", "windows", "num_slices", "spacing", "image_size", "features")
 
@@ -97,7 +100,9 @@ def _check_training(value: Callable[[str], Any]) -> None:
     if file and not Path(file).is_file():
         raise InputError(f"datalist_file '{file}' does not exist; run scripts.organs.merge_structures first")
     if not value("datalist")["validation"]:
-        raise InputError("there is no validation subject, which chooses the weights; correct datalist_file")
+        logger.warning("there is no validation subject: model.pt will hold the last weights")
+        if value("train::early_stopping"):
+            raise InputError("early_stopping needs validation subjects; correct datalist_file")
     slices = len(value("datalist")["training"]) * value("slices_per_volume")
     if slices < value("batch_size"):
         raise InputError(f"an epoch has {slices} slices, fewer than batch_size; raise slices_per_volume")

@@ -8,7 +8,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from scripts.config import InputError, check_plain, warn_some
+from scripts.config import InputError, check_plain, running_parser, warn_some
 from scripts.data.split import patient
 from scripts.data.subjects import Item, attach_grades, check_headers, subject_of
 from scripts.training.checkpoints import read_checkpoint
@@ -19,12 +19,31 @@ GRADE_KEYS = ("grade_csv", "subject_column", "grade_column", "grade_labels")
 
 
 class PlainOptions(dict):
-    """Options of MONAI Label, which it updates from requests; text that its parser would evaluate is refused."""
+    """A part of a configuration that MONAI Label updates from requests; text that its parser would evaluate is refused.
+
+    It replaces the options of ``displayable_configs``, and the configuration itself, which gets the device.
+    """
 
     def update(self, *others: Any, **values: Any) -> None:
         new = dict(*others, **values)
         check_plain(new, "an option of the request")
         super().update(new)
+
+
+def option(name: str) -> Any:
+    """Value of an option of ``displayable_configs``, which MONAI Label shows to its users.
+
+    MONAI Label writes the options of a request into the configuration and parses it again. From the first call on,
+    text that the parser would evaluate is refused there (:class:`PlainOptions`).
+    """
+    parser = running_parser()
+    if not isinstance(parser["displayable_configs"], PlainOptions):
+        # not parser.set, which would drop what is being resolved
+        parser.config["displayable_configs"] = PlainOptions(parser["displayable_configs"])  # type: ignore[index]
+        parser.config = PlainOptions(parser.config)  # type: ignore[arg-type, call-overload]
+    value = parser["displayable_configs"][name]
+    own_text = f"$workflow.option('{name}')"
+    return parser.get_parsed_content(name) if value == own_text else check_plain(value, f"option '{name}'")
 
 
 def apply_label_request(parser: ConfigParser, settings: Iterable[str]) -> None:
@@ -61,6 +80,7 @@ def apply_label_request(parser: ConfigParser, settings: Iterable[str]) -> None:
         changes |= {"settings": TRAINED} | {key: f"$@settings['{key}']" for key in settings}
     changes["dataset_dir"] = str(Path(training[0]["image"]).parent)
     changes["max_epochs"] = parser["train::trainer::max_epochs"]
+    changes["datalist_file"] = None
     changes["datalist"] = {
         "_target_": "scripts.tools.monai_label.labelled_subjects",
         "training": training,

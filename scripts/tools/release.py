@@ -21,13 +21,11 @@ BUNDLES = {  # folder of each bundle, by the name of its release, from which MON
     "medsegdiff_segmentation": BUNDLE_ROOT,
     "ct_structures_segmentation": BUNDLE_ROOT / "bundles" / "organs",
 }
-SHARED = ("LICENSE", "SECURITY.md")
+SHARED = ("LICENSE", "SECURITY.md", "label_app/main.py", "label_app/requirements.txt")
 PARTS = (
     "configs/*.yaml",
     "configs/*.json",
     "configs/logging.conf",
-    "label_app/main.py",
-    "label_app/requirements.txt",
     "docs/*.md",
     "docs/*.txt",
     "docs/images/*.png",
@@ -60,7 +58,7 @@ def build(source: Path, bundle: Path) -> None:
 
 
 def modules(source: Path) -> set[Path]:
-    """Files of ``scripts/`` that a bundle uses: what its configurations, app and documented commands name, and imports.
+    """Files of ``scripts/`` that a bundle uses: what its configurations and documented commands name, and imports.
 
     Args:
         source: folder of the bundle.
@@ -70,8 +68,6 @@ def modules(source: Path) -> set[Path]:
     for page in source.glob("docs/*.md"):
         names += re.findall(r"python -m (scripts(?:\.\w+)+)", page.read_text(encoding="utf-8"))
     new = {path for name in names for path in _files(name)}
-    for app in source.glob("label_app/*.py"):
-        new |= _imports(app)
     found: set[Path] = set()
     while new:
         found |= new
