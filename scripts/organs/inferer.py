@@ -69,7 +69,7 @@ class StructureInferer(LabelMapInferer):
         num_slices: int = 1,
         roi_size: int = 256,
         overlap: float = 0.25,
-        sw_batch_size: int = 8,
+        sw_batch_size: int = 4,
     ) -> None:
         super().__init__(windows)
         if num_slices not in (1, 3, 5):

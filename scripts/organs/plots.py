@@ -45,11 +45,12 @@ def plot_preview(
             index = _busiest(shown, axis)
             _draw_slice(axes, image.take(index, axis), volume.take(index, axis), np.delete(spacing, axis))
             axes.set_title(f"{name}, {plane}, slice {index + 1}")
-    names = [e for e in catalogue().values() if any((volume == e["number"]).any() for volume in turned.values())]
+    counts = {name: _counts(volume, 2).sum(axis=0) for name, volume in turned.items()}
+    names = [entry for entry in catalogue().values() if any(count[entry["number"]] for count in counts.values())]
     handles = [Patch(color="#" + bytes(entry["colour"]).hex(), label=entry["name"]) for entry in names]
     if handles:
         figure.legend(handles=handles, loc="outside right upper", ncols=-(-len(handles) // 40), fontsize="x-small")
-    figure.suptitle(f"{title}: {len(np.unique(labels[labels > 0]))} structures")
+    figure.suptitle(f"{title}: {np.count_nonzero(counts['prediction'][1:])} structures")
     _save(figure, file)
 
 
@@ -98,6 +99,11 @@ def _save(figure: Figure, file: Path) -> None:
 
 def _busiest(labels: np.ndarray, axis: int) -> int:
     """The slice along an axis with the most structures, and of those the one with the most voxels."""
-    slices = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
-    keys = [(len(np.unique(part)), np.count_nonzero(part)) for part in slices]
+    counts = _counts(labels, axis)[:, 1:]
+    keys = list(zip((counts > 0).sum(axis=1), counts.sum(axis=1), strict=True))
     return max(range(len(keys)), key=keys.__getitem__)
+
+
+def _counts(labels: np.ndarray, axis: int) -> np.ndarray:
+    """Voxels of each number in each slice along an axis ``[slices, 256]``."""
+    return np.stack([np.bincount(part.ravel(), minlength=256) for part in np.moveaxis(labels, axis, 0)])
