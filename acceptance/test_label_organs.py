@@ -83,6 +83,14 @@ def test_a_ct_is_segmented_on_its_own_grid_with_its_statistics(server, inferred,
         assert 0 < row["probability"] <= 1
 
 
+def test_the_documented_requests_are_answered(server, tmp_path):
+    blocks = [block for block in documented("curl", server.url.rsplit(":", 1)[1], tmp_path) if ORGANS in block]
+    assert blocks
+    for block in blocks:
+        subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True)
+    assert nib.load(tmp_path / "labels.nii.gz").shape == SHAPE
+
+
 HOSTILE = [
     (name, text)
     for name in ("overlap", "sw_batch_size", "model_filename", "result_extension", "device", "label_tag", "volume")
