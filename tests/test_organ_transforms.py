@@ -9,13 +9,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Orientationd, Spacingd
 
 from scripts.config import InputError
-from scripts.organs.transforms import (
-    CheckHounsfieldd,
-    CompactLabelsd,
-    HUWindowsd,
-    NeighboursToChannelsd,
-    SliceSpacingd,
-)
+from scripts.data.transforms import CheckHounsfieldd, NeighboursToChannelsd
+from scripts.organs.transforms import CompactLabelsd, HUWindowsd, SliceSpacingd
 
 STRUCTURES = ["spleen", "liver", "costal_cartilages"]  # numbers 1, 5 and 117
 

@@ -18,6 +18,8 @@ from scripts.data.subjects import subject_of
 
 logger = logging.getLogger(__name__)
 
+NO_AIR = -500  # HU; a CT has darker voxels, an image of another kind or raw values do not
+
 
 class LoadVolumesd(LoadImaged, ThreadUnsafe):
     """MONAI's LoadImaged that reads volumes, DICOM series and pictures as ``[C, H, W, S]`` and is safe with threads.
@@ -81,6 +83,19 @@ class CheckVolumed(MapTransform):
                         f"subject '{data.get('subject', '?')}': modalities {first + 1} and {second + 1} are identical; "
                         "if one is missing and was replaced by the other, the mask may be wrong although it looks sure"
                     )
+        return dict(data)
+
+
+class CheckHounsfieldd(MapTransform):
+    """Warn about a volume without air: it is no CT in Hounsfield units, and the structures would be wrong."""
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
+        for key in self.key_iterator(dict(data)):
+            if (darkest := float(data[key].min())) > NO_AIR:
+                logger.warning(
+                    f"subject '{data.get('subject', '?')}': the darkest voxel is {darkest:g}; a CT in Hounsfield units "
+                    f"has air below {NO_AIR}. MR images and raw values are not segmented correctly"
+                )
         return dict(data)
 
 
@@ -167,4 +182,25 @@ class RandModalityDropoutd(RandomizableTransform, MapTransform):
             if self._do_transform and len(d[key]) > 1:
                 d[key] = d[key].clone()
                 d[key][self.R.randint(len(d[key]))] = 0
+        return d
+
+
+class NeighboursToChannelsd(MapTransform):
+    """A slice and its neighbours as channels: ``[1, H, W, k]`` to ``[k, H, W]``, k odd.
+
+    Args:
+        keys: keys of images.
+        label_keys: keys of label maps, of which only the middle slice is kept, ``[1, H, W]``.
+    """
+
+    def __init__(self, keys: KeysCollection, label_keys: Sequence[str] = ()) -> None:
+        super().__init__(keys)
+        self.label_keys = label_keys
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = torch.as_tensor(d[key])[0].movedim(-1, 0)
+        for key in self.label_keys:
+            d[key] = torch.as_tensor(d[key])[..., d[key].shape[-1] // 2]
         return d

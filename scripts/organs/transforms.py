@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -16,23 +15,7 @@ from monai.utils import TraceKeys
 from scripts.config import InputError
 from scripts.organs.structures import catalogue
 
-logger = logging.getLogger(__name__)
-
 SLICES = 16  # that are resampled at a time
-NO_AIR = -500  # HU; a CT has darker voxels, an image of another kind or raw values do not
-
-
-class CheckHounsfieldd(MapTransform):
-    """Warn about a volume without air: it is no CT in Hounsfield units, and the structures would be wrong."""
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
-        for key in self.key_iterator(dict(data)):
-            if (darkest := float(data[key].min())) > NO_AIR:
-                logger.warning(
-                    f"subject '{data.get('subject', '?')}': the darkest voxel is {darkest:g}; a CT in Hounsfield units "
-                    f"has air below {NO_AIR}. MR images and raw values are not segmented correctly"
-                )
-        return dict(data)
 
 
 def check_windows(windows: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
@@ -155,25 +138,4 @@ class SliceSpacingd(Spacingd):
                 parts.append(self.spacing_transform.inverse(before))
             result = torch.cat([torch.as_tensor(part).to(volume.dtype) for part in parts], dim=-1)
             d[key] = MetaTensor(result, meta=parts[0].meta, applied_operations=d[key].applied_operations[:-1])
-        return d
-
-
-class NeighboursToChannelsd(MapTransform):
-    """A slice and its neighbours as channels: ``[1, H, W, k]`` to ``[k, H, W]``, k odd.
-
-    Args:
-        keys: keys of images.
-        label_keys: keys of label maps, of which only the middle slice is kept, ``[1, H, W]``.
-    """
-
-    def __init__(self, keys: KeysCollection, label_keys: Sequence[str] = ()) -> None:
-        super().__init__(keys)
-        self.label_keys = label_keys
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = torch.as_tensor(d[key])[0].movedim(-1, 0)
-        for key in self.label_keys:
-            d[key] = torch.as_tensor(d[key])[..., d[key].shape[-1] // 2]
         return d

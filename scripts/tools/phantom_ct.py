@@ -5,12 +5,14 @@ absent. The vertebrae differ only in their level, and the structures of one side
 
 Example:
     python -m scripts.tools.phantom_ct --output_dir bundles/organs/demo/data --num_subjects 40
+    python -m scripts.tools.phantom_ct --output_dir pairs --num_subjects 40 --pairs
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import nibabel as nib
@@ -70,8 +72,19 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--num_subjects", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--pairs", action="store_true", help="native and contrast CT of each subject, without structures"
+    )
+    parser.add_argument(
+        "--misregistration", type=float, default=0.0, help="of pairs: deformation of the native CT (mm)"
+    )
     args = parser.parse_args()
     names = [f"s{number:04d}" for number in range(1, args.num_subjects + 1)]
+    if args.pairs:
+        for index, name in enumerate(tqdm(names, "Drawing pairs", disable=None)):
+            write_pair(args.output_dir / name, np.random.default_rng([args.seed, index]), args.misregistration)
+        print(args.output_dir)
+        return
     ends = np.cumsum(list(SPLITS.values())) * len(names)
     splits = [list(SPLITS)[int(np.searchsorted(ends, index, side="right"))] for index in range(len(names))]
     for index, name in enumerate(tqdm(names, "Drawing CTs", disable=None)):
@@ -81,15 +94,23 @@ def main() -> None:
     print(args.output_dir / "meta.csv")
 
 
+def write_pair(folder: Path, rng: np.random.Generator, misregistration: float) -> None:
+    """Write ``<subject>_ncct.nii.gz`` and ``_cta`` (int16, HU), and the masks ``_vessels`` and ``_lung``."""
+    _write({folder / f"{folder.name}_{name}.nii.gz": v for name, v in make_pair(rng, misregistration).items()})
+
+
 def write_subject(folder: Path, rng: np.random.Generator) -> None:
     """Write ``ct.nii.gz`` (int16, HU) and ``segmentations/<structure>.nii.gz``."""
     image, structures = make_subject(rng)
-    affine = np.diag([*SPACING, 1.0])
     volumes = {folder / "ct.nii.gz": image}
     volumes |= {folder / "segmentations" / f"{name}.nii.gz": mask.astype(np.uint8) for name, mask in structures.items()}
+    _write(volumes)
+
+
+def _write(volumes: Mapping[Path, np.ndarray]) -> None:
     for file, values in volumes.items():
         with atomic_path(file) as path:
-            nib.save(nib.Nifti1Image(values, affine), path)
+            nib.save(nib.Nifti1Image(values, np.diag([*SPACING, 1.0])), path)
 
 
 def make_subject(
@@ -102,22 +123,58 @@ def make_subject(
         shape: in voxels.
         spacing: in mm.
     """
+    tissue = _tissues(_posed(_grid(shape, spacing), rng), rng)
+    image = _hounsfield(tissue, int(rng.random() < 0.5), rng, rng)
+    named = [name for name in np.unique(tissue) if name not in HU or name in (*ELLIPSOIDS, *TUBES)]
+    return image, {str(name): tissue == name for name in named}
+
+
+def make_pair(
+    rng: np.random.Generator,
+    misregistration: float = 0.0,
+    shape: tuple[int, int, int] = SHAPE,
+    spacing: tuple[float, float, float] = SPACING,
+) -> dict[str, np.ndarray]:
+    """``ncct`` and ``cta`` ``[H, W, S]`` (int16, HU) in RAS, and masks of the CTA: ``vessels``, ``lung``.
+
+    Args:
+        rng: of everything that differs between subjects, and of the noise, which differs between the two.
+        misregistration: standard deviation of a smooth deformation of the native CT against the other (mm).
+        shape: in voxels.
+        spacing: in mm.
+    """
     points = _posed(_grid(shape, spacing), rng)
+    again = deepcopy(rng)  # the same structures at other places
+    cta, moved = _tissues(points, rng), points
+    if misregistration:
+        moved = points + _smooth(rng, misregistration, shape)
+    ncct = _tissues(moved, again)
+    same = deepcopy(rng)  # the same body in both, but other noise
+    images = {"ncct": _hounsfield(ncct, 0, same, rng.spawn(1)[0]), "cta": _hounsfield(cta, 1, rng, rng)}
+    masks = {"vessels": cta == "aorta", "lung": np.char.startswith(cta, "lung")}
+    return images | {name: mask.astype(np.uint8) for name, mask in masks.items()}
+
+
+def _tissues(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Name of the tissue at each position ``[3, H, W, S]``."""
     x, y = points[:2]
     radius = np.hypot(x / BODY[0], y / BODY[1])
-    tissue = np.full(shape, "air", dtype="<U24")
+    tissue = np.full(points.shape[1:], "air", dtype="<U24")
     tissue[radius < 1] = "fat"
     tissue[np.hypot(x / (BODY[0] - FAT), y / (BODY[1] - FAT)) < 1] = "muscle"
     for name, inside in _structures(points, rng).items():
         tissue[inside & (radius < 1)] = name
-    phase = int(rng.random() < 0.5)
-    image = np.zeros(shape)
+    return tissue
+
+
+def _hounsfield(tissue: np.ndarray, phase: int, rng: np.random.Generator, noise: np.random.Generator) -> np.ndarray:
+    """CT (int16, HU) of tissues, without (0) or with (1) contrast, blurred, with noise."""
+    image = np.zeros(tissue.shape)
     for name in np.unique(tissue):
         key = next(key for key in HU if str(name).startswith(key))
         image[tissue == name] = HU[key][phase] + (rng.normal(0, 8) if name not in ("air", "fat") else 0)
-    image = gaussian_filter(image, (0.5, 0.5, 0)) + rng.normal(0, NOISE, shape)
-    named = [name for name in np.unique(tissue) if name not in HU or name in (*ELLIPSOIDS, *TUBES)]
-    return np.clip(image, -1024, 3000).round().astype(np.int16), {str(name): tissue == name for name in named}
+    image = gaussian_filter(image, (0.5, 0.5, 0)) + noise.normal(0, NOISE, tissue.shape)
+    return np.clip(image, -1024, 3000).round().astype(np.int16)
 
 
 def _grid(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> np.ndarray:
@@ -131,10 +188,14 @@ def _posed(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     angle = np.deg2rad(rng.normal(0, 6))
     x, y, z = points - np.array([rng.normal(0, 12), rng.normal(0, 12), rng.uniform(-40, 20)])[:, None, None, None]
     turned = np.stack([np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x, z])
-    coarse = rng.normal(0, 7, (3, 4, 4, 4))
-    shape = points.shape[1:]
-    smooth = np.stack([zoom(part, np.array(shape) / 4, order=3, mode="nearest", grid_mode=True) for part in coarse])
+    smooth = _smooth(rng, 7, points.shape[1:])
     return turned / rng.uniform(0.88, 1.08, 3)[:, None, None, None] + smooth
+
+
+def _smooth(rng: np.random.Generator, deviation: float, shape: tuple[int, ...]) -> np.ndarray:
+    """A smooth deformation ``[3, H, W, S]`` (mm)."""
+    coarse = rng.normal(0, deviation, (3, 4, 4, 4))
+    return np.stack([zoom(part, np.array(shape) / 4, order=3, mode="nearest", grid_mode=True) for part in coarse])
 
 
 def _structures(points: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
