@@ -10,8 +10,10 @@ DEMO = "['configs/train.yaml','configs/demo.yaml']"
 
 ORGANS = bundles/organs
 ORGANS_DEMO = '$(ORGANS)/configs/train.yaml','$(ORGANS)/configs/demo.yaml'
+SYNTHESIS = bundles/synthesis
+SYNTHESIS_DEMO = '$(SYNTHESIS)/configs/train.yaml','$(SYNTHESIS)/configs/demo.yaml'
 
-.PHONY: demo organs-demo staged test conformance docs-test label-env label-test release lint clean
+.PHONY: demo organs-demo synthesis-demo staged test conformance docs-test label-env label-test release lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -65,6 +67,23 @@ organs-demo: $(VENV)/.installed
 	@echo "weights          $(ORGANS)/demo/models/model.pt"
 	@echo "scores           $(ORGANS)/demo/evaluate/summary.json, structures.csv, structures.png, overlays/"
 	@ls $(ORGANS)/demo/inference/*
+
+synthesis-demo: $(VENV)/.installed
+	rm -rf $(SYNTHESIS)/demo
+	$(RUN) -m scripts.tools.phantom_ct --output_dir $(SYNTHESIS)/demo/data --num_subjects 40 --pairs
+	$(RUN) -m scripts.tools.phantom_ct --output_dir $(SYNTHESIS)/demo/new --num_subjects 1 --seed 1 --pairs
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO),'$(SYNTHESIS)/configs/stage0_generator.yaml']" \
+	    --output_dir $(SYNTHESIS)/demo/generator --ckpt_dir $(SYNTHESIS)/demo/models/generator
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO)]"
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO),'$(SYNTHESIS)/configs/evaluate.yaml']" \
+	    --output_dir $(SYNTHESIS)/demo/evaluate
+	$(RUN) -W ignore -m monai.bundle run --config_file $(SYNTHESIS)/configs/inference.yaml \
+	    --ckpt_dir $(SYNTHESIS)/demo/models --dataset_dir $(SYNTHESIS)/demo/new --output_dir $(SYNTHESIS)/demo/inference
+	@echo
+	@echo "epoch tables     $(SYNTHESIS)/demo/generator/metrics.csv, $(SYNTHESIS)/demo/train/metrics.csv"
+	@echo "weights          $(SYNTHESIS)/demo/models/model.pt"
+	@echo "scores           $(SYNTHESIS)/demo/evaluate/summary.json, subjects.csv, overlays/"
+	@ls $(SYNTHESIS)/demo/inference/*
 
 staged: $(VENV)/.installed
 	test -d demo/data || $(RUN) -m scripts.tools.phantom --output_dir demo/data --num_subjects 160

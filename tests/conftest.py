@@ -74,6 +74,20 @@ def cts(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Six pairs of a native and a contrast CT of 32 x 32 x 24 voxels, with masks of vessels and lung."""
+    folder = tmp_path_factory.mktemp("pairs")
+    grid = ((32, 32, 24), (10.0, 10.0, 20.0))
+    for index in range(6):
+        subject = folder / f"s{index}"
+        subject.mkdir()
+        for name, volume in phantom_ct.make_pair(np.random.default_rng(index), 0.0, *grid).items():
+            image = nib.Nifti1Image(volume, np.diag([10.0, 10.0, 20.0, 1.0]))
+            nib.save(image, subject / f"s{index}_{name}.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def three_regions(phantoms, tmp_path_factory) -> Path:
     """Folder with a checkpoint that was trained on TC, WT and ET for a few seconds."""
     out = tmp_path_factory.mktemp("three_regions")

@@ -14,14 +14,23 @@ from monai.data.utils import pickle_hashing
 from conftest import ROOT, settings_of
 from scripts.net import SETTINGS
 from scripts.organs.workflow import SETTINGS as ORGAN_SETTINGS
+from scripts.synthesis.workflow import SETTINGS as SYNTHESIS_SETTINGS
 
 CONFIGS = ROOT / "configs"
-ORGANS = ROOT / "bundles" / "organs" / "configs"
+ORGANS, SYNTHESIS = (ROOT / "bundles" / name / "configs" for name in ("organs", "synthesis"))
+FOLDERS = (CONFIGS, ORGANS, SYNTHESIS)
 BASES = ("train.yaml", "inference.yaml")
-ABLATIONS = sorted(path for folder in (CONFIGS, ORGANS) for path in folder.glob("ablation*.yaml"))
-FILES = sorted(path for folder in (CONFIGS, ORGANS) for path in folder.glob("*.yaml"))
+ABLATIONS = sorted(path for folder in FOLDERS for path in folder.glob("ablation*.yaml"))
+FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
 OVERLAYS = [path for path in FILES if path.name not in BASES and not path.name.startswith("ablation")]
-EVALUATION = ("subset", "num_eval_cases", "chosen_by", "grade_prior", "prior")  # keys that evaluate.yaml declares
+EVALUATION = (
+    "subset",
+    "num_eval_cases",
+    "chosen_by",
+    "grade_prior",
+    "prior",
+    "lookup",
+)  # keys that evaluate.yaml declares
 PUBLIC_KEYS = {
     "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "device", "seed", "amp", "modalities", "regions",
     "grade_csv", "subject_column", "grade_column", "grade_labels", "use_cls_head", "image_size", "variant", "channels",
@@ -87,12 +96,15 @@ def test_numbers_are_numbers(file):
             float(text)  # YAML reads 1e-4 as a string, 1.0e-4 as a number
 
 
-@pytest.mark.parametrize(("folder", "of_the_label"), [(CONFIGS, 3), (ORGANS, 2)], ids=["main", "organs"])
+@pytest.mark.parametrize(
+    ("folder", "of_the_label"), [(CONFIGS, 3), (ORGANS, 2), (SYNTHESIS, 2)], ids=["main", "organs", "synthesis"]
+)
 def test_both_bases_prepare_images_alike(folder, of_the_label):
     """MONAI Label needs inference in one file, so the preprocessing is written twice. Both must be equal."""
     settings = settings_of("train.yaml")
-    if folder == ORGANS:
-        settings = {name: load("train.yaml", folder)[name] for name in ORGAN_SETTINGS} | {"structures": ["liver"]}
+    if folder != CONFIGS:
+        names = ORGAN_SETTINGS if folder == ORGANS else SYNTHESIS_SETTINGS
+        settings = {name: load("train.yaml", folder)[name] for name in names} | {"structures": ["liver"]}
     train = parsed("train.yaml", folder=folder, names=["liver"])
     inference = parsed("inference.yaml", folder=folder, settings=settings)
     chains = [
@@ -170,7 +182,7 @@ def test_metadata_at_the_root_is_a_link():
     assert (ROOT / "metadata.json").resolve() == CONFIGS / "metadata.json"
 
 
-@pytest.mark.parametrize("folder", [CONFIGS, ORGANS], ids=identify)
+@pytest.mark.parametrize("folder", FOLDERS, ids=identify)
 def test_metadata_names_the_pinned_versions(folder):
     pins = dict(
         line.split(" ;")[0].split("==")
@@ -187,16 +199,19 @@ def test_metadata_names_the_pinned_versions(folder):
     assert {name: pins[name] for name in named} == named
 
 
-@pytest.mark.parametrize("folder", [CONFIGS, ORGANS], ids=identify)
+@pytest.mark.parametrize("folder", FOLDERS, ids=identify)
 @pytest.mark.parametrize(("name", "kind"), [("train.yaml", "train"), ("inference.yaml", "infer")])
-def test_monai_finds_the_required_properties(folder, name, kind, phantoms, cts, tmp_path):
-    options = {"dataset_dir": str(phantoms if folder == CONFIGS else cts), "output_dir": str(tmp_path)}
+def test_monai_finds_the_required_properties(folder, name, kind, phantoms, cts, pairs, tmp_path):
+    data = {CONFIGS: phantoms, ORGANS: cts, SYNTHESIS: pairs}[folder]
+    options = {"dataset_dir": str(data), "output_dir": str(tmp_path)}
+    if folder == SYNTHESIS:  # the weights that are included hold a generator
+        options |= {"generator_ckpt": str(folder.parent / "models" / "model.pt")} if kind == "train" else {}
     workflow = ConfigWorkflow(config_file=str(folder / name), workflow_type=kind, **options)
     workflow.initialize()
     assert workflow.check_properties() == []
 
 
-@pytest.mark.parametrize("folder", [CONFIGS, ORGANS], ids=identify)
+@pytest.mark.parametrize("folder", FOLDERS, ids=identify)
 def test_no_two_files_of_one_name_differ_in_case(folder):
     names = [path.name.lower() for path in folder.iterdir()]
     assert len(names) == len(set(names))

@@ -20,7 +20,7 @@ LAYERS = [  # a module may import from its own package and from the layers above
     {"training", "sampling"},
     {"report"},
     {"tools"},
-    {"workflow", "organs"},
+    {"workflow", "organs", "synthesis"},
 ]
 FILES = sorted(path for path in (ROOT / "scripts").rglob("*.py") if path.name != "__init__.py")
 

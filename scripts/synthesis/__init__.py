@@ -1,0 +1,1 @@
+"""Synthesis of a contrast CT from a native one."""

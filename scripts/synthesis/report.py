@@ -1,0 +1,111 @@
+"""Evaluation of contrast CTs: the network, its generator, and two baselines, with intervals over patients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import pandas as pd
+import torch
+
+from scripts.config import atomic_path
+from scripts.data.pictures import read_volume
+from scripts.data.split import patient
+from scripts.data.writing import write_csv
+from scripts.report.intervals import with_intervals
+from scripts.sampling.rows import RowsHandler
+from scripts.synthesis.plots import plot_projections
+from scripts.synthesis.scores import SCORES, body_mask, looked_up, scores
+
+METHODS = ("identity", "lookup", "generator", "refined")
+
+
+class SynthesisReport(RowsHandler):
+    """Evaluation handler: ``subjects.csv``, ``summary.json`` and ``overlays/<subject>_mip.png``.
+
+    A row is a subject and a method: ``identity`` is the native CT, ``lookup`` the best map from native to contrast HU
+    in the training subjects, ``generator`` and ``refined`` are the networks.
+
+    Args:
+        output_dir: folder of the files.
+        table: result of :func:`scripts.synthesis.scores.lookup_table`.
+        hu_range: lowest and highest HU.
+        patient_pattern: see :func:`scripts.data.split.patient`.
+        seed: of the intervals.
+        settings: plain data that are saved with the summary.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        table: np.ndarray,
+        hu_range: Sequence[float],
+        patient_pattern: str,
+        seed: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.table = table
+        self.hu_range = hu_range
+        self.patient_pattern = patient_pattern
+        self.seed = seed
+        self.settings = dict(settings or {})
+
+    def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        native = read_volume(item["pred"].meta["filename_or_obj"])
+        pred, generator, truth = (torch.as_tensor(item[key])[0].cpu().numpy() for key in ("pred", "generator", "label"))
+        volumes = {"identity": native, "lookup": looked_up(native, self.table, self.hu_range)}
+        volumes |= {"generator": generator, "refined": pred}
+        body, vessels = body_mask(native), vessel_mask(item["label"].meta["filename_or_obj"])
+        file = self.output_dir / "overlays" / f"{item['subject']}_mip.png"
+        affine = np.asarray(item["pred"].affine)
+        plot_projections({"native": native, "synthetic": pred, "true": truth}, affine, item["subject"], file)
+        subject = {"subject": item["subject"], "patient": patient(item["subject"], self.patient_pattern)}
+        return [
+            subject | {"method": name} | scores(volume, truth, body, vessels, self.hu_range)
+            for name, volume in volumes.items()
+        ]
+
+    @idist.one_rank_only()
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        table = pd.DataFrame(rows)
+        write_csv(table, self.output_dir / "subjects.csv")
+        found = summary(table, self.seed)
+        with atomic_path(self.output_dir / "summary.json") as path:
+            path.write_text(json.dumps({"settings": self.settings, **found}, indent=1), encoding="utf-8")
+        for method, cells in found["methods"].items():
+            print(f"{method:<10}" + "  ".join(f"{name} {cell['value']:.3f}" for name, cell in cells.items()))
+
+
+def vessel_mask(contrast: str) -> np.ndarray | None:
+    """The mask of vessels ``[H, W, S]`` beside a contrast CT, ``<subject>_vessels.nii.gz``; None without one."""
+    path = Path(contrast)
+    stem, dot, suffix = path.name.partition(".")
+    file = path.with_name(stem[: stem.rfind("cta")] + "vessels" + dot + suffix)
+    return read_volume(str(file)) > 0 if file.is_file() else None
+
+
+def summary(table: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+    """Mean scores of each method, and the differences of the refined CTs, with 95 % intervals over patients."""
+    wide = table.pivot(index=["patient", "subject"], columns="method", values=list(SCORES))
+    patients = wide.index.get_level_values("patient").to_numpy()
+
+    def means(rows: np.ndarray) -> dict[str, float]:
+        each = wide.iloc[rows].mean()
+        values = {f"{method}/{score}": each[score, method] for method in METHODS for score in SCORES}
+        differences = {
+            f"refined - {method}/{score}": each[score, "refined"] - each[score, method]
+            for method in METHODS[:-1]
+            for score in SCORES
+        }
+        return values | differences
+
+    found = with_intervals(means, patients, seed)
+    names = {"methods": METHODS, "differences": [f"refined - {method}" for method in METHODS[:-1]]}
+    return {"subjects": len(wide)} | {
+        kind: {name: {score: found[f"{name}/{score}"] for score in SCORES} for name in of} for kind, of in names.items()
+    }

@@ -1,0 +1,73 @@
+"""Scores of a contrast CT, and the baselines that need no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai.metrics import SSIMMetric
+from scipy.ndimage import binary_fill_holes
+from tqdm import tqdm
+
+from scripts.data.pictures import read_volume
+from scripts.data.subjects import Item
+
+AIR = -500  # HU; the body is brighter, but for its lungs
+BIN = 10  # HU, of the lookup table
+SCORES = ("psnr", "mae", "ssim", "vessel_mae")
+
+
+def body_mask(image: np.ndarray) -> np.ndarray:
+    """The body ``[H, W, S]``, bool: what is brighter than air, with the holes of each slice filled."""
+    return np.stack([binary_fill_holes(part > AIR) for part in np.moveaxis(image, -1, 0)], axis=-1)
+
+
+def scores(
+    image: np.ndarray, truth: np.ndarray, body: np.ndarray, vessels: np.ndarray | None, hu_range: Sequence[float]
+) -> dict[str, float]:
+    """PSNR (dB, over ``hu_range``), MAE (HU) and SSIM in the body, and MAE in the vessels.
+
+    Args:
+        image: a synthesised CT ``[H, W, S]`` (HU).
+        truth: the contrast CT, likewise.
+        body: where it is scored.
+        vessels: mask of the contrast vessels; None without.
+        hu_range: lowest and highest HU; the truth is clipped to them.
+    """
+    low, high = hu_range
+    one, two = (part.astype(np.float32).clip(low, high) for part in (image, truth))
+    error = (one - two)[body]
+    ssim = SSIMMetric(spatial_dims=2, data_range=high - low)
+    slices = [torch.from_numpy(part * body).permute(2, 0, 1)[:, None] for part in (one - low, two - low)]
+    return {
+        # files hold whole HU, so an error is never smaller than that of rounding
+        "psnr": float(10 * np.log10((high - low) ** 2 / max(np.square(error).mean(), 1 / 12))),
+        "mae": float(np.abs(error).mean()),
+        "ssim": float(torch.as_tensor(ssim(*slices)).mean()),
+        "vessel_mae": float(np.abs(one - two)[vessels].mean()) if vessels is not None and vessels.any() else np.nan,
+    }
+
+
+def lookup_table(items: Sequence[Item], hu_range: Sequence[float]) -> np.ndarray:
+    """Mean contrast HU of the voxels of each native HU, in steps of 10 HU from the lowest: the best pointwise map.
+
+    Args:
+        items: training subjects.
+        hu_range: lowest and highest HU.
+    """
+    low, high = hu_range
+    sums, counts = np.zeros((2, int((high - low) // BIN) + 1))
+    for item in tqdm(items, "Counting HU", disable=None):
+        native, contrast = (read_volume(item[key][0]).clip(low, high) for key in ("image", "label"))
+        bins = ((native - low) // BIN).astype(int).ravel()
+        sums += np.bincount(bins, contrast.ravel(), len(sums))
+        counts += np.bincount(bins, minlength=len(counts))
+    centres = low + BIN * (np.arange(len(sums)) + 0.5)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), centres)
+
+
+def looked_up(image: np.ndarray, table: np.ndarray, hu_range: Sequence[float]) -> np.ndarray:
+    """The contrast CT that the lookup table gives of a native one ``[H, W, S]``."""
+    low, high = hu_range
+    return table[((image.clip(low, high) - low) // BIN).astype(int)]

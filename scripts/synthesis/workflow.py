@@ -1,0 +1,88 @@
+"""What a run of the bundle of synthesis does, in order: one function per verb."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import ignite.distributed as idist
+
+from scripts.config import InputError, bundle_root, check_all, running_parser, save_config
+from scripts.data.datalist import describe
+from scripts.data.subjects import Item, check_output_dir
+from scripts.synthesis.transforms import check_hu_range
+from scripts.tools.monai_label import apply_label_request, option
+from scripts.training.checkpoints import check_settings, load_weights
+from scripts.training.run import run_training, start
+
+__all__ = ["bundle_root", "evaluate", "infer", "option", "settings", "train"]
+logger = logging.getLogger(__name__)
+OF_GENERATOR = ("modalities", "hu_range", "num_slices", "features")
+SETTINGS = (*OF_GENERATOR, "intermediate", "refiner_width", "refiner_units")
+
+
+def settings() -> dict[str, Any]:
+    """The settings that give the weights their meaning."""
+    parser = running_parser()
+    found = {name: parser.get_parsed_content(name) for name in SETTINGS}
+    if len(found["modalities"]) != 1:
+        raise InputError(f"modalities={found['modalities']!r} must be one file suffix, that of the native CT")
+    if found["num_slices"] not in (1, 3, 5):
+        raise InputError(f"num_slices={found['num_slices']!r} must be 1, 3 or 5")
+    return found | {"hu_range": list(check_hu_range(found["hu_range"]))}
+
+
+def train() -> None:
+    """Train the refiner of a frozen generator or, without ``intermediate``, the generator.
+
+    Training starts anew, from the weights of ``init_ckpt``, or from where an earlier run stopped (``resume``).
+    """
+    parser, value = start("train.yaml")
+    apply_label_request(parser, SETTINGS)
+    trained, datalist = value("settings"), value("datalist")
+    _check_training(value)
+    network = value("network_def")
+    if trained["intermediate"] and not value("init_ckpt"):  # which holds a generator, too
+        load_weights(network.generator, value("generator_ckpt"), {key: trained[key] for key in OF_GENERATOR})
+    if idist.get_rank() == 0:
+        print(describe(datalist, value("patient_pattern")))
+    run_training(parser, network, datalist)
+
+
+def evaluate() -> None:
+    """Score the weights of ``ckpt_path`` on subjects that they were not trained on."""
+    _, value = start("train.yaml", "evaluate.yaml")
+    load_weights(value("network"), value("ckpt_path"), value("settings"))
+    value("chosen_by")  # refuses subjects that the weights were trained on
+    evaluator = value("validate::evaluator")
+    save_config(value("output_dir") + "/evaluate.yaml")
+    evaluator.run()
+
+
+def infer() -> None:
+    """Synthesise the contrast CT of every subject of ``dataset_dir``."""
+    parser, value = start("inference.yaml", "train.yaml")
+    trained = value("settings")
+    if absent := [key for key in SETTINGS if key not in trained]:
+        raise InputError(f"ckpt_path '{value('ckpt_path')}' has no settings {absent}: it is not of this bundle")
+    given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
+    check_settings(trained, given, "the model")
+    load_weights(value("network"), value("ckpt_path"), trained)
+    check_output_dir(value("output_dir"), value("data"))
+    value("evaluator").run()
+
+
+def _check_training(value: Callable[[str], Any]) -> None:
+    datalist = value("datalist")
+    check_all([item for items in datalist.values() for item in items], _check_pair)
+    if not datalist["validation"]:
+        logger.warning("there is no validation subject: model.pt will hold the last weights")
+    slices = len(datalist["training"]) * value("slices_per_volume")
+    if slices < value("batch_size"):
+        raise InputError(f"an epoch has {slices} slices, fewer than batch_size; raise slices_per_volume")
+
+
+def _check_pair(item: Item) -> None:
+    if set(item["image"]) & set(item["label"]):
+        raise InputError(f"subject '{item['subject']}': {item['image'][0]} is both the native and the contrast CT")

@@ -1,0 +1,315 @@
+"""The bundle of synthesis from pairs to files, on tiny CTs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from conftest import ROOT, run_files
+from scripts.config import InputError
+from scripts.synthesis.inferer import SynthesisInferer
+from scripts.synthesis.losses import PyramidLoss
+from scripts.synthesis.networks import FrozenRefine, Generator, build
+from scripts.synthesis.report import summary
+from scripts.synthesis.scores import body_mask, looked_up, lookup_table, scores
+from scripts.synthesis.transforms import ToHounsfieldd
+
+BUNDLE = ROOT / "bundles" / "synthesis"
+FEATURES = [8, 8, 8, 8, 8, 8]
+TINY = {"features": FEATURES, "refiner_width": 8, "refiner_units": 2, "slices_per_volume": 4, "val_interval": 1}
+TINY |= {"max_epochs": 2, "learning_rate": 1e-3, "validation_share": 0.3, "num_folds": 3}
+HU_RANGE = [-1000, 600]
+
+
+def run(*configs, **overrides):
+    run_files([BUNDLE / "configs" / name for name in configs], **overrides)
+
+
+@pytest.fixture(scope="module")
+def generator(pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generator")
+    folders = {"dataset_dir": str(pairs), "output_dir": str(folder), "ckpt_dir": str(folder)}
+    run("train.yaml", "stage0_generator.yaml", **folders, **TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def refined(pairs, generator, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refined")
+    folders = {"dataset_dir": str(pairs), "output_dir": str(folder), "ckpt_dir": str(folder)}
+    run("train.yaml", generator_ckpt=str(generator / "model.pt"), **folders, **TINY)
+    return folder
+
+
+def infer(weights, data, out, **overrides):
+    options = {"dataset_dir": str(data), "ckpt_path": str(weights / "model.pt"), "output_dir": str(out)}
+    run("inference.yaml", **options | overrides)
+
+
+# ---- networks and losses
+def test_both_networks_start_as_the_identity():
+    image = torch.randn(2, 3, 32, 48)
+    network = Generator(3, FEATURES)
+    assert torch.equal(network(image), image[:, 1:2])
+    with torch.no_grad():
+        network.unet.final_conv.bias.fill_(0.25)
+    for intermediate, expected in {
+        "direct": image[:, 1:2] + 0.25,
+        "product": image[:, 1:2] * (image[:, 1:2] + 0.25).abs(),
+        "both": image[:, 1:2] + 0.25,
+    }.items():
+        assert torch.allclose(FrozenRefine(network, intermediate, 8, 2)(image), expected), intermediate
+
+
+def test_the_generator_stays_as_it_is():
+    network = FrozenRefine(Generator(1, FEATURES), width=8, units=2).train()
+    assert not network.generator.training
+    assert network.refiner.training
+    before = {name: value.clone() for name, value in network.generator.state_dict().items()}
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        network(torch.randn(2, 1, 32, 32)).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in network.generator.state_dict().items())
+    assert network.refiner.last.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": [12] * 6}, "must be multiples of 8"),
+        ({"intermediate": "sum"}, "intermediate 'sum' is not one of"),
+    ],
+)
+def test_other_networks_are_refused(change, message):
+    settings = {"num_slices": 1, "features": FEATURES, "intermediate": "both", "refiner_width": 8, "refiner_units": 1}
+    with pytest.raises(InputError, match=message):
+        build(settings | change)
+
+
+def test_the_loss_is_0_for_equal_slices_and_sees_each_resolution():
+    image = torch.rand(2, 1, 32, 32) * 2 - 1
+    assert PyramidLoss([1, 2])(image, image).item() == pytest.approx(0, abs=1e-6)
+    checks = image + 0.5 * (-1) ** (torch.arange(32)[:, None] + torch.arange(32))  # invisible at half the resolution
+    assert PyramidLoss([1], ssim_weight=0)(checks, image).item() == pytest.approx(0.5, abs=1e-6)
+    assert PyramidLoss([2], ssim_weight=0)(checks, image).item() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(InputError, match="slices of 8 px are too small"):
+        PyramidLoss([1, 4])(image, image)
+    with pytest.raises(InputError, match="resolutions"):
+        PyramidLoss([0])
+
+
+# ---- volumes
+@pytest.mark.parametrize("tta", [False, True])
+@pytest.mark.parametrize("num_slices", [1, 3])
+def test_slices_come_back_at_their_place(tta, num_slices):
+    """The middle of the neighbours is returned, whatever the size of the volume and the flips."""
+    volume = torch.randn(1, 1, 37, 21, 9)
+    network = Generator(num_slices, FEATURES)
+    result = SynthesisInferer(num_slices, batch_size=4, tta=tta, with_generator=True).predict(volume, network)
+    assert torch.allclose(result["pred"], volume, atol=1e-6)
+    assert torch.equal(result["pred"], result["generator"])
+
+
+@pytest.mark.parametrize("options", [{"num_slices": 2}, {"batch_size": 0}, {"batch_size": 1.5}])
+def test_other_numbers_of_slices_are_refused(options):
+    with pytest.raises(InputError, match=f"{next(iter(options))}=.* must be"):
+        SynthesisInferer(**options)
+
+
+def test_hu_are_whole_and_within_their_range():
+    item = ToHounsfieldd("pred", HU_RANGE)({"pred": torch.tensor([-2.0, -1.0, 0.0, 0.0004, 1.0, 3.0])})
+    assert item["pred"].tolist() == [-1000, -1000, -200, -200, 600, 600]
+    for wrong in ([600, -1000], [1], "ab", None, [0, "1"]):
+        with pytest.raises(InputError, match="hu_range="):
+            ToHounsfieldd("pred", wrong)
+
+
+# ---- scores
+def test_scores_of_known_errors():
+    truth = np.full((16, 16, 4), 100.0)
+    truth[:, :3] = -1000
+    body, vessels = body_mask(truth), np.zeros(truth.shape, bool)
+    assert body.sum() == 16 * 13 * 4
+    vessels[4, 8] = True
+    perfect = scores(truth, truth, body, vessels, HU_RANGE)
+    assert (perfect["mae"], perfect["vessel_mae"]) == (0, 0)
+    assert perfect["ssim"] == pytest.approx(1)
+    assert perfect["psnr"] == pytest.approx(10 * np.log10(1600**2 * 12))
+    wrong = scores(truth + 16, truth, body, vessels, HU_RANGE)
+    assert (wrong["mae"], wrong["vessel_mae"]) == (16, 16)
+    assert wrong["psnr"] == pytest.approx(40)
+    assert np.isnan(scores(truth, truth, body, None, HU_RANGE)["vessel_mae"])
+
+
+def test_the_body_has_its_lungs():
+    image = np.full((20, 20, 2), -1000)
+    image[4:16, 4:16] = 50
+    image[7:10, 7:10] = -800
+    assert body_mask(image).sum() == 12 * 12 * 2
+
+
+def test_the_lookup_table_is_the_best_pointwise_map(tmp_path):
+    native = np.tile(np.array([-1000, 0, 3, 400], np.int16), (4, 4, 1))
+    contrast = np.tile(np.array([-1000, 100, 200, 410], np.int16), (4, 4, 1))
+    for name, volume in {"n": native, "c": contrast}.items():
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    items = [{"subject": "s", "image": [str(tmp_path / "n.nii.gz")], "label": [str(tmp_path / "c.nii.gz")]}]
+    table = lookup_table(items, HU_RANGE)
+    assert looked_up(native, table, HU_RANGE)[0, 0].tolist() == [-1000, 150, 150, 410]  # 0 and 3 share a step
+    assert looked_up(np.array([205.0]), table, HU_RANGE)[0] == pytest.approx(205)  # never seen: as it is
+
+
+def test_differences_are_paired():
+    rows = [
+        {"subject": s, "patient": s, "method": m, "psnr": 30 + i + d, "mae": 1, "ssim": 1, "vessel_mae": 1}
+        for i, s in enumerate("abc")
+        for m, d in {"identity": 0, "lookup": 1, "generator": 2, "refined": 3}.items()
+    ]
+    found = summary(pd.DataFrame(rows))
+    difference = found["differences"]["refined - identity"]["psnr"]
+    assert [difference[key] for key in ("value", "low", "high")] == pytest.approx([3, 3, 3])
+    assert found["methods"]["lookup"]["psnr"]["value"] == 32
+
+
+# ---- the bundle
+def test_training_writes_a_table_and_weights(refined, generator):
+    table = pd.read_csv(refined / "metrics.csv")
+    assert table["split"].tolist() == ["train", "validation"] * 2
+    assert table.loc[table["split"] == "validation", "psnr"].between(15, 60).all()
+    checkpoint = torch.load(refined / "model.pt", weights_only=True)
+    assert checkpoint["settings"]["hu_range"] == HU_RANGE
+    before = torch.load(generator / "model.pt", weights_only=True)["model"]
+    assert all(torch.equal(checkpoint["model"][f"generator.{name}"], value) for name, value in before.items())
+
+
+def test_evaluation_beside_the_baselines(refined, pairs, tmp_path):
+    common = {"dataset_dir": str(pairs), "ckpt_path": str(refined / "model.pt"), **TINY}
+    run("train.yaml", "evaluate.yaml", output_dir=str(tmp_path), **common)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["subjects"] == 2
+    table = pd.read_csv(tmp_path / "subjects.csv")
+    assert table["method"].tolist() == ["identity", "lookup", "generator", "refined"] * 2
+    assert found["methods"]["refined"]["psnr"]["value"] == pytest.approx(
+        table.loc[table["method"] == "refined", "psnr"].mean(), rel=1e-4
+    )
+    assert table["vessel_mae"].gt(0).all()
+    assert len(list((tmp_path / "overlays").glob("*_mip.png"))) == 2
+
+
+def test_files_of_inference(refined, pairs, tmp_path):
+    infer(refined, pairs, tmp_path)
+    image, native = nib.load(tmp_path / "s0_cta.nii.gz"), nib.load(pairs / "s0" / "s0_ncct.nii.gz")
+    assert image.get_data_dtype() == np.int16
+    assert b"not for diagnosis" in image.header["descrip"].tobytes()
+    assert np.allclose(image.affine, native.affine)
+    assert image.shape == native.shape
+    assert pd.read_csv(tmp_path / "enhancement.csv")["subject"].tolist() == [f"s{index}" for index in range(6)]
+    assert (tmp_path / "s5_mip.png").stat().st_size > 5000
+    infer(refined, pairs / "s0", tmp_path / "tta", tta=True)
+    assert not np.array_equal(nib.load(tmp_path / "tta" / "s0_cta.nii.gz").dataobj, image.dataobj)
+
+
+@pytest.mark.parametrize("kind", ["LPS", "flipped", "oblique"])
+def test_the_identity_gives_the_input_on_its_own_grid(kind, tmp_path):
+    c, s = np.cos(0.3), np.sin(0.3)
+    axes = {"LPS": np.diag([-2.0, -2, 3]), "flipped": np.array([[0, 0, 3.0], [2, 0, 0], [0, -2, 0]])}
+    axes["oblique"] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag([2.0, 2, 4])
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = axes[kind], (-30, 20, 10)
+    volume = np.random.default_rng(0).integers(-1000, 600, (37, 30, 12)).astype(np.int16)
+    (tmp_path / "data" / "s1").mkdir(parents=True)
+    nib.save(nib.Nifti1Image(volume, affine), tmp_path / "data" / "s1" / "s1_ncct.nii.gz")
+    settings = {"modalities": ["ncct"], "hu_range": HU_RANGE, "num_slices": 1, "features": FEATURES}
+    settings |= {"intermediate": "direct", "refiner_width": 8, "refiner_units": 1}
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs" / "inference.yaml"))
+    parser.update({"settings": settings, "dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")})
+    parser.update({"device": torch.device("cpu")})
+    parser.get_parsed_content("evaluator").run()
+    found = nib.load(tmp_path / "out" / "s1_cta.nii.gz")
+    assert np.allclose(found.affine, affine, atol=1e-4)
+    assert np.abs(np.asarray(found.dataobj).astype(int) - volume).max() <= 1
+
+
+def test_resuming_a_complete_training_changes_nothing(refined, generator, pairs, capsys):
+    before = (refined / "last.pt").read_bytes()
+    folders = {"dataset_dir": str(pairs), "output_dir": str(refined), "ckpt_dir": str(refined)}
+    run("train.yaml", "resume.yaml", generator_ckpt=str(generator / "model.pt"), **folders, **TINY)
+    assert "training is complete" in capsys.readouterr().out
+    assert (refined / "last.pt").read_bytes() == before
+
+
+# ---- bad input
+def train(data, out, **overrides):
+    folders = {"dataset_dir": str(data), "output_dir": str(out), "ckpt_dir": str(out)}
+    run("train.yaml", **folders, **TINY | overrides)
+
+
+def with_nan(folder):
+    image = nib.load(folder / "s1_cta.nii.gz")
+    volume = image.get_fdata()
+    volume[3, 4, 5] = np.nan
+    nib.save(nib.Nifti1Image(volume.astype(np.float32), image.affine), folder / "s1_cta.nii.gz")
+
+
+def save(name, volume):
+    image = nib.Nifti1Image(volume, np.diag([10.0, 10.0, 20.0, 1.0]))
+    return lambda folder: nib.save(image, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "s1_cta.nii.gz").unlink(), "subject 's1': no .*cta"),
+        (save("s1_cta.nii.gz", np.zeros((32, 32, 20), np.int16)), "subject 's1': .*32, 32, 20"),
+        (save("s1_ncct.nii.gz", np.full((32, 32, 24), -1000, np.int16)), "subject 's1': modality 1 of 1 is constant"),
+        (with_nan, "subject 's1'.* has NaN or infinite voxels"),
+    ],
+    ids=["no pair", "another grid", "constant", "NaN"],
+)
+def test_a_pair_that_cannot_be_used(pairs, generator, tmp_path, change, message):
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    change(data / "s1")
+    with pytest.raises(InputError, match=message):
+        train(data, tmp_path / "out", generator_ckpt=str(generator / "model.pt"))
+    assert not list(tmp_path.glob("out/*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generator_ckpt": "none.pt"}, "none.pt"),
+        ({"hu_range": [600, -1000]}, "hu_range=.*600, -1000.* must be the lowest and the highest HU"),
+        ({"hu_range": [-500, 500]}, "was trained with hu_range=.*, now it is"),
+        ({"num_slices": 3}, "was trained with num_slices=1, now it is 3"),
+        ({"num_slices": 2}, "num_slices=2 must be 1, 3 or 5"),
+        ({"modalities": ["ncct", "cta"]}, "must be one file suffix"),
+        ({"label_suffix": "ncct"}, "s0_ncct.nii.gz is both the native and the contrast CT"),
+        ({"slices_per_volume": 1, "batch_size": 40}, "fewer than batch_size; raise slices_per_volume"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used(pairs, generator, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        train(pairs, tmp_path / "out", **{"generator_ckpt": str(generator / "model.pt")} | options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inference_of_weights_and_folders_that_do_not_fit(refined, pairs, tmp_path):
+    with pytest.raises(InputError, match="trained with hu_range="):
+        infer(refined, pairs, tmp_path / "out", hu_range=[-500, 500])
+    with pytest.raises(InputError, match="holds the volumes"):
+        infer(refined, pairs, pairs / "s0")
+    with pytest.raises(InputError, match="is not of this bundle|older"):
+        infer(ROOT / "models", pairs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
