@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # for what writes test data; this file is the conftest that is found first
-NAME, ORGANS = "medsegdiff_segmentation", "ct_structures_segmentation"
+NAME, ORGANS, SYNTHESIS = "medsegdiff_segmentation", "ct_structures_segmentation", "ncct_to_cta_synthesis"
 
 
 def make_phantoms(folder: Path, number: int, *shape: int) -> Path:

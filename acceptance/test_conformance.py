@@ -20,9 +20,9 @@ import yaml
 from monai.apps.utils import HashCheckError
 from monai.bundle import ConfigParser, load_bundle_config
 
-from conftest import NAME, ORGANS, ROOT, make_phantoms
+from conftest import NAME, ORGANS, ROOT, SYNTHESIS, make_phantoms
 
-SOURCES = {NAME: ROOT, ORGANS: ROOT / "bundles" / "organs"}
+SOURCES = {NAME: ROOT, ORGANS: ROOT / "bundles" / "organs", SYNTHESIS: ROOT / "bundles" / "synthesis"}
 SCHEMA = ROOT.parent / "shared" / "tools" / "meta_schema_20240725.json"
 WORKFLOW = """
 import sys
@@ -52,13 +52,22 @@ def cts(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(params=[NAME, ORGANS])
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """Ten made-up pairs of native and contrast CTs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    made = ["--output_dir", str(folder), "--num_subjects", "10", "--pairs"]
+    python(ROOT, True, folder, "-m", "scripts.tools.phantom_ct", *made)
+    return folder
+
+
+@pytest.fixture(params=SOURCES)
 def bundle(request, released) -> Path:
     """Each bundle as it is released."""
     return released.with_name(request.param)
 
 
-@pytest.fixture(params=[NAME, ORGANS])
+@pytest.fixture(params=SOURCES)
 def source(request) -> Path:
     """Each bundle in the repository."""
     return SOURCES[request.param]
@@ -81,21 +90,27 @@ def configs(bundle: Path, inside: bool, *names: str) -> list[str]:
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-def test_workflows_run_from_start_to_end(bundle, inside, phantoms, cts, tmp_path):
+def test_workflows_run_from_start_to_end(bundle, inside, phantoms, cts, pairs, tmp_path):
     """Training, its evaluation and inference, of the unpacked release."""
-    folders = {name: str(tmp_path / name) for name in ("train", "evaluate", "inference")}
-    data = phantoms if bundle.name == NAME else cts
-    common = ["dataset_dir", str(data), "ckpt_dir", str(tmp_path / "models")]
-    for name, kind, files in (
+    folders = {name: str(tmp_path / name) for name in ("generator", "train", "evaluate", "inference")}
+    models = {"generator": str(tmp_path / "models" / "generator")}
+    data = {NAME: phantoms, ORGANS: cts, SYNTHESIS: pairs}[bundle.name]
+    runs = [
         ("train", "train", ["train.yaml", "demo.yaml"]),
         ("evaluate", "train", ["train.yaml", "demo.yaml", "evaluate.yaml"]),
         ("inference", "inference", ["inference.yaml"]),
-    ):
-        arguments = [kind, ",".join(configs(bundle, inside, *files)), *common, "output_dir", folders[name]]
+    ]
+    common = ["dataset_dir", str(data)]
+    if bundle.name == SYNTHESIS:
+        runs.insert(0, ("generator", "train", ["train.yaml", "demo.yaml", "stage0_generator.yaml"]))
+        common += ["generator_ckpt", f"{models['generator']}/model.pt"]
+    for name, kind, files in runs:
+        own = ["ckpt_dir", models.get(name, str(tmp_path / "models")), "output_dir", folders[name]]
+        arguments = [kind, ",".join(configs(bundle, inside, *files)), *common, *own]
         python(bundle, inside, tmp_path, "-c", WORKFLOW, *arguments)
     assert Path(folders["train"], "metrics.csv").is_file()
     assert json.loads(Path(folders["evaluate"], "summary.json").read_text())["subjects"] == 2
-    assert len(list(Path(folders["inference"]).glob("*_seg.nii.gz"))) == 10
+    assert len(list(Path(folders["inference"]).glob("*.nii.gz"))) == (30 if bundle.name == NAME else 10)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
@@ -158,6 +173,24 @@ def test_the_metrics_of_the_metadata_are_those_of_the_weights_of_organs(tmp_path
     assert named == pytest.approx({name: measured[name] for name in named}, rel=0.005)
 
 
+def test_the_metrics_of_the_metadata_are_those_of_the_weights_of_synthesis(tmp_path):
+    """`make synthesis-demo` gives the pairs; the rest is its evaluation with the weights that are there."""
+    bundle, data = SOURCES[SYNTHESIS], str(tmp_path / "data")
+    made = ["--output_dir", data, "--num_subjects", "40", "--pairs"]
+    python(ROOT, True, tmp_path, "-m", "scripts.tools.phantom_ct", *made)
+    names = configs(bundle, True, "train.yaml", "demo.yaml", "evaluate.yaml")
+    options = ["--dataset_dir", data, "--ckpt_dir", "models", "--output_dir", str(tmp_path / "evaluate")]
+    python(bundle, True, tmp_path, "-m", "monai.bundle", "run", "--config_file", str(names), *options)
+    found = json.loads((tmp_path / "evaluate" / "summary.json").read_text())["methods"]
+    measured = {
+        f"phantom_test_{method}_{score}": cell["value"]
+        for method, cells in found.items()
+        for score, cell in cells.items()
+    }
+    named = json.loads((bundle / "configs" / "metadata.json").read_text())["eval_metrics"]
+    assert named == pytest.approx({name: measured[name] for name in named}, rel=0.005)
+
+
 def test_json_twins_are_the_yaml(bundle):
     for name in ("train", "inference"):
         twin = json.loads((bundle / "configs" / f"{name}.json").read_text())
@@ -168,7 +201,9 @@ def test_json_twins_are_the_yaml(bundle):
         assert parser["_meta_"]["name"] == metadata["name"]
 
 
-@pytest.mark.parametrize(("bundle", "shapes"), [(NAME, [4, 1]), (ORGANS, [3, 25])], indirect=["bundle"])
+@pytest.mark.parametrize(
+    ("bundle", "shapes"), [(NAME, [4, 1]), (ORGANS, [3, 25]), (SYNTHESIS, [1, 1])], indirect=["bundle"]
+)
 def test_load_finds_the_weights(bundle, shapes, tmp_path):
     code = """
 import sys, torch, monai.bundle
@@ -188,7 +223,7 @@ def test_the_release_holds_no_more_than_it_should(bundle):
     endings = (".py", ".yaml", ".json", ".md", ".txt", ".png", ".conf", ".yml", "LICENSE", "models/model.pt")
     assert [name for name in files if not name.endswith(endings)] == []
     zoo = {"LICENSE", "large_files.yml", "docs/README.md", "configs/metadata.json"}
-    zoo |= {"docs/data_license.txt"} if bundle.name == NAME else {"configs/structures.json"}
+    zoo |= {NAME: {"docs/data_license.txt"}, ORGANS: {"configs/structures.json"}}.get(bundle.name, set())
     assert files >= zoo | {"configs/train.json", "configs/inference.json", "models/model.pt"}
 
 
@@ -203,9 +238,9 @@ def test_large_files_are_those_that_the_list_names(bundle, tmp_path):
         monai.bundle.download_large_files(bundle_path=str(tmp_path))
 
 
-@pytest.mark.parametrize(("bundle", "files"), [(NAME, 30), (ORGANS, 10)], indirect=["bundle"])
-def test_inference_of_the_release_is_that_of_the_repository(bundle, files, phantoms, cts, tmp_path):
-    data = phantoms if bundle.name == NAME else cts
+@pytest.mark.parametrize(("bundle", "files"), [(NAME, 30), (ORGANS, 10), (SYNTHESIS, 10)], indirect=["bundle"])
+def test_inference_of_the_release_is_that_of_the_repository(bundle, files, phantoms, cts, pairs, tmp_path):
+    data = {NAME: phantoms, ORGANS: cts, SYNTHESIS: pairs}[bundle.name]
     for folder, file in ((SOURCES[bundle.name], "inference.yaml"), (bundle, "inference.json")):
         (config,) = configs(folder, True, file)
         options = ["--dataset_dir", str(data), "--output_dir", str(tmp_path / file)]

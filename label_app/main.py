@@ -158,8 +158,8 @@ class BundlesApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.bundles = {}
         for file in (ROOT / "configs" / "inference.yaml", *sorted(ROOT.glob("bundles/*/configs/inference.yaml"))):
-            served = yaml.safe_load(file.read_text(encoding="utf-8"))["label_app"]
-            self.bundles[served["model"]] = (file.parents[1], served["volumes"])
+            if served := yaml.safe_load(file.read_text(encoding="utf-8")).get("label_app"):
+                self.bundles[served["model"]] = (file.parents[1], served["volumes"])
         super().__init__(app_dir, studies, conf, "MedSegDiff", "Segmentation, grading and calibrated uncertainty")
 
     def init_infers(self) -> dict:

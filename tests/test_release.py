@@ -11,7 +11,7 @@ import yaml
 
 from scripts.tools import release
 
-MAIN, ORGANS = release.BUNDLES
+MAIN, ORGANS, SYNTHESIS = release.BUNDLES
 
 
 def write(folder, monkeypatch):
@@ -40,13 +40,20 @@ def test_an_archive_is_one_bundle(name, archives):
 
 
 def test_an_archive_has_the_modules_that_its_bundle_uses(archives):
-    with zipfile.ZipFile(archives[MAIN]) as main, zipfile.ZipFile(archives[ORGANS]) as organs:
-        ours, theirs = ({name.split("/", 1)[1] for name in archive.namelist()} for archive in (main, organs))
+    contents = []
+    for name in (MAIN, ORGANS, SYNTHESIS):
+        with zipfile.ZipFile(archives[name]) as archive:
+            contents.append({file.split("/", 1)[1] for file in archive.namelist()})
+    ours, theirs, synthesis = contents
     assert {"scripts/net.py", "scripts/workflow.py", "scripts/tools/phantom.py", "label_app/main.py"} <= ours
+    assert [any(name.startswith("label_app/") for name in files) for files in contents] == [True, True, False]
     assert {"scripts/tools/monai_label.py", "scripts/diffusion/samplers.py"} <= ours
     assert not [name for name in ours if name.startswith("scripts/organs/")]
     assert {"scripts/organs/workflow.py", "scripts/organs/merge_structures.py", "configs/structures.json"} <= theirs
-    assert not [name for name in theirs if name.startswith(("scripts/diffusion/", "scripts/networks/", "scripts/net."))]
+    assert {"scripts/synthesis/workflow.py", "scripts/tools/phantom_ct.py", "configs/train.yaml"} <= synthesis
+    diffusion = ("scripts/diffusion/", "scripts/networks/", "scripts/net.")
+    assert not [name for name in theirs | synthesis if name.startswith(diffusion)]
+    assert not [name for name in synthesis if name.startswith("scripts/organs/")]
 
 
 def test_the_same_files_give_the_same_archives(archives, tmp_path, monkeypatch):

@@ -43,11 +43,12 @@ def test_imports_point_downwards(file):
     assert imported(file) <= allowed
 
 
-def test_organs_need_no_diffusion():
-    """No file that the bundle of organs uses knows masks with noise."""
-    packages = {path.relative_to(ROOT / "scripts").parts[0] for path in modules(ROOT / "bundles" / "organs")}
-    assert {"organs", "data", "training"} <= packages
-    assert not packages & {"diffusion", "networks", "net.py", "workflow.py"}
+@pytest.mark.parametrize(("bundle", "others"), [("organs", "synthesis"), ("synthesis", "organs")])
+def test_further_bundles_need_no_diffusion(bundle, others):
+    """No file that they use knows masks with noise, or the other bundle."""
+    packages = {path.relative_to(ROOT / "scripts").parts[0] for path in modules(ROOT / "bundles" / bundle)}
+    assert {bundle, "data", "training"} <= packages
+    assert not packages & {"diffusion", "networks", "net.py", "workflow.py", others}
 
 
 def test_every_file_belongs_to_a_layer():

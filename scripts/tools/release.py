@@ -20,8 +20,10 @@ from scripts.config import BUNDLE_ROOT
 BUNDLES = {  # folder of each bundle, by the name of its release, from which MONAI Label takes the kind of task
     "medsegdiff_segmentation": BUNDLE_ROOT,
     "ct_structures_segmentation": BUNDLE_ROOT / "bundles" / "organs",
+    "ncct_to_cta_synthesis": BUNDLE_ROOT / "bundles" / "synthesis",
 }
-SHARED = ("LICENSE", "SECURITY.md", "label_app/main.py", "label_app/requirements.txt")
+SHARED = ("LICENSE", "SECURITY.md")
+LABEL_APP = ("label_app/main.py", "label_app/requirements.txt")  # of bundles whose inference.yaml has this key
 PARTS = (
     "configs/*.yaml",
     "configs/*.json",
@@ -41,7 +43,8 @@ def build(source: Path, bundle: Path) -> None:
 
     Of ``scripts/`` it gets the modules that the bundle uses.
     """
-    files = {BUNDLE_ROOT / name: name for name in SHARED}
+    served = "label_app" in yaml.safe_load((source / "configs" / "inference.yaml").read_text(encoding="utf-8"))
+    files = {BUNDLE_ROOT / name: name for name in (*SHARED, *(LABEL_APP if served else ()))}
     files |= {path: str(path.relative_to(source)) for pattern in PARTS for path in source.glob(pattern)}
     files |= {path: str(path.relative_to(BUNDLE_ROOT)) for path in modules(source)}
     for path, name in sorted(files.items()):
