@@ -28,6 +28,13 @@ ORGANS = {
     "--slices_per_volume": ["4"],
     "--val_interval": ["1"],
 }
+SYNTHESIS = {
+    "--features": ["[8,8,8,8,8,8]"],
+    "--refiner_width": ["8"],
+    "--refiner_units": ["2"],
+    "--slices_per_volume": ["2"],
+    "--val_interval": ["1"],
+}
 # Put in whatever a command says.
 EPOCHS = {"--max_epochs": ["1"]}
 BENCHMARKS = {
@@ -72,6 +79,12 @@ def put(words: list[str], options: dict[str, list[str]], *, replace: bool) -> li
     return words
 
 
+def sizes_of(config: str) -> dict[str, list[str]]:
+    """The smaller sizes of the bundle that a configuration belongs to."""
+    own = {"bundles/organs": ORGANS, "bundles/synthesis": SYNTHESIS}
+    return next((sizes for folder, sizes in own.items() if folder in config), TRAINING)
+
+
 def reduced(words: list[str]) -> list[str]:
     """The arguments of ``python`` or ``torchrun`` with smaller sizes."""
     if "monai.bundle run" in " ".join(words):
@@ -81,8 +94,7 @@ def reduced(words: list[str]) -> list[str]:
         if "ablation.yaml" in bases:
             return reduced_ablation(words, names)
         if "train.yaml" in bases:
-            sizes = ORGANS if "bundles/organs" in names[0] else TRAINING
-            words = put(put(words, sizes, replace=False), EPOCHS, replace=True)
+            words = put(put(words, sizes_of(names[0]), replace=False), EPOCHS, replace=True)
         if "--nproc_per_node" in words:
             words = put(words, {"--nproc_per_node": ["2"]}, replace=True)
             if "train.yaml" in bases:  # one of ten subjects could not be shared by two processes
@@ -116,8 +128,8 @@ def reduced_ablation(words: list[str], files: list[str]) -> list[str]:
     kept = dict.fromkeys([config.get("reference") or next(iter(arms)), list(arms)[-1]])
     grid = {key: values[:1] for key, values in config.get("grid", {}).items()}
     words = put(words, EPOCHS | {"--seeds": ["[0]"], "--arms": [str({n: arms[n] for n in kept})]}, replace=True)
-    sizes = ORGANS if "bundles/organs" in files[0] else TRAINING
-    settings = {f"--ablation::settings::{key[2:]}": value for key, value in sizes.items() if key != "--val_interval"}
+    sizes = sizes_of(files[0]).items()
+    settings = {f"--ablation::settings::{key[2:]}": value for key, value in sizes if key != "--val_interval"}
     return put(words, {"--grid": [str(grid)]} | settings, replace=False)
 
 
