@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import requests
-from test_label import MODEL, Server, documented, serve, volume_of, wait_for
+from test_label import MODEL, Server, documented, serve, status, volume_of, wait_for
 
 from conftest import ORGANS, ROOT, unpack_release
 
@@ -24,8 +24,8 @@ SHAPE = (64, 64, 48)
 def cts(tmp_path_factory):
     """Made-up CTs with label maps, as folders."""
     folder = tmp_path_factory.mktemp("cts")
-    for command in (["scripts.tools.phantom_ct", "--output_dir", folder, "--num_subjects", "5"],):
-        subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "scripts.tools.phantom_ct", "--output_dir", str(folder), "--num_subjects", "5"]
+    subprocess.run(command, cwd=ROOT, check=True)
     command = [sys.executable, "-m", "scripts.organs.merge_structures", "--dataset_dir", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True)
     return folder
@@ -130,7 +130,3 @@ def test_an_epoch_is_trained_and_served(server, cts, tmp_path):
     rows = list(csv.DictReader((server.bundle / "output" / "train" / "metrics.csv").read_text().splitlines()))
     assert 0 < float(rows[0]["loss"]) < 2  # it started from the weights that were there; new ones have 4
     assert volume_of(server.infer(f"{SUBJECT}_ct"), tmp_path).shape == SHAPE
-
-
-def status(server):
-    return requests.get(f"{server.url}/train/", timeout=30).json()

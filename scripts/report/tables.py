@@ -51,11 +51,12 @@ class GradeTable(RowsHandler):
         return grade_row(self.to_regions(item), self.regions, self.grades)
 
     def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
-        row = self.answer(item)
+        found = self.to_regions(item)
+        row = grade_row(found, self.regions, self.grades)
         grade = row["grade"]
         title = item["subject"] + (f"  {grade}: {row[f'prob_{grade}']:.2f}" if grade else "")
         samples = [self.to_regions({"pred": mask[None]})["pred"] for mask in item.get("samples", ())]
-        write_overlay(self.to_regions(item), read_background(item), title, self.output_dir, samples)
+        write_overlay(found, read_background(item), title, self.output_dir, samples)
         return [row]
 
     @idist.one_rank_only()

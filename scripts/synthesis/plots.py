@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scripts.config import atomic_path
 
 GREYS = (-100, 450)  # window of the pictures, HU
+SIDES = {"coronal": "RL", "sagittal": "AP"}  # of the patient, at the left and the right of a picture
 
 
 def plot_projections(volumes: Mapping[str, np.ndarray], affine: np.ndarray, title: str, file: Path) -> None:
@@ -36,6 +37,8 @@ def plot_projections(volumes: Mapping[str, np.ndarray], affine: np.ndarray, titl
             extent = (0, width * picture.shape[0], 0, spacing[2] * picture.shape[1])
             axes.imshow(picture.T, origin="lower", extent=extent, cmap="gray", vmin=GREYS[0], vmax=GREYS[1])
             axes.set(xlabel="mm", ylabel="mm", title=f"{name}, {plane}")
+            for x, side, text in zip((0.02, 0.98), ("left", "right"), SIDES[plane], strict=True):
+                axes.text(x, 0.98, text, transform=axes.transAxes, color="white", va="top", ha=side, weight="bold")
     figure.suptitle(f"{title}: brightest voxels, {GREYS[0]} to {GREYS[1]} HU. Synthetic CTs are not for diagnosis")
     FigureCanvasAgg(figure)  # needs no display and no global state of pyplot
     with atomic_path(file) as path:
