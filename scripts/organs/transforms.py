@@ -111,8 +111,8 @@ class CompactLabelsd(MapTransform):
 class SliceSpacingd(Spacingd):
     """MONAI's Spacingd in the plane of the slices, whose inverse takes a few slices at a time.
 
-    MONAI computes the coordinates of all voxels in float64: the inverse of a label map of 512 x 512 x 300 voxels takes
-    2 GB. It also changes every item whose key begins like the key of the image, such as the ``image_path`` of MONAI
+    MONAI computes the coordinates of all voxels in float64, which are 1.9 GB for a label map of 512 x 512 x 300 voxels.
+    It also changes every item whose key begins like the key of the image, such as the ``image_path`` of MONAI
     Label (docs/monai_traps.md).
 
     Args:
