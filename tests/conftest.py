@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -142,6 +144,35 @@ def run_files(files: list[Path], **overrides) -> None:
         raise
     finally:
         sys.excepthook = hook
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until something has happened, while a process runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def state(file: Path) -> dict:
+    """Content of a checkpoint."""
+    return torch.load(file, weights_only=True)
+
+
+def assert_same(ours, theirs) -> None:
+    """Check that two checkpoints are equal bit for bit."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"rows"}:  # the rows hold times
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, (list, tuple)):
+        for pair in zip(ours, theirs, strict=True):
+            assert_same(*pair)
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
 
 
 def settings_of(*configs: str, **overrides) -> dict:

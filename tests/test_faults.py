@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +17,7 @@ import torch
 import yaml
 from ignite.engine import Engine
 
-from conftest import ROOT, run_configs, tiny_settings
+from conftest import ROOT, assert_same, run_configs, state, tiny_settings, wait_for
 from scripts.config import InputError, TrainingError
 from scripts.training.checkpoints import SaveCheckpoints
 
@@ -44,32 +43,6 @@ def command(configs: list[str], **settings) -> list[str]:
 
 def folders(folder: Path) -> dict[str, str]:
     return {"output_dir": str(folder), "ckpt_dir": str(folder)}
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-def state(file: Path) -> dict:
-    return torch.load(file, weights_only=True)
-
-
-def assert_same(ours, theirs) -> None:
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours.keys() - {"rows"}:  # the rows hold times
-            assert_same(ours[key], theirs[key])
-    elif isinstance(ours, (list, tuple)):
-        for pair in zip(ours, theirs, strict=True):
-            assert_same(*pair)
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    else:
-        assert ours == theirs
 
 
 def test_killed_training_resumes_to_the_same_weights(phantoms, run_bundle, tmp_path):

@@ -19,7 +19,7 @@ LAYERS = [  # a module may import from its own package and from the layers above
     {"net"},
     {"training", "sampling"},
     {"report"},
-    {"tools"},
+    {"tools", "adversarial"},
     {"workflow", "organs", "synthesis"},
 ]
 FILES = sorted(path for path in (ROOT / "scripts").rglob("*.py") if path.name != "__init__.py")

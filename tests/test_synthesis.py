@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -11,19 +14,23 @@ import pandas as pd
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.losses import JukeboxLoss
+from torch import nn
 
-from conftest import ROOT, run_files
+from conftest import ROOT, assert_same, run_files, state, wait_for
 from scripts.config import InputError
 from scripts.synthesis.inferer import SynthesisInferer
-from scripts.synthesis.losses import PyramidLoss
+from scripts.synthesis.losses import SynthesisLoss
 from scripts.synthesis.networks import FrozenRefine, Generator, build
+from scripts.synthesis.registration import Registration
 from scripts.synthesis.report import summary
-from scripts.synthesis.scores import body_mask, looked_up, lookup_table, scores
-from scripts.synthesis.transforms import ToHounsfieldd
+from scripts.synthesis.scores import body_mask, looked_up, lookup_table, mask_file, scores
+from scripts.synthesis.transforms import CheckPaird, ToHounsfieldd
 
 BUNDLE = ROOT / "bundles" / "synthesis"
 FEATURES = [8, 8, 8, 8, 8, 8]
 TINY = {"features": FEATURES, "refiner_width": 8, "refiner_units": 2, "slices_per_volume": 4, "val_interval": 1}
+TINY |= {"discriminator_def::scales": 1, "discriminator_def::channels": 8}
 TINY |= {"max_epochs": 2, "learning_rate": 1e-3, "validation_share": 0.3, "num_folds": 3}
 HU_RANGE = [-1000, 600]
 
@@ -95,16 +102,67 @@ def test_other_networks_are_refused(change, message):
         build(settings | change)
 
 
+def of(label, **further):
+    return {"label": label, **further}
+
+
 def test_the_loss_is_0_for_equal_slices_and_sees_each_resolution():
     image = torch.rand(2, 1, 32, 32) * 2 - 1
-    assert PyramidLoss([1, 2])(image, image).item() == pytest.approx(0, abs=1e-6)
+    assert SynthesisLoss([1, 2])(image, of(image)).item() == pytest.approx(0, abs=1e-6)
     checks = image + 0.5 * (-1) ** (torch.arange(32)[:, None] + torch.arange(32))  # invisible at half the resolution
-    assert PyramidLoss([1], ssim_weight=0)(checks, image).item() == pytest.approx(0.5, abs=1e-6)
-    assert PyramidLoss([2], ssim_weight=0)(checks, image).item() == pytest.approx(0, abs=1e-6)
+    assert SynthesisLoss([1], ssim_weight=0)(checks, of(image)).item() == pytest.approx(0.5, abs=1e-6)
+    assert SynthesisLoss([2], ssim_weight=0)(checks, of(image)).item() == pytest.approx(0, abs=1e-6)
     with pytest.raises(InputError, match="slices of 8 px are too small"):
-        PyramidLoss([1, 4])(image, image)
+        SynthesisLoss([1, 4])(image, of(image))
     with pytest.raises(InputError, match="resolutions"):
-        PyramidLoss([0])
+        SynthesisLoss([0])
+    with pytest.raises(InputError, match="0 or more"):
+        SynthesisLoss([1], spectral_weight=-1)
+
+
+def test_the_lungs_weigh_more():
+    """An error in a quarter of the pixels, the lungs: with weight 3 they are half of the weighted mean."""
+    label, lung = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
+    lung[..., :8, :8] = 1
+    loss = SynthesisLoss([1], ssim_weight=0)
+    assert loss(lung, of(label, lung=lung)).item() == pytest.approx(0.25)
+    loss.set_lung_weight(3.0)
+    assert loss(lung, of(label, lung=lung)).item() == pytest.approx(0.5)
+    assert loss(lung, of(label)).item() == pytest.approx(0.25)
+
+
+def test_further_terms_and_their_weights():
+    pred, label = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
+    loss = SynthesisLoss([1], spectral_weight=0.5)
+    total = loss(pred, of(label))
+    assert set(loss.components) == {"l1", "ssim", "spectral"}
+    assert total.item() == pytest.approx(sum(value.item() for value in loss.components.values()))
+    assert loss.components["spectral"].item() == pytest.approx(0.5 * JukeboxLoss(2)(pred, label).item())
+
+
+def test_perceptual_weights_that_cannot_be_loaded():
+    """The package that MONAI needs for them is not installed here."""
+    with pytest.raises(InputError, match="perceptual_weight: its network cannot be loaded .* Install lpips"):
+        SynthesisLoss([1], perceptual_weight=1.0)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_registration_starts_at_0_and_learns_a_shift(attention):
+    torch.manual_seed(0)
+    x, y = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    pred, target = (torch.exp(-((x - c) ** 2 + (y - 16) ** 2) / 40)[None, None] for c in (14, 17))
+    registration = Registration(attention)
+    moved, smoothness = registration(pred, target)
+    assert torch.allclose(moved, pred, atol=1e-5)
+    assert smoothness.item() == pytest.approx(0, abs=1e-8)
+    loss = SynthesisLoss([1], ssim_weight=0, registration=registration, smoothness_weight=0.01)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=5e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss(pred, of(target)).backward()
+        optimizer.step()
+    assert loss.components["l1"] < 0.5 * nn.functional.l1_loss(pred, target)
+    assert loss.components["smoothness"] > 0
 
 
 # ---- volumes
@@ -131,6 +189,34 @@ def test_hu_are_whole_and_within_their_range():
     for wrong in ([600, -1000], [1], "ab", None, [0, "1"]):
         with pytest.raises(InputError, match="hu_range="):
             ToHounsfieldd("pred", wrong)
+
+
+def test_pairs_that_look_wrong(caplog):
+    native = torch.zeros(1, 8, 8, 4)
+    contrast = native.clone()
+    contrast[0, 2:4, 2:4] = 300
+    CheckPaird()({"image": native, "label": contrast, "subject": "s1"})
+    assert not caplog.messages
+    CheckPaird()({"image": contrast, "label": native, "subject": "s1"})
+    assert "subject 's1': more voxels are darker" in caplog.text
+    caplog.clear()
+    contrast[0, 0, 0, :3] = 35988
+    CheckPaird()({"image": native, "label": contrast, "subject": "s1"})
+    assert caplog.messages == ["subject 's1': 3 voxels of the contrast CT are above 3071 HU (metal) and clipped"]
+
+
+@pytest.mark.parametrize(
+    ("contrast", "mask"),
+    [
+        ("a/s1_cta.nii.gz", "a/s1_vessels.nii.gz"),
+        ("a/cta.nii", "a/vessels.nii"),
+        ("a/s1-CTA.nii.gz", "a/s1-vessels.nii.gz"),
+        ("data/CTA/s1.nii.gz", "data/vessels/s1.nii.gz"),
+        ("data/CTA/scta.nii.gz", "data/vessels/scta.nii.gz"),
+    ],
+)
+def test_masks_lie_beside_the_contrast_ct(contrast, mask):
+    assert str(mask_file(contrast, "cta", "vessels")) == mask
 
 
 # ---- scores
@@ -240,6 +326,61 @@ def test_the_identity_gives_the_input_on_its_own_grid(kind, tmp_path):
     assert np.abs(np.asarray(found.dataobj).astype(int) - volume).max() <= 1
 
 
+LOSSES = {"lung_weight": 5.0, "lung_weight_epochs": 2, "registration": True, "registration_attention": True}
+ADVERSARY = {
+    "adversary::feature_weight": 0.1,
+    "r1_gamma": 0.1,
+    "adversary::r1_interval": 2,
+    "adversary::augmented": True,
+}
+
+
+def test_killed_training_resumes_to_the_same_weights(generator, pairs, tmp_path):
+    """With discriminator, registration, weights of the lung and average. The generator stays as it was."""
+    options = {"dataset_dir": str(pairs), "generator_ckpt": str(generator / "model.pt"), **TINY, **LOSSES, **ADVERSARY}
+    options |= {"max_epochs": 4, "spectral_weight": 0.1, "ema::decay": 0.9}
+    whole, killed = ({"output_dir": str(tmp_path / n), "ckpt_dir": str(tmp_path / n)} for n in ("whole", "killed"))
+    files = ["train.yaml", "ema.yaml", "resume.yaml"]
+    run(*files, **options, **whole)
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file"]
+    command += [str([str(BUNDLE / "configs" / name) for name in files])]
+    command += [text for key, value in (options | killed).items() for text in (f"--{key}", str(value))]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: (tmp_path / "killed" / "last.pt").is_file(), process)
+        process.send_signal(signal.SIGKILL)
+    assert 1 <= state(tmp_path / "killed" / "last.pt")["epoch"] < 4
+    run(*files, **options, **killed)
+    for name in ("last.pt", "model.pt"):
+        assert_same(state(tmp_path / "whole" / name), state(tmp_path / "killed" / name))
+    before, after = state(generator / "model.pt")["model"], state(tmp_path / "whole" / "model.pt")["model"]
+    assert all(torch.equal(after[f"generator.{name}"], value) for name, value in before.items())
+    table = pd.read_csv(tmp_path / "killed" / "metrics.csv").dropna(axis=1, how="all")
+    assert {"d_auc", "r1", "gan", "feature", "smoothness", "spectral"} <= set(table)
+
+
+def test_pix2pix_trains_the_generator(pairs, tmp_path):
+    folders = {"dataset_dir": str(pairs), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)}
+    run("train.yaml", "pix2pix.yaml", **folders, **TINY | {"max_epochs": 1})
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["d_auc"].notna().any()
+    assert table["ssim"].isna().all()
+    assert not any(name.startswith("refiner") for name in torch.load(tmp_path / "model.pt", weights_only=True)["model"])
+
+
+def test_an_ablation_shares_its_generator(pairs, tmp_path):
+    arms = {"off": {"discriminator": None}, "on": {}}
+    settings = {"dataset_dir": str(pairs), "max_epochs": 1, **TINY} | {"max_epochs": 1}
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs" / "ablation.yaml"))
+    parser.update({"arms": arms, "reference": "off", "seeds": [0], "output_dir": str(tmp_path), "processes": 2})
+    parser.update({"ablation::settings": settings})
+    parser.get_parsed_content("ablation").run()
+    runs = pd.read_csv(tmp_path / "runs.csv").set_index("arm")
+    assert runs["psnr"].between(15, 60).all()
+    assert runs["d_auc"].notna().tolist() == [False, True]
+    assert len(list(tmp_path.glob("*_seed0"))) == 3
+
+
 def test_resuming_a_complete_training_changes_nothing(refined, generator, pairs, capsys):
     before = (refined / "last.pt").read_bytes()
     folders = {"dataset_dir": str(pairs), "output_dir": str(refined), "ckpt_dir": str(refined)}
@@ -295,6 +436,11 @@ def test_a_pair_that_cannot_be_used(pairs, generator, tmp_path, change, message)
         ({"num_slices": 2}, "num_slices=2 must be 1, 3 or 5"),
         ({"modalities": ["ncct", "cta"]}, "must be one file suffix"),
         ({"label_suffix": "ncct"}, "s0_ncct.nii.gz is both the native and the contrast CT"),
+        ({"discriminator_def::scales": 4}, "slices of 32 x 32 px are too small for the 4 scales"),
+        ({"discriminator": "unet"}, "discriminator 'unet' is not one of"),
+        ({"d_input": "sum"}, "d_input 'sum' is not one of"),
+        ({"gan_loss": "wgan"}, "gan_loss 'wgan' is not one of"),
+        ({"perceptual_weight": 1.0}, "perceptual_weight: its network cannot be loaded"),
         ({"slices_per_volume": 1, "batch_size": 40}, "fewer than batch_size; raise slices_per_volume"),
     ],
     ids=str,
@@ -303,6 +449,16 @@ def test_settings_that_cannot_be_used(pairs, generator, tmp_path, options, messa
     with pytest.raises(InputError, match=message):
         train(pairs, tmp_path / "out", **{"generator_ckpt": str(generator / "model.pt")} | options)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_the_lung_need_masks(pairs, generator, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    for folder in data.iterdir():
+        (folder / f"{folder.name}_lung.nii.gz").unlink()
+    with pytest.raises(InputError, match="_lung.nii.gz is missing; it is needed if lung_weight is not 1"):
+        train(data, tmp_path / "out", generator_ckpt=str(generator / "model.pt"), lung_weight=5.0)
+    assert not list(tmp_path.glob("out/*.pt"))
 
 
 def test_inference_of_weights_and_folders_that_do_not_fit(refined, pairs, tmp_path):

@@ -233,8 +233,8 @@ def with_suffix(volumes: list[Path], suffix: str) -> list[Path]:
 
 
 def item_files(item: Item) -> list[str]:
-    """All files of an item: the images, then those of the segmentation if there is one."""
-    return [*item["image"], *item.get("label", [])]
+    """All files of an item: the images, then those of the segmentation, and of the lungs, if there are any."""
+    return [*item["image"], *item.get("label", []), *item.get("lung", [])]
 
 
 def check_headers(item: Item, modalities: Sequence[str]) -> Item:

@@ -63,6 +63,7 @@ class EpochTable:
         columns: names of metrics and values, in their order.
         panels: title of each curve plot and the columns that it shows.
         values: function that returns current values other than metrics, such as the weights of the loss.
+        healthy: by title of a plot, the range that is shaded.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class EpochTable:
         columns: Sequence[str],
         panels: Mapping[str, Sequence[str]],
         values: Callable[[], Mapping[str, float]] = dict,
+        healthy: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.evaluator = evaluator
         self.output_dir = Path(output_dir)
         self.columns = [*KEYS, *columns, *TIMING]
         self.panels = dict(panels)
         self.values = values
+        self.healthy = dict(healthy or {})
         self.rows: list[dict] = []
         self.tracker: MLFlowHandler | None = None
 
@@ -151,7 +154,7 @@ class EpochTable:
         """Draw the curves, and not again before 100 times the duration of this drawing has passed."""
         start = time.monotonic()
         shared = [*self.values(), "learning_rate"]
-        plot_learning_curves(table, self.panels, shared, self.output_dir / "learning_curves.png")
+        plot_learning_curves(table, self.panels, shared, self.output_dir / "learning_curves.png", self.healthy)
         self.next_drawing = time.monotonic() + 100 * (time.monotonic() - start)
 
 

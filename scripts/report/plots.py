@@ -24,16 +24,26 @@ SAMPLE_COLOURS = ("yellow", "cyan", "magenta")
 
 
 def plot_learning_curves(
-    table: pd.DataFrame, panels: Mapping[str, Sequence[str]], shared: Sequence[str], file: str | Path
+    table: pd.DataFrame,
+    panels: Mapping[str, Sequence[str]],
+    shared: Sequence[str],
+    file: str | Path,
+    healthy: Mapping[str, Sequence[float]],
 ) -> None:
     """Draw the epoch table: training as solid lines, validation as dashed lines with dots.
+
+    A column without a value is left out, and a plot without a column.
 
     Args:
         table: rows with ``epoch``, ``split`` and the columns of ``panels``.
         panels: title of each plot and the columns that it shows.
         shared: columns that are the same in both rows of an epoch, drawn once.
         file: PNG to write.
+        healthy: by title, the range that is shaded in green.
     """
+    filled = table.columns[table.notna().any()]
+    panels = {title: [name for name in names if name in filled] for title, names in panels.items()}
+    panels = {title: names for title, names in panels.items() if names}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(14 / 3 * columns, 3.5 * rows), layout="constrained")
@@ -44,6 +54,8 @@ def plot_learning_curves(
                 if len(chosen) and not (split == "validation" and name in shared):
                     label = f"{name} {split}" if len(names) > 1 else split
                     axes.plot(chosen["epoch"], chosen[name], style, color=f"C{colour}", label=label)
+        if title in healthy:
+            axes.axhspan(*healthy[title], color="tab:green", alpha=0.15, label="healthy")
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:

@@ -17,9 +17,10 @@ from scripts.data.pictures import read_volume
 from scripts.data.split import patient
 from scripts.data.writing import write_csv
 from scripts.report.intervals import with_intervals
+from scripts.report.results import Results
 from scripts.sampling.rows import RowsHandler
 from scripts.synthesis.plots import plot_projections
-from scripts.synthesis.scores import SCORES, body_mask, looked_up, scores
+from scripts.synthesis.scores import SCORES, body_mask, looked_up, mask_file, scores
 
 METHODS = ("identity", "lookup", "generator", "refined")
 
@@ -34,6 +35,7 @@ class SynthesisReport(RowsHandler):
         output_dir: folder of the files.
         table: result of :func:`scripts.synthesis.scores.lookup_table`.
         hu_range: lowest and highest HU.
+        label_suffix: of the contrast CTs, beside which the masks of vessels are.
         patient_pattern: see :func:`scripts.data.split.patient`.
         seed: of the intervals.
         settings: plain data that are saved with the summary.
@@ -44,6 +46,7 @@ class SynthesisReport(RowsHandler):
         output_dir: str,
         table: np.ndarray,
         hu_range: Sequence[float],
+        label_suffix: str,
         patient_pattern: str,
         seed: int = 0,
         settings: Mapping[str, Any] | None = None,
@@ -51,6 +54,7 @@ class SynthesisReport(RowsHandler):
         self.output_dir = Path(output_dir)
         self.table = table
         self.hu_range = hu_range
+        self.label_suffix = label_suffix
         self.patient_pattern = patient_pattern
         self.seed = seed
         self.settings = dict(settings or {})
@@ -60,7 +64,7 @@ class SynthesisReport(RowsHandler):
         pred, generator, truth = (torch.as_tensor(item[key])[0].cpu().numpy() for key in ("pred", "generator", "label"))
         volumes = {"identity": native, "lookup": looked_up(native, self.table, self.hu_range)}
         volumes |= {"generator": generator, "refined": pred}
-        body, vessels = body_mask(native), vessel_mask(item["label"].meta["filename_or_obj"])
+        body, vessels = body_mask(native), vessel_mask(item["label"].meta["filename_or_obj"], self.label_suffix)
         file = self.output_dir / "overlays" / f"{item['subject']}_mip.png"
         affine = np.asarray(item["pred"].affine)
         plot_projections({"native": native, "synthetic": pred, "true": truth}, affine, item["subject"], file)
@@ -81,11 +85,9 @@ class SynthesisReport(RowsHandler):
             print(f"{method:<10}" + "  ".join(f"{name} {cell['value']:.3f}" for name, cell in cells.items()))
 
 
-def vessel_mask(contrast: str) -> np.ndarray | None:
-    """The mask of vessels ``[H, W, S]`` beside a contrast CT, ``<subject>_vessels.nii.gz``; None without one."""
-    path = Path(contrast)
-    stem, dot, suffix = path.name.partition(".")
-    file = path.with_name(stem[: stem.rfind("cta")] + "vessels" + dot + suffix)
+def vessel_mask(contrast: str, label_suffix: str) -> np.ndarray | None:
+    """The mask of vessels ``[H, W, S]`` of a contrast CT; None without one."""
+    file = mask_file(contrast, label_suffix, "vessels")
     return read_volume(str(file)) > 0 if file.is_file() else None
 
 
@@ -109,3 +111,22 @@ def summary(table: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
     return {"subjects": len(wide)} | {
         kind: {name: {score: found[f"{name}/{score}"] for score in SCORES} for name in of} for kind, of in names.items()
     }
+
+
+def read_results(folder: Path, training: Mapping[str, Any]) -> Results:
+    """Scores of an evaluation: those of the network, and of its discriminator; the parts are the PSNR of each method.
+
+    Args:
+        folder: of ``summary.json`` and ``subjects.csv``; the one above has the ``metrics.csv`` of the training.
+        training: keys of the training, which make no difference here.
+    """
+    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["methods"]
+    table = pd.read_csv(folder / "subjects.csv")
+    subjects = table.loc[table["method"] == "refined", ["subject", "psnr", "vessel_mae"]]
+    numbers = {
+        method: {name: np.nan if cell["value"] is None else cell["value"] for name, cell in cells.items()}
+        for method, cells in found.items()
+    }
+    epochs = pd.read_csv(folder.parent / "metrics.csv")
+    auc = {"d_auc": float(epochs.loc[epochs["split"] == "validation", "d_auc"].iloc[-1])}
+    return Results(numbers["refined"] | auc, subjects, {method: cells["psnr"] for method, cells in numbers.items()})

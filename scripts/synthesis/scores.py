@@ -1,8 +1,10 @@
-"""Scores of a contrast CT, and the baselines that need no network."""
+"""Scores of a contrast CT, the masks that they need, and the baselines that need no network."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,8 +12,9 @@ from monai.metrics import SSIMMetric
 from scipy.ndimage import binary_fill_holes
 from tqdm import tqdm
 
+from scripts.config import InputError, check_all
 from scripts.data.pictures import read_volume
-from scripts.data.subjects import Item
+from scripts.data.subjects import Item, check_headers
 
 AIR = -500  # HU; the body is brighter, but for its lungs
 BIN = 10  # HU, of the lookup table
@@ -21,6 +24,37 @@ SCORES = ("psnr", "mae", "ssim", "vessel_mae")
 def body_mask(image: np.ndarray) -> np.ndarray:
     """The body ``[H, W, S]``, bool: what is brighter than air, with the holes of each slice filled."""
     return np.stack([binary_fill_holes(part > AIR) for part in np.moveaxis(image, -1, 0)], axis=-1)
+
+
+def mask_file(contrast: str, label_suffix: str, name: str) -> Path:
+    """Where the mask ``name`` of a contrast CT is: beside it, or in a folder of that name beside its folder.
+
+    Args:
+        contrast: ``<subject>_cta.nii.gz`` or, of pairs in two folders, ``CTA/<subject>.nii.gz``.
+        label_suffix: ``cta``.
+        name: ``vessels`` or ``lung``.
+    """
+    path = Path(contrast)
+    found = re.fullmatch(rf"(.*[-_.])?{re.escape(label_suffix)}(\.nii(?:\.gz)?)", path.name, re.IGNORECASE)
+    return path.with_name(f"{found[1] or ''}{name}{found[2]}") if found else path.parent.parent / name / path.name
+
+
+def with_lungs(items: Sequence[Item], label_suffix: str) -> list[Item]:
+    """The items with the files of their lung masks.
+
+    Raises:
+        InputError: naming each subject that has none, or one on another grid.
+    """
+
+    def add(item: Item) -> Item:
+        file = mask_file(item["label"][0], label_suffix, "lung")
+        if not file.is_file():
+            raise InputError(f"subject '{item['subject']}': {file} is missing; it is needed if lung_weight is not 1")
+        found = item | {"lung": [str(file)]}
+        check_headers(found, ["ncct"])
+        return found
+
+    return check_all(items, add)
 
 
 def scores(

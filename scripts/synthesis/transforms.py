@@ -1,7 +1,8 @@
-"""Dictionary transforms of synthetic CTs that MONAI lacks."""
+"""Dictionary transforms of pairs of CTs, and of synthetic ones, that MONAI lacks."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
 from scripts.config import InputError
+
+logger = logging.getLogger(__name__)
+
+METAL = 3071  # HU; a CT of 12 bits ends here
+ENHANCED = 100  # HU, by which contrast brightens vessels at least
 
 
 def check_hu_range(hu_range: Any) -> tuple[float, float]:
@@ -41,4 +47,32 @@ class ToHounsfieldd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = ((d[key].clamp(-1, 1) + 1) / 2 * (self.high - self.low) + self.low).round()
+        return d
+
+
+class CheckPaird(MapTransform):
+    """Warn of a pair that looks wrong: swapped, hardly different, or with metal. It is used all the same.
+
+    Args:
+        native: key of the native CT ``[1, H, W, S]`` (HU).
+        contrast: key of the contrast CT, likewise.
+    """
+
+    def __init__(self, native: str = "image", contrast: str = "label") -> None:
+        super().__init__([native, contrast])
+        self.native, self.contrast = native, contrast
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
+        d = dict(data)
+        subject = f"subject '{d.get('subject', '')}'"
+        native, contrast = (torch.as_tensor(d[key]) for key in (self.native, self.contrast))
+        brighter, darker = ((part > ENHANCED).sum() for part in (contrast - native, native - contrast))
+        if darker > brighter:
+            logger.warning(
+                f"{subject}: more voxels are darker in the contrast CT than brighter. Are the two swapped, or is the "
+                "native CT already enhanced?"
+            )
+        for name, volume in {"native": native, "contrast": contrast}.items():
+            if metal := int((volume > METAL).sum()):
+                logger.warning(f"{subject}: {metal} voxels of the {name} CT are above {METAL} HU (metal) and clipped")
         return d

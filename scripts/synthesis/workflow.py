@@ -7,10 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import ignite.distributed as idist
+import nibabel as nib
+import numpy as np
 
+from scripts.adversarial.step import d_channels
 from scripts.config import InputError, bundle_root, check_all, running_parser, save_config
 from scripts.data.datalist import describe
+from scripts.data.pictures import read_grid
 from scripts.data.subjects import Item, check_output_dir
+from scripts.synthesis.inferer import DIVISOR
 from scripts.synthesis.transforms import check_hu_range
 from scripts.tools.monai_label import apply_label_request, option
 from scripts.training.checkpoints import check_settings, load_weights
@@ -81,6 +86,17 @@ def _check_training(value: Callable[[str], Any]) -> None:
     slices = len(datalist["training"]) * value("slices_per_volume")
     if slices < value("batch_size"):
         raise InputError(f"an epoch has {slices} slices, fewer than batch_size; raise slices_per_volume")
+    if value("judge") is not None:
+        value("judge").check(d_channels(value("d_input")), _smallest_slice(datalist["training"]))
+
+
+def _smallest_slice(items: list[Item]) -> list[int]:
+    """The smallest sides ``[H, W]`` of the padded axial slices. Only headers are read."""
+    sides = []
+    for item in items:
+        grid = read_grid(item["image"][0])
+        sides.append(np.array(grid.shape)[np.argsort(nib.io_orientation(grid.affine)[:, 0])][:2])
+    return [int(-(-side // DIVISOR) * DIVISOR) for side in np.min(sides, axis=0)]
 
 
 def _check_pair(item: Item) -> None:

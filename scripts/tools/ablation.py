@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -10,7 +11,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,8 @@ class Ablation:
         seeds: seeds of the split, the weights and the noise.
         processes: number of runs at a time.
         evaluation_keys: keys that only evaluation uses, besides those that start with ``validate::inferer::``.
+        first: keys of a training that every seed needs before the others, such as that of a generator; None needs none.
+        first_key: key that gets the file of its weights.
 
     Raises:
         InputError: for an unknown file, key, stage, folder or reference, or if there is nothing to run. It is raised
@@ -107,6 +111,8 @@ class Ablation:
         seeds: Sequence[int] = (0, 1, 2),
         processes: int = 1,
         evaluation_keys: Sequence[str] = (),
+        first: Mapping[str, Any] | None = None,
+        first_key: str = "init_ckpt",
     ) -> None:
         named = {**arms, **dict(_combinations(grid))}
         self.output_dir = Path(output_dir).resolve()
@@ -115,6 +121,10 @@ class Ablation:
             _parse_arm(name, Path(bundle), configs, {**settings, **keys}, evaluation_keys)
             for name, keys in named.items()
         ]
+        self.first: Arm | None = None
+        if first is not None:
+            self.first = _parse_arm("first", Path(bundle), configs, {**settings, **first}, evaluation_keys)
+        self.first_key = first_key
         if not self.arms or not seeds:
             raise InputError("nothing to run: set arms or grid, and seeds")
         names = [arm.name for arm in self.arms]
@@ -132,10 +142,20 @@ class Ablation:
         """
         jobs = {arm.folder(self.output_dir, seed): (arm, seed) for seed in self.seeds for arm in self.arms}
         with ThreadPool(self.processes) as pool:
+            if self.first is not None:
+                pool.map(partial(self._train_first, self.first), self.seeds)
             failed = [error for error in pool.imap_unordered(lambda job: self._attempt(*job), jobs.values()) if error]
         self.write()
         if failed:
             raise TrainingError("\n".join([f"{len(failed)} of {len(jobs)} trainings failed:", *failed]))
+
+    def _train_first(self, first: Arm, seed: int) -> None:
+        """Train what every arm needs, unless it is complete. An error is reported by the arms, which miss its file."""
+        folder = first.folder(self.output_dir, seed)
+        if not (folder / "last.pt").is_file():
+            logger.info(f"{self.first_key}, seed {seed}: {folder}")
+        with contextlib.suppress(subprocess.CalledProcessError):
+            train(first, seed, folder, self.threads)
 
     def _attempt(self, arm: Arm, seed: int) -> str | None:
         """Train an arm and evaluate every arm that shares its weights. Return a message if a run fails."""
@@ -147,12 +167,20 @@ class Ablation:
             ]
             if missing:
                 logger.info(f"{' / '.join(other.name for other in sharing)}, seed {seed}: {folder}")
-                weights = train(arm, seed, folder, self.threads)
+                weights = train(self._after_first(arm, seed), seed, folder, self.threads)
             for other in missing:
                 evaluate(other, seed, weights, other.evaluation(self.output_dir, seed), self.threads)
         except subprocess.CalledProcessError:
             return f"{arm.name}, seed {seed}: {_last_line(folder / 'log.txt')} (full log: {folder / 'log.txt'})"
         return None
+
+    def _after_first(self, arm: Arm, seed: int) -> Arm:
+        """The arm with the weights of the first training."""
+        if not self.first:
+            return arm
+        return replace(
+            arm, training={self.first_key: str(self.first.folder(self.output_dir, seed) / "last.pt"), **arm.training}
+        )
 
     @property
     def threads(self) -> int:
