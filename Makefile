@@ -106,7 +106,8 @@ docs-test: $(VENV)/.installed-extras
 label-env: $(LABEL_VENV)/.installed
 
 label-test: $(LABEL_VENV)/.installed
-	OMP_NUM_THREADS=1 $(LABEL_VENV)/bin/python -m pytest -s acceptance/test_label.py acceptance/test_label_organs.py
+	OMP_NUM_THREADS=1 $(LABEL_VENV)/bin/python -m pytest -s acceptance/test_label.py acceptance/test_label_organs.py \
+	    acceptance/test_label_synthesis.py
 
 release: $(VENV)/.installed
 	$(VENV)/bin/python -m scripts.tools.release

@@ -31,7 +31,8 @@ CHOICES = {
     "fusion": ("mean", "majority", "staple"),
     "result_extension": (".nii.gz", ".nii", ".nrrd", ".seg.nrrd"),
 }
-RANGES = {"num_inference_steps": (0, 1000), "num_samples": (1, 32), "sw_batch_size": (1, 32)}
+RANGES = {"num_inference_steps": (0, 1000), "num_samples": (1, 32), "sw_batch_size": (1, 32), "batch_size": (1, 64)}
+SWITCHES = ("tta",)
 SHARES = {"overlap": 0.9}  # from 0 to this
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 UPLOADS = tempfile.mkdtemp(prefix="medsegdiff_label_")  # MONAI Label writes what clients upload to the temporary folder
@@ -119,6 +120,9 @@ def check_options(request: dict[str, Any], choices: Mapping[str, Sequence[str]],
         value = request.get(name, 0)
         if not isinstance(value, (int, float)) or not 0 <= value <= largest:  # NaN is not
             raise HTTPException(422, f"{name}={value!r} must be a number from 0 to {largest}")
+    for name in SWITCHES:
+        if not isinstance(request.get(name, False), bool):
+            raise HTTPException(422, f"{name}={request[name]!r} must be true or false")
     device = request.get("device", "cpu")
     for value in device if isinstance(device, list) else [device]:
         if value and value not in devices and not (isinstance(value, str) and DEVICE.fullmatch(value)):
