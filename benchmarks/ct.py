@@ -1,10 +1,11 @@
 """A large CT: reading its label map against 117 masks, and time and memory of inference with 118 classes.
 
 The weights are fresh: the cost does not depend on them. With one voxel per pixel of the network, the logits of the
-whole CT would take 35 GiB.
+whole CT would take 35 GiB. With ``--synthesis``, a contrast CT is made of it instead.
 
 Example:
     python benchmarks/ct.py --shape 512 512 300
+    python benchmarks/ct.py --shape 512 512 300 --synthesis
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.organs.merge_structures import merge_subject  # noqa: E402
 from scripts.organs.structures import LABEL_SUFFIX, catalogue  # noqa: E402
-from scripts.tools.phantom_ct import make_subject  # noqa: E402
+from scripts.tools.phantom_ct import make_pair, make_subject  # noqa: E402
 
-CONFIGS = ROOT / "bundles" / "organs" / "configs"
+CONFIGS = {name: ROOT / "bundles" / name / "configs" for name in ("organs", "synthesis")}
 SPACING = 1.5  # mm, as the network expects it: the CT is not resampled
 
 
@@ -41,13 +42,26 @@ def main() -> None:
     parser.add_argument("--shape", nargs=3, type=int, default=[512, 512, 300], help="voxels; multiples of 4")
     parser.add_argument("--features", nargs=6, type=int, default=[32, 64, 128, 256, 512, 32], help="of the U-Net")
     parser.add_argument("--amp", action="store_true", help="bfloat16")
+    parser.add_argument("--synthesis", action="store_true", help="make a contrast CT instead of a label map")
+    parser.add_argument("--refiner_width", type=int, default=64, help="of the refiner of synthesis")
     args = parser.parse_args()
     print(hardware())
     with tempfile.TemporaryDirectory() as name:
+        if args.synthesis:
+            write_native_ct(Path(name, "data", "s0001"), args.shape)
+            print(markdown(synthesis(Path(name), args.features, args.refiner_width, args.amp)))
+            return
         subject = Path(name, "data", "s0001")
         write_ct(subject, args.shape)
         print(markdown(reading(subject)), flush=True)
         print("\n" + markdown(inference(Path(name), args.features, args.amp)))
+
+
+def write_native_ct(folder: Path, shape: list[int]) -> None:
+    """A made-up native CT."""
+    image = make_pair(np.random.default_rng(0), 0.0, tuple(n // 4 for n in shape), (6.0, 6.0, 6.0))["ncct"]
+    folder.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(enlarged(image), np.diag([SPACING] * 3 + [1.0])), folder / "s0001_ncct.nii.gz")
 
 
 def write_ct(folder: Path, shape: list[int]) -> None:
@@ -84,25 +98,37 @@ def reading(folder: Path) -> pd.DataFrame:
 
 
 def inference(folder: Path, features: list[int], amp: bool) -> pd.DataFrame:
-    """Run ``inference.yaml`` in a process of its own: its seconds, and the largest memory that it held."""
+    """Time and memory of a label map."""
+    settings, row = run(folder, "organs", amp, {"features": features, "spacing": SPACING})
+    row["classes"] = len(settings["structures"]) + 1
+    shape = nib.load(next((folder / "out").glob("*_seg.nii.gz"))).shape
+    logits = np.prod(shape, dtype=float) * row["classes"] * 4 / 2**30
+    return pd.DataFrame([{"shape": " x ".join(map(str, shape))} | row | {"logits alone (GiB)": logits}])
+
+
+def synthesis(folder: Path, features: list[int], refiner_width: int, amp: bool) -> pd.DataFrame:
+    """Time and memory of a contrast CT."""
+    _, row = run(folder, "synthesis", amp, {"features": features, "refiner_width": refiner_width})
+    shape = nib.load(next((folder / "out").glob("*_cta.nii.gz"))).shape
+    return pd.DataFrame([{"shape": " x ".join(map(str, shape))} | row])
+
+
+def run(folder: Path, bundle: str, amp: bool, changes: dict) -> tuple[dict, dict]:
+    """Run ``inference.yaml`` in a process of its own: settings, seconds, and the largest memory that it held."""
     config = ConfigParser()
-    config.read_config(str(CONFIGS / "train.yaml"))
-    config.update({"features": features, "spacing": SPACING, "dataset_dir": str(folder / "data")})
+    config.read_config(str(CONFIGS[bundle] / "train.yaml"))
+    config.update(changes | {"dataset_dir": str(folder / "data")})
     network, settings = config.get_parsed_content("network_def"), config.get_parsed_content("settings")
     content = {"model": network.state_dict(), "settings": settings, "lineage": {"training": {}, "validation": {}}}
     torch.save(content, folder / "model.pt")
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run"]
-    command += ["--config_file", str(CONFIGS / "inference.yaml"), "--ckpt_path", str(folder / "model.pt")]
+    command += ["--config_file", str(CONFIGS[bundle] / "inference.yaml"), "--ckpt_path", str(folder / "model.pt")]
     command += ["--dataset_dir", str(folder / "data"), "--output_dir", str(folder / "out"), "--amp", str(amp)]
     start = time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    (written,) = (folder / "out").glob("*_seg.nii.gz")
-    shape = nib.load(written).shape
-    row = {"shape": " x ".join(map(str, shape)), "classes": len(settings["structures"]) + 1, "seconds": seconds}
-    logits = np.prod(shape, dtype=float) * row["classes"] * 4 / 2**30
-    return pd.DataFrame([row | {"peak memory (GiB)": peak, "logits alone (GiB)": logits}])
+    return settings, {"seconds": seconds, "peak memory (GiB)": peak}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, verify_net_in_out
 from monai.losses import JukeboxLoss
 from torch import nn
 
@@ -163,6 +163,29 @@ def test_registration_starts_at_0_and_learns_a_shift(attention):
         optimizer.step()
     assert loss.components["l1"] < 0.5 * nn.functional.l1_loss(pred, target)
     assert loss.components["smoothness"] > 0
+
+
+@pytest.mark.parametrize(("net_id", "name"), [("network_def", "network"), ("generator", "generator")])
+def test_the_data_formats_of_both_networks(net_id, name):
+    """On the command line, MONAI verifies network_data_format alone."""
+    metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
+    formats = {"_meta_::network_data_format": metadata[f"{name}_data_format"], "generator": "$@network_def.generator"}
+    verify_net_in_out(
+        net_id,
+        meta_file=str(BUNDLE / "configs" / "metadata.json"),
+        config_file=str(BUNDLE / "configs" / "inference.yaml"),
+        device="cpu",
+        **formats,
+    )
+    wrong = formats["_meta_::network_data_format"]["inputs"]["image"] | {"num_channels": 2}
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 2"):
+        verify_net_in_out(
+            net_id,
+            meta_file=str(BUNDLE / "configs" / "metadata.json"),
+            config_file=str(BUNDLE / "configs" / "inference.yaml"),
+            device="cpu",
+            **formats | {"_meta_::network_data_format::inputs::image": wrong},
+        )
 
 
 # ---- volumes

@@ -29,7 +29,7 @@ class SynthesisInferer(Inferer):
     """
 
     def __init__(
-        self, num_slices: int = 1, batch_size: int = 8, tta: bool = False, with_generator: bool = False
+        self, num_slices: int = 1, batch_size: int = 2, tta: bool = False, with_generator: bool = False
     ) -> None:
         super().__init__()
         if num_slices not in (1, 3, 5):
