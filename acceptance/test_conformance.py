@@ -324,6 +324,8 @@ def test_the_metrics_of_the_metadata_are_those_of_the_weights_of_synthesis(tmp_p
     options = ["--dataset_dir", data, "--ckpt_dir", "models", "--output_dir", str(tmp_path / "evaluate")]
     python(bundle, True, tmp_path, "-m", "monai.bundle", "run", "--config_file", str(names), *options)
     methods = json.loads((tmp_path / "evaluate" / "summary.json").read_text())["methods"]
-    measured = {f"phantom_test_{m}_{name}": cell["value"] for m, cells in methods.items() for name, cell in cells.items()}
+    measured = {
+        f"phantom_test_{m}_{name}": cell["value"] for m, cells in methods.items() for name, cell in cells.items()
+    }
     named = json.loads((bundle / "configs" / "metadata.json").read_text())["eval_metrics"]
     assert named == pytest.approx({name: measured[name] for name in named}, rel=0.002)

@@ -314,6 +314,21 @@ def test_evaluation_beside_the_baselines(refined, pairs, tmp_path):
     assert len(list((tmp_path / "overlays").glob("*_mip.png"))) == 2
 
 
+def test_pairs_in_two_folders(pairs, tmp_path):
+    """NCCT/s0.nii.gz and CTA/s0.nii.gz, with masks in vessels/ and lung/."""
+    for name, folder in {"ncct": "NCCT", "cta": "CTA", "vessels": "vessels", "lung": "lung"}.items():
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for file in pairs.glob(f"*/*_{name}.nii.gz"):
+            shutil.copy(file, tmp_path / "data" / folder / f"{file.parent.name}.nii.gz")
+    options = {"dataset_dir": str(tmp_path / "data"), "image_dir": "NCCT", "mask_dir": "CTA", **TINY}
+    folders = {"output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "out")}
+    run("train.yaml", "stage0_generator.yaml", **options | folders | {"max_epochs": 1, "lung_weight": 5.0})
+    run("train.yaml", "stage0_generator.yaml", "evaluate.yaml", **options | folders)
+    table = pd.read_csv(tmp_path / "out" / "subjects.csv")
+    assert set(table["method"]) == {"identity", "lookup", "generator", "refined"}
+    assert table["vessel_mae"].gt(0).all()
+
+
 def test_files_of_inference(refined, pairs, tmp_path):
     infer(refined, pairs, tmp_path)
     image, native = nib.load(tmp_path / "s0_cta.nii.gz"), nib.load(pairs / "s0" / "s0_ncct.nii.gz")
@@ -447,6 +462,23 @@ def test_a_pair_that_cannot_be_used(pairs, generator, tmp_path, change, message)
     with pytest.raises(InputError, match=message):
         train(data, tmp_path / "out", generator_ckpt=str(generator / "model.pt"))
     assert not list(tmp_path.glob("out/*.pt"))
+
+
+def test_a_pair_that_looks_wrong_is_used_with_a_warning(pairs, generator, tmp_path, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    for folder in data.iterdir():
+        native, contrast = (folder / f"{folder.name}_{name}.nii.gz" for name in ("ncct", "cta"))
+        native.rename(tmp_path / "n.nii.gz")
+        contrast.rename(native)
+        raw = nib.load(tmp_path / "n.nii.gz")
+        nib.save(nib.Nifti1Image(np.asarray(raw.dataobj) + 1024, raw.affine), contrast)
+    train(data, tmp_path / "out", generator_ckpt=str(generator / "model.pt"), max_epochs=1)
+    assert caplog.text.count("a CT in Hounsfield units has air below") >= 2
+    save("s1_cta.nii.gz", np.asarray(nib.load(tmp_path / "n.nii.gz").dataobj))(data / "s1")
+    caplog.clear()
+    train(data, tmp_path / "again", generator_ckpt=str(generator / "model.pt"), max_epochs=1)
+    assert "subject 's1': more voxels are darker in the contrast CT than brighter" in caplog.text
 
 
 @pytest.mark.parametrize(

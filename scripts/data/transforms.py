@@ -87,14 +87,14 @@ class CheckVolumed(MapTransform):
 
 
 class CheckHounsfieldd(MapTransform):
-    """Warn about a volume without air: it is no CT in Hounsfield units, and the structures would be wrong."""
+    """Warn about a volume without air: it is no CT in Hounsfield units, and the result would be wrong."""
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
         for key in self.key_iterator(dict(data)):
             if (darkest := float(data[key].min())) > NO_AIR:
                 logger.warning(
                     f"subject '{data.get('subject', '?')}': the darkest voxel is {darkest:g}; a CT in Hounsfield units "
-                    f"has air below {NO_AIR}. MR images and raw values are not segmented correctly"
+                    f"has air below {NO_AIR}. MR images and raw values give wrong results"
                 )
         return dict(data)
 

@@ -6,13 +6,10 @@ import warnings
 
 import torch
 from monai.losses import DiffusionLoss
+from monai.networks.blocks import Warp
 from monai.networks.blocks.spatialattention import SpatialAttentionBlock
 from monai.networks.nets import RegUNet
 from torch import nn
-
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="monai.networks.blocks.Warp")  # that torch, not C++, warps
-    from monai.networks.blocks import Warp
 
 CHANNELS, DEPTH = 16, 3  # of the first level; of the levels below it
 GROUPS = 8  # of the attention's group norm
@@ -30,11 +27,16 @@ class Registration(nn.Module):
 
     def __init__(self, attention: bool = False) -> None:
         super().__init__()
-        self.network = RegUNet(2, 2, CHANNELS, DEPTH, out_kernel_initializer="zeros", out_channels=2)
+        levels = tuple(range(DEPTH + 1))  # MONAI's default is the coarsest alone
+        self.network = RegUNet(
+            2, 2, CHANNELS, DEPTH, out_kernel_initializer="zeros", out_channels=2, extract_levels=levels
+        )
         if attention:
             block = SpatialAttentionBlock(2, CHANNELS * 2**DEPTH, norm_num_groups=GROUPS)
             self.network.bottom_block = nn.Sequential(self.network.bottom_block, block)
-        self.warp = Warp()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that torch warps, not an extension in C++
+            self.warp = Warp()
         self.smoothness = DiffusionLoss()
 
     def forward(self, pred: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
