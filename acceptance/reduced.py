@@ -46,6 +46,7 @@ BENCHMARKS = {
     "flops.py": {},
     "folds.py": {},
     "grades.py": {"--repeats": ["1"]},
+    "registration.py": EPOCHS | {"--num_subjects": ["6"], "--seeds": ["0"]},
     "resize.py": {},
     "inference.py": {},
     "int8.py": {"--image_size": ["32"], "--repeats": ["1"]},

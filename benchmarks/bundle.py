@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_bundle(configs: list[str], settings: list[str]) -> None:
-    """Run files of ``configs/`` with settings as on the command line; stop when it fails."""
+def run_bundle(configs: list[str], settings: list[str], folder: Path = ROOT) -> None:
+    """Run files of ``configs/`` in the folder of a bundle with settings as on the command line; stop when it fails."""
     files = str([f"configs/{name}" for name in configs])
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
-    subprocess.run([*command, *map(str, settings)], cwd=ROOT, check=True)
+    subprocess.run([*command, *map(str, settings)], cwd=folder, check=True)
