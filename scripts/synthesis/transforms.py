@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 METAL = 3071  # HU; a CT of 12 bits ends here
 ENHANCED = 100  # HU, by which contrast brightens vessels at least
+TISSUE = -200  # HU; the edges of lungs and skin, which move between the two CTs, are darker
+SWAPPED = 1.5  # ratio of darker to brighter voxels from which on a pair looks swapped
 
 
 def check_hu_range(hu_range: Any) -> tuple[float, float]:
@@ -66,8 +68,9 @@ class CheckPaird(MapTransform):
         d = dict(data)
         subject = f"subject '{d.get('subject', '')}'"
         native, contrast = (torch.as_tensor(d[key]) for key in (self.native, self.contrast))
-        brighter, darker = ((part > ENHANCED).sum() for part in (contrast - native, native - contrast))
-        if darker > brighter:
+        tissue = (native > TISSUE) & (contrast > TISSUE)
+        brighter, darker = ((tissue & (part > ENHANCED)).sum() for part in (contrast - native, native - contrast))
+        if darker > SWAPPED * brighter:
             logger.warning(
                 f"{subject}: more voxels are darker in the contrast CT than brighter. Are the two swapped, or is the "
                 "native CT already enhanced?"
