@@ -126,7 +126,7 @@ def test_runs_are_kept_and_failures_named(phantoms, tmp_path, monkeypatch):
     assert table["arm"].tolist() == ["joint", "three samples"]
     assert table["dice"].between(0, 1).all()
     assert (tmp_path / "ablation.png").stat().st_size > 5000
-    parts = pd.read_csv(tmp_path / "parts.csv").set_index("dice")
+    parts = pd.read_csv(tmp_path / "parts.csv").set_index("part")
     assert parts.loc["WT", "joint"] == pytest.approx(table["dice"][0], abs=1e-5)  # the only region
     trained = next(tmp_path.glob("*/last.pt")).stat().st_mtime_ns
     del arms["odd"]

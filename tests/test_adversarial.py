@@ -311,11 +311,19 @@ def test_warm_up_and_ramp():
     assert [step.ramp(epoch) for epoch in range(1, 8)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
     assert adversary().ramp(1) == 1
     seen = []
-    step = adversary(warmup_epochs=1)
-    engine = trainer(step, length=1, epochs=2)
-    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append("gan" in step.components))
+    step = adversary(warmup_epochs=1, ramp_epochs=1, gan_weight=0.5, feature_weight=0.1)
+    engine = trainer(step, length=1, epochs=3)
+
+    def check(e):
+        terms = sum(step.components.get(name, 0) for name in ("gan", "feature"))
+        seen.append("gan" in step.components)
+        assert e.state.output["loss"].item() == pytest.approx(
+            l1(e.state.output["pred"], e.state.output["label"]).item() + float(terms), abs=1e-6
+        )
+
+    engine.add_event_handler(Events.ITERATION_COMPLETED, check)
     engine.run()
-    assert seen == [False, True]
+    assert seen == [False, True, True]
 
 
 def test_r1_is_lazy():
@@ -361,7 +369,7 @@ def test_the_discriminator_continues_where_it_was():
 
 @pytest.mark.parametrize("options", [{"d_input": "sum"}, {"gan_weight": -1.0}, {"r1_interval": 0}])
 def test_other_options_are_refused(options):
-    with pytest.raises(InputError, match="d_input|0 or more"):
+    with pytest.raises(InputError, match="d_input 'sum'|gan_weight=-1.0 must be|r1_interval=0 must be"):
         AdversarialStep(Collapsed(), None, **options)
 
 

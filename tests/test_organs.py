@@ -61,7 +61,7 @@ def test_an_ablation_compares_arms(cts, tmp_path):
     table = pd.read_csv(tmp_path / "table.csv").set_index("arm")
     assert list(table.index) == ["weighted", "plain"]
     assert table["dice"].between(0, 1).all()
-    assert set(pd.read_csv(tmp_path / "parts.csv")["dice"]) == set(STRUCTURES)
+    assert set(pd.read_csv(tmp_path / "parts.csv")["part"]) == set(STRUCTURES)
     weights = [torch.load(path, weights_only=True)["model"] for path in sorted(tmp_path.glob("*_seed0/last.pt"))]
     assert not torch.equal(weights[0]["final_conv.bias"], weights[1]["final_conv.bias"])  # None reached the loss
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, verify_net_in_out
 from monai.losses import JukeboxLoss
+from monai.metrics import SSIMMetric
 from torch import nn
 
 from conftest import ROOT, assert_same, run_files, state, wait_for
@@ -113,10 +114,13 @@ def test_the_loss_is_0_for_equal_slices_and_sees_each_resolution():
     assert SynthesisLoss([1], ssim_weight=0)(checks, of(image)).item() == pytest.approx(0.5, abs=1e-6)
     assert SynthesisLoss([2], ssim_weight=0)(checks, of(image)).item() == pytest.approx(0, abs=1e-6)
     with pytest.raises(InputError, match="slices of 8 px are too small"):
-        SynthesisLoss([1, 4])(image, of(image))
+        SynthesisLoss([1, 4]).check((48, 32))
+    SynthesisLoss([1, 4], ssim_weight=0).check((48, 32))
+    with pytest.raises(InputError, match="the loss has no term"):
+        SynthesisLoss([1], l1_weight=0, ssim_weight=0)
     with pytest.raises(InputError, match="resolutions"):
         SynthesisLoss([0])
-    with pytest.raises(InputError, match="0 or more"):
+    with pytest.raises(InputError, match="spectral_weight=-1 must be 0 or more"):
         SynthesisLoss([1], spectral_weight=-1)
 
 
@@ -127,7 +131,8 @@ def test_the_lungs_weigh_more():
     loss = SynthesisLoss([1], ssim_weight=0)
     assert loss(lung, of(label, lung=lung)).item() == pytest.approx(0.25)
     loss.set_lung_weight(3.0)
-    assert loss(lung, of(label, lung=lung)).item() == pytest.approx(0.5)
+    for value in (1, 13, 255):  # masks of other programs
+        assert loss(lung, of(label, lung=value * lung)).item() == pytest.approx(0.5)
     assert loss(lung, of(label)).item() == pytest.approx(0.25)
 
 
@@ -188,6 +193,17 @@ def test_the_data_formats_of_both_networks(net_id, name):
         )
 
 
+@pytest.mark.parametrize("options", [{}, {"discriminator": "resblock", "d_input": "concat"}])
+def test_the_first_weights_do_not_depend_on_the_discriminator(pairs, generator, tmp_path, options):
+    weights = []
+    for index, given in enumerate(({"discriminator": "$None"}, options)):
+        folders = {"dataset_dir": str(pairs), "output_dir": str(tmp_path / str(index)), "ckpt_dir": str(tmp_path)}
+        frozen = {"learning_rate": 0.0, "generator_ckpt": str(generator / "model.pt")}
+        run("train.yaml", **folders, **TINY | frozen | given | {"max_epochs": 1})
+        weights.append(state(tmp_path / "last.pt")["network"])
+    assert_same(*weights)
+
+
 # ---- volumes
 @pytest.mark.parametrize("tta", [False, True])
 @pytest.mark.parametrize("num_slices", [1, 3])
@@ -217,11 +233,15 @@ def test_hu_are_whole_and_within_their_range():
 def test_pairs_that_look_wrong(caplog):
     native = torch.zeros(1, 8, 8, 4)
     contrast = native.clone()
-    contrast[0, 2:4, 2:4] = 300
+    contrast[0, 2:6, 2:6] = 300
     CheckPaird()({"image": native, "label": contrast, "subject": "s1"})
     assert not caplog.messages
     CheckPaird()({"image": contrast, "label": native, "subject": "s1"})
     assert "subject 's1': more voxels are darker" in caplog.text
+    caplog.clear()
+    noise = 40 * torch.randn(1, 8, 8, 4, generator=torch.Generator().manual_seed(0))
+    CheckPaird()({"image": contrast, "label": contrast + noise, "subject": "s1"})
+    assert caplog.messages == ["subject 's1': contrast changes hardly a voxel. Is the native CT already enhanced?"]
     caplog.clear()
     contrast[0, 0, 0, :3] = 35988
     CheckPaird()({"image": native, "label": contrast, "subject": "s1"})
@@ -249,14 +269,38 @@ def test_scores_of_known_errors():
     body, vessels = body_mask(truth), np.zeros(truth.shape, bool)
     assert body.sum() == 16 * 13 * 4
     vessels[4, 8] = True
-    perfect = scores(truth, truth, body, vessels, HU_RANGE)
-    assert (perfect["mae"], perfect["vessel_mae"]) == (0, 0)
+    native = np.where(vessels, 0, truth)
+    truth[vessels] = 300
+    perfect = scores(truth, truth, native, body, vessels, HU_RANGE)
+    assert (perfect["mae"], perfect["vessel_mae"], perfect["vessel_dice"]) == (0, 0, 1)
+    assert np.isnan(perfect["ms_ssim"])
     assert perfect["ssim"] == pytest.approx(1)
     assert perfect["psnr"] == pytest.approx(10 * np.log10(1600**2 * 12))
-    wrong = scores(truth + 16, truth, body, vessels, HU_RANGE)
+    wrong = scores(truth + 16, truth, native, body, vessels, HU_RANGE)
     assert (wrong["mae"], wrong["vessel_mae"]) == (16, 16)
     assert wrong["psnr"] == pytest.approx(40)
-    assert np.isnan(scores(truth, truth, body, None, HU_RANGE)["vessel_mae"])
+    assert np.isnan(scores(truth, truth, native, body, None, HU_RANGE)["vessel_mae"])
+    assert scores(native, truth, native, body, vessels, HU_RANGE)["vessel_dice"] == 0
+    assert np.isnan(scores(truth, native, native, body, vessels, HU_RANGE)["vessel_dice"])
+    missed = np.where(np.arange(4) < 1, native, truth)  # a quarter
+    assert scores(missed, truth, native, body, vessels, HU_RANGE)["vessel_dice"] == pytest.approx(2 * 0.75 / 1.75)
+
+
+def test_the_similarity_does_not_depend_on_the_air_around():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(100, 50, (190, 180, 2))
+    image, body = truth + rng.normal(0, 30, truth.shape), np.ones(truth.shape, bool)
+    one = scores(image, truth, truth, body, None, HU_RANGE)
+    wider = [
+        np.pad(part, ((40, 40), (40, 40), (0, 0)), constant_values=v) for part, v in ((image, -1000), (truth, -1000))
+    ]
+    two = scores(*wider, wider[1], np.pad(body, ((40, 40), (40, 40), (0, 0))), None, HU_RANGE)
+    assert 0 < one["ssim"] < 0.99
+    assert 0 < one["ms_ssim"] < 1
+    assert two == pytest.approx(one, nan_ok=True)
+    expected = SSIMMetric(spatial_dims=2, data_range=1600)
+    pair = [torch.from_numpy(part.clip(-1000, 600) + 1000).permute(2, 0, 1)[:, None].float() for part in (image, truth)]
+    assert one["ssim"] == pytest.approx(expected(*pair).mean().item(), abs=1e-5)
 
 
 def test_the_body_has_its_lungs():
@@ -279,7 +323,17 @@ def test_the_lookup_table_is_the_best_pointwise_map(tmp_path):
 
 def test_differences_are_paired():
     rows = [
-        {"subject": s, "patient": s, "method": m, "psnr": 30 + i + d, "mae": 1, "ssim": 1, "vessel_mae": 1}
+        {
+            "subject": s,
+            "patient": s,
+            "method": m,
+            "psnr": 30 + i + d,
+            "mae": 1,
+            "ssim": 1,
+            "ms_ssim": 1,
+            "vessel_mae": 1,
+            "vessel_dice": 1,
+        }
         for i, s in enumerate("abc")
         for m, d in {"identity": 0, "lookup": 1, "generator": 2, "refined": 3}.items()
     ]
@@ -475,7 +529,7 @@ def test_a_pair_that_looks_wrong_is_used_with_a_warning(pairs, generator, tmp_pa
         nib.save(nib.Nifti1Image(np.asarray(raw.dataobj) + 1024, raw.affine), contrast)
     train(data, tmp_path / "out", generator_ckpt=str(generator / "model.pt"), max_epochs=1)
     assert capsys.readouterr().out.count("a CT in Hounsfield units has air below") >= 2
-    save("s1_cta.nii.gz", np.asarray(nib.load(tmp_path / "n.nii.gz").dataobj))(data / "s1")
+    save("s1_cta.nii.gz", np.asarray(nib.load(pairs / "s1" / "s1_ncct.nii.gz").dataobj))(data / "s1")
     train(data, tmp_path / "again", generator_ckpt=str(generator / "model.pt"), max_epochs=1)
     assert "subject 's1': more voxels are darker in the contrast CT than brighter" in capsys.readouterr().out
 
@@ -495,6 +549,7 @@ def test_a_pair_that_looks_wrong_is_used_with_a_warning(pairs, generator, tmp_pa
         ({"d_input": "sum"}, "d_input 'sum' is not one of"),
         ({"gan_loss": "wgan"}, "gan_loss 'wgan' is not one of"),
         ({"perceptual_weight": 1.0}, "perceptual_weight: its network cannot be loaded"),
+        ({"resolutions": [1, 4]}, "slices of 8 px are too small for the SSIM"),
         ({"slices_per_volume": 1, "batch_size": 40}, "fewer than batch_size; raise slices_per_volume"),
     ],
     ids=str,
@@ -502,6 +557,26 @@ def test_a_pair_that_looks_wrong_is_used_with_a_warning(pairs, generator, tmp_pa
 def test_settings_that_cannot_be_used(pairs, generator, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         train(pairs, tmp_path / "out", **{"generator_ckpt": str(generator / "model.pt")} | options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_slices_of_other_sizes_do_not_fit_into_one_batch(pairs, generator, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    for file in (data / "s1").glob("*.nii.gz"):
+        image = nib.load(file)
+        nib.save(image.slicer[:16], file)
+    options = {"generator_ckpt": str(generator / "model.pt"), "resolutions": [1], "max_epochs": 1}
+    with pytest.raises(InputError, match=r"slices of \(16, 32\) px \('s1'\) and .* set batch_size=1"):
+        train(data, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    train(data, tmp_path / "out", **options, batch_size=1, discriminator="resblock")
+    assert (tmp_path / "out" / "model.pt").is_file()
+
+
+def test_a_generator_that_has_seen_the_test_subjects_is_refused(pairs, generator, tmp_path):
+    with pytest.raises(InputError, match="trained on"):
+        train(pairs, tmp_path / "out", generator_ckpt=str(generator / "model.pt"), seed=1)
     assert not (tmp_path / "out").exists()
 
 

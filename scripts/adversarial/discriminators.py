@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from scripts.config import InputError
 
 GROUPS = 8  # of the group norm before the attention
+ATTENDED = 32  # largest side of what the attention compares: its memory grows with the fourth power of the side
 
 
 class ResidualDiscriminator(nn.Module):
@@ -43,7 +44,13 @@ class ResidualDiscriminator(nn.Module):
         for unit in self.units:
             x = unit(x)
             features.append(x)
-        return [*features, self.last(self.attention(x))]
+        return [*features, self.last(x + self._attended(x))]
+
+    def _attended(self, x: torch.Tensor) -> torch.Tensor:
+        """What the attention adds, at a side of at most 32 pixels."""
+        height, width = x.shape[2:]
+        pooled = nn.functional.adaptive_avg_pool2d(x, (min(height, ATTENDED), min(width, ATTENDED)))
+        return nn.functional.interpolate(self.attention(pooled) - pooled, x.shape[2:], mode="bilinear")
 
 
 class Pyramid(nn.Module):

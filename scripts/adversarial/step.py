@@ -39,8 +39,8 @@ def d_channels(d_input: str) -> int:
 class AdversarialStep:
     """``iteration_update`` of MONAI's SupervisedTrainer: one step of the network, then one of the discriminator.
 
-    Without a discriminator, the trainer has its own step; with one, nothing else differs. The step fires the events of
-    that of MONAI and accumulates gradients in the same way. MONAI's AdversarialTrainer is not used: it takes the true
+    Without a discriminator, MONAI's own step is used; all else stays the same. This step fires the same events and
+    accumulates gradients in the same way. MONAI's AdversarialTrainer is not used: it takes the true
     slices from the inputs of the network, sets every part of the network to training mode, and has no ``loss``.
 
     While the network is trained, the parameters of the discriminator need no gradient: none can be left for the step
@@ -51,12 +51,13 @@ class AdversarialStep:
         optimizer: of the discriminator.
         gan_loss: see :class:`~scripts.adversarial.losses.GanLoss`.
         d_input: what it sees: ``diff``, the slice minus the native one; ``none``, the slice alone; ``concat``, both.
-        gan_weight: of its loss in that of the network.
+        gan_weight: weight of the adversarial loss in the loss of the network.
         feature_weight: of feature matching.
-        warmup_epochs: first epochs, in which only the discriminator learns of its loss.
+        warmup_epochs: first epochs, in which the network is trained without the discriminator, which learns already.
         ramp_epochs: epochs after these, in which both weights rise from 0.
         r1_gamma: weight of the gradient penalty R1; 0 leaves it out.
-        r1_interval: steps between two penalties, each of which counts as often (lazy regularisation).
+        r1_interval: the penalty is computed once in so many iterations, and multiplied by that number (lazy
+            regularisation, Karras et al., CVPR 2020).
         label_smoothing: see :class:`~scripts.adversarial.losses.GanLoss`.
         augmented: change what the discriminator sees (:func:`~scripts.adversarial.augmentation.augment`).
         amp: bfloat16 autocast of the discriminator; R1 is always in float32.
@@ -82,8 +83,13 @@ class AdversarialStep:
         amp: bool = False,
     ) -> None:
         d_channels(d_input)
-        if min(gan_weight, feature_weight, warmup_epochs, ramp_epochs, r1_gamma) < 0 or r1_interval < 1:
-            raise InputError("the weights and epochs of adversary must be 0 or more, and r1_interval 1 or more")
+        numbers = {"gan_weight": gan_weight, "feature_weight": feature_weight, "r1_gamma": r1_gamma}
+        numbers |= {"warmup_epochs": warmup_epochs, "ramp_epochs": ramp_epochs}
+        for name, number in numbers.items():
+            if number < 0:
+                raise InputError(f"{name}={number} must be 0 or more")
+        if r1_interval < 1:
+            raise InputError(f"adversary::r1_interval={r1_interval} must be 1 or more")
         self.discriminator, self.optimizer = discriminator, optimizer
         self.wrapped = wrap_distributed(discriminator)
         self.loss = GanLoss(gan_loss, label_smoothing)
@@ -138,22 +144,22 @@ class AdversarialStep:
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             loss = engine.loss_function(output[Keys.PRED], output[Keys.LABEL]).mean()
             if (share := self.ramp(engine.state.epoch)) > 0:
-                loss = loss + share * self._adversarial_loss(self.see(output[Keys.PRED], native), real)
+                loss = loss + self._adversarial_loss(self.see(output[Keys.PRED], native), real, share)
             output[Keys.LOSS] = loss
             engine.fire_event(IterationEvents.LOSS_COMPLETED)
             (loss / engine.accumulation_steps).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
 
-    def _adversarial_loss(self, fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """What the discriminator adds to the loss of the network."""
+    def _adversarial_loss(self, fake: torch.Tensor, real: torch.Tensor, share: float) -> torch.Tensor:
+        """What the discriminator adds to the loss of the network, with this share of its weights."""
         if self.augmented:
             real, fake = augment(torch.cat([real, fake], dim=1)).chunk(2, dim=1)
         judged = self._judge(self.discriminator, fake)
-        terms = {"gan": self.gan_weight * self.loss.of_network(judged)}
+        terms = {"gan": share * self.gan_weight * self.loss.of_network(judged)}
         if self.feature_weight:
             with torch.no_grad():
                 true = self._judge(self.discriminator, real)
-            terms["feature"] = self.feature_weight * feature_matching(true, judged)
+            terms["feature"] = share * self.feature_weight * feature_matching(true, judged)
         self.components |= {name: term.detach() for name, term in terms.items()}
         return torch.stack(list(terms.values())).sum()
 

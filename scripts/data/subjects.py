@@ -252,7 +252,7 @@ def check_headers(item: Item, modalities: Sequence[str]) -> Item:
     reference, first = files[0], _read_header(item["subject"], files[0])
     for file in files:
         grid = _read_header(item["subject"], file)
-        kind = "mask" if file in item.get("label", []) else "modality"
+        kind = "modality" if file in item["image"] else "mask"
         channels = len(modalities) if item["image"] == [file] else 1
         if not is_picture(file) and grid.channels != channels:
             raise InputError(

@@ -44,6 +44,8 @@ def plot_learning_curves(
     filled = table.columns[table.notna().any()]
     panels = {title: [name for name in names if name in filled] for title, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(14 / 3 * columns, 3.5 * rows), layout="constrained")
@@ -60,6 +62,8 @@ def plot_learning_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
             axes.legend(fontsize="small")
+    for axes in figure.axes[len(panels) :]:
+        axes.set_axis_off()
     _save(figure, file)
 
 

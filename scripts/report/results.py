@@ -25,7 +25,7 @@ class Results:
     Args:
         scores: means over the subjects.
         subjects: one row per subject with ``subject`` and the scores that are compared in pairs.
-        parts: Dice of each region or structure, mean over the subjects.
+        parts: a score of each part, mean over the subjects: Dice of a region or structure, PSNR of a method.
     """
 
     scores: dict[str, float]

@@ -29,8 +29,7 @@ class SynthesisLoss(nn.Module):
             (:meth:`set_lung_weight`).
         spectral_weight: of the distance of the magnitudes of the Fourier transforms (MONAI's JukeboxLoss).
         perceptual_weight: of MONAI's PerceptualLoss, whose weights the first use downloads.
-        registration: compute all of it after the slices were brought to the true ones; see
-            :class:`~scripts.synthesis.registration.Registration`.
+        registration: warps the slices to the true ones first; None does not.
         smoothness_weight: of its displacements.
 
     Raises:
@@ -51,11 +50,14 @@ class SynthesisLoss(nn.Module):
         super().__init__()
         if not resolutions or any(not isinstance(factor, int) or factor < 1 for factor in resolutions):
             raise InputError(f"resolutions={resolutions!r} must be a list of whole numbers, 1 or more")
-        if min(l1_weight, ssim_weight, lung_weight, spectral_weight, perceptual_weight, smoothness_weight) < 0:
-            raise InputError("the weights of the loss must be 0 or more")
         self.resolutions = list(resolutions)
         self.weights = {"l1": l1_weight, "ssim": ssim_weight, "spectral": spectral_weight}
         self.weights |= {"perceptual": perceptual_weight, "smoothness": smoothness_weight}
+        for name, value in (self.weights | {"lung": lung_weight}).items():
+            if value < 0:
+                raise InputError(f"{name}_weight={value} must be 0 or more")
+        if not any(self.weights[name] for name in ("l1", "ssim", "spectral", "perceptual")):
+            raise InputError("the loss has no term: set loss::l1_weight or loss::ssim_weight above 0")
         self.lung_weight = lung_weight
         self.ssim = SSIMLoss(spatial_dims=2, data_range=RANGE, win_size=WINDOW)
         self.spectral = JukeboxLoss(spatial_dims=2)
@@ -67,27 +69,27 @@ class SynthesisLoss(nn.Module):
         """Change the weight of the lungs."""
         self.lung_weight = value
 
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise InputError if slices ``[H, W]`` are smaller than the window of the SSIM at one of the resolutions."""
+        smallest = min(shape) // max(self.resolutions)
+        if self.weights["ssim"] and smallest < WINDOW:
+            raise InputError(f"slices of {smallest} px are too small for the SSIM; remove the largest of 'resolutions'")
+
     def forward(self, pred: torch.Tensor, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Loss of slices ``[B, 1, H, W]``.
 
         Args:
             pred: synthetic slices.
             targets: ``label``, the true slices, and perhaps ``lung``, a mask, likewise.
-
-        Raises:
-            InputError: for slices that are smaller than the window of the SSIM at one of the resolutions.
         """
         target = targets["label"].float()
         pred = pred.float()
-        smallest = min(pred.shape[2:]) // max(self.resolutions)
-        if self.weights["ssim"] and smallest < WINDOW:
-            raise InputError(f"slices of {smallest} px are too small for the SSIM; remove the largest of 'resolutions'")
         terms = {}
         if self.registration is not None:
             pred, terms["smoothness"] = self.registration(pred, target)
         weight = torch.ones_like(target)
         if "lung" in targets:
-            weight = 1 + (self.lung_weight - 1) * targets["lung"].float()
+            weight = 1 + (self.lung_weight - 1) * (targets["lung"] > 0).float()
         terms |= self._at_resolutions(pred, target, weight)
         if self.weights["spectral"]:
             terms["spectral"] = self.spectral(pred, target)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+import ignite.distributed as idist
 import torch
 from monai.losses import DiffusionLoss
 from monai.networks.blocks import Warp
 from monai.networks.blocks.spatialattention import SpatialAttentionBlock
 from monai.networks.nets import RegUNet
 from torch import nn
+
+from scripts.distributed import average_over_processes
 
 CHANNELS, DEPTH = 16, 3  # of the first level; of the levels below it
 GROUPS = 8  # of the attention's group norm
@@ -27,7 +31,7 @@ class Registration(nn.Module):
 
     def __init__(self, attention: bool = False) -> None:
         super().__init__()
-        levels = tuple(range(DEPTH + 1))  # MONAI's default is the coarsest alone
+        levels: Any = tuple(range(DEPTH + 1))  # MONAI's default is the coarsest alone
         self.network = RegUNet(
             2, 2, CHANNELS, DEPTH, out_kernel_initializer="zeros", out_channels=2, extract_levels=levels
         )
@@ -38,6 +42,9 @@ class Registration(nn.Module):
             warnings.simplefilter("ignore")  # it says that torch warps, not an extension in C++
             self.warp = Warp()
         self.smoothness = DiffusionLoss()
+        if idist.get_world_size() > 1:  # it is no part of the network, whose gradients are averaged
+            for parameter in self.parameters():
+                parameter.register_hook(average_over_processes)
 
     def forward(self, pred: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The displaced slices ``[B, 1, H, W]``, and the smoothness loss.

@@ -70,7 +70,7 @@ class SynthesisReport(RowsHandler):
         plot_projections({"native": native, "synthetic": pred, "true": truth}, affine, item["subject"], file)
         subject = {"subject": item["subject"], "patient": patient(item["subject"], self.patient_pattern)}
         return [
-            subject | {"method": name} | scores(volume, truth, body, vessels, self.hu_range)
+            subject | {"method": name} | scores(volume, truth, native, body, vessels, self.hu_range)
             for name, volume in volumes.items()
         ]
 
@@ -82,7 +82,8 @@ class SynthesisReport(RowsHandler):
         with atomic_path(self.output_dir / "summary.json") as path:
             path.write_text(json.dumps({"settings": self.settings, **found}, indent=1), encoding="utf-8")
         for method, cells in found["methods"].items():
-            print(f"{method:<10}" + "  ".join(f"{name} {cell['value']:.3f}" for name, cell in cells.items()))
+            known = {name: cell["value"] for name, cell in cells.items() if cell["value"] is not None}
+            print(f"{method:<10}" + "  ".join(f"{name} {value:.3f}" for name, value in known.items()))
 
 
 def vessel_mask(contrast: str, label_suffix: str) -> np.ndarray | None:
@@ -128,5 +129,6 @@ def read_results(folder: Path, training: Mapping[str, Any]) -> Results:
         for method, cells in found.items()
     }
     epochs = pd.read_csv(folder.parent / "metrics.csv")
-    auc = {"d_auc": float(epochs.loc[epochs["split"] == "validation", "d_auc"].iloc[-1])}
-    return Results(numbers["refined"] | auc, subjects, {method: cells["psnr"] for method, cells in numbers.items()})
+    auc = epochs.loc[epochs["split"] == "validation", "d_auc"]
+    scored = numbers["refined"] | {"d_auc": float(auc.iloc[-1]) if len(auc) else np.nan}
+    return Results(scored, subjects, {method: cells["psnr"] for method, cells in numbers.items()})

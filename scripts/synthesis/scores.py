@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from monai.metrics import SSIMMetric
+from monai.metrics import MultiScaleSSIMMetric
+from monai.metrics.regression import compute_ssim_and_cs
 from scipy.ndimage import binary_fill_holes
 from tqdm import tqdm
 
@@ -18,7 +19,10 @@ from scripts.data.subjects import Item, check_headers
 
 AIR = -500  # HU; the body is brighter, but for its lungs
 BIN = 10  # HU, of the lookup table
-SCORES = ("psnr", "mae", "ssim", "vessel_mae")
+ENHANCED = 100  # HU, above the native CT
+WINDOW, SMALLEST = 11, 176  # pixels: window of the SSIM; sides of slices that are large enough for MS-SSIM
+CHUNK = 16  # slices at a time
+SCORES = ("psnr", "mae", "ssim", "ms_ssim", "vessel_mae", "vessel_dice")
 
 
 def body_mask(image: np.ndarray) -> np.ndarray:
@@ -58,28 +62,61 @@ def with_lungs(items: Sequence[Item], label_suffix: str) -> list[Item]:
 
 
 def scores(
-    image: np.ndarray, truth: np.ndarray, body: np.ndarray, vessels: np.ndarray | None, hu_range: Sequence[float]
+    image: np.ndarray,
+    truth: np.ndarray,
+    native: np.ndarray,
+    body: np.ndarray,
+    vessels: np.ndarray | None,
+    hu_range: Sequence[float],
 ) -> dict[str, float]:
-    """PSNR (dB, over ``hu_range``), MAE (HU) and SSIM in the body, and MAE in the vessels.
+    """Scores of a synthesised CT, by name.
+
+    In the body: ``psnr`` (dB, over ``hu_range``), ``mae`` (HU), ``ssim`` (window of 11 px), and ``ms_ssim``, which is
+    NaN if the body is smaller than 176 px. ``vessel_mae`` is the MAE in the vessels (HU), NaN without their mask.
+    ``vessel_dice`` is the Dice of the voxels that are more than 100 HU above the native CT: vessels, and organs that
+    take up contrast. It is NaN if the true CT has none.
 
     Args:
-        image: a synthesised CT ``[H, W, S]`` (HU).
+        image: the CT to score ``[H, W, S]`` (HU).
         truth: the contrast CT, likewise.
+        native: the native CT, likewise.
         body: where it is scored.
         vessels: mask of the contrast vessels; None without.
-        hu_range: lowest and highest HU; the truth is clipped to them.
+        hu_range: lowest and highest HU; all CTs are clipped to them.
     """
     low, high = hu_range
-    one, two = (part.astype(np.float32).clip(low, high) for part in (image, truth))
+    one, two, before = (part.astype(np.float32).clip(low, high) for part in (image, truth, native))
     error = (one - two)[body]
-    ssim = SSIMMetric(spatial_dims=2, data_range=high - low)
-    slices = [torch.from_numpy(part * body).permute(2, 0, 1)[:, None] for part in (one - low, two - low)]
+    found, true = ((part - before)[body] > ENHANCED for part in (one, two))
     return {
         # files hold whole HU, so an error is never smaller than that of rounding
         "psnr": float(10 * np.log10((high - low) ** 2 / max(np.square(error).mean(), 1 / 12))),
         "mae": float(np.abs(error).mean()),
-        "ssim": float(torch.as_tensor(ssim(*slices)).mean()),
+        **_similarity(one - low, two - low, body, high - low),
         "vessel_mae": float(np.abs(one - two)[vessels].mean()) if vessels is not None and vessels.any() else np.nan,
+        "vessel_dice": float(2 * (found & true).sum() / (found.sum() + true.sum())) if true.any() else np.nan,
+    }
+
+
+def _similarity(one: np.ndarray, two: np.ndarray, body: np.ndarray, span: float) -> dict[str, float]:
+    """SSIM and MS-SSIM of slices, a few at a time: the mean over the body, whose size decides nothing."""
+    rows, columns = (slice(found.min(), found.max() + 1) for found in np.nonzero(body.any(axis=2)))
+    one, two, inside = (np.moveaxis(part[rows, columns], -1, 0)[:, None] for part in (one * body, two * body, body))
+    multiscale, edge = MultiScaleSSIMMetric(spatial_dims=2, data_range=span), WINDOW // 2
+    ssim: list[np.ndarray] = []
+    ms_ssim: list[np.ndarray] = []
+    for start in range(0, len(one), CHUNK):
+        first, second = (torch.from_numpy(part[start : start + CHUNK]) for part in (one, two))
+        if min(one.shape[2:]) >= WINDOW:
+            values, _ = compute_ssim_and_cs(
+                first, second, spatial_dims=2, data_range=span, kernel_size=(WINDOW, WINDOW), kernel_sigma=(1.5, 1.5)
+            )
+            ssim.append(values.numpy()[inside[start : start + CHUNK, :, edge:-edge, edge:-edge]])
+        if min(one.shape[2:]) >= SMALLEST:
+            ms_ssim.append(torch.as_tensor(multiscale(first, second)).flatten().numpy())
+    return {
+        name: float(np.concatenate(found).mean()) if found else np.nan
+        for name, found in {"ssim": ssim, "ms_ssim": ms_ssim}.items()
     }
 
 

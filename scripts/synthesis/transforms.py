@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
+from torch import nn
 
 from scripts.config import InputError
 
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 METAL = 3071  # HU; a CT of 12 bits ends here
 ENHANCED = 100  # HU, by which contrast brightens vessels at least
 TISSUE = -200  # HU; the edges of lungs and skin, which move between the two CTs, are darker
-SWAPPED = 1.5  # ratio of darker to brighter voxels from which on a pair looks swapped
+SWAPPED = 1.5  # a pair with so many times more darker than brighter voxels looks swapped
+ALIKE = 1e-3  # share of the voxels that contrast brightens at least
 
 
 def check_hu_range(hu_range: Any) -> tuple[float, float]:
@@ -69,12 +71,12 @@ class CheckPaird(MapTransform):
         subject = f"subject '{d.get('subject', '')}'"
         native, contrast = (torch.as_tensor(d[key]) for key in (self.native, self.contrast))
         tissue = (native > TISSUE) & (contrast > TISSUE)
-        brighter, darker = ((tissue & (part > ENHANCED)).sum() for part in (contrast - native, native - contrast))
+        difference = nn.functional.avg_pool3d(contrast - native, 3, stride=1, padding=1)  # without most of the noise
+        brighter, darker = ((tissue & (part > ENHANCED)).sum() for part in (difference, -difference))
         if darker > SWAPPED * brighter:
-            logger.warning(
-                f"{subject}: more voxels are darker in the contrast CT than brighter. Are the two swapped, or is the "
-                "native CT already enhanced?"
-            )
+            logger.warning(f"{subject}: more voxels are darker in the contrast CT than brighter. Are the two swapped?")
+        elif brighter < ALIKE * tissue.sum():
+            logger.warning(f"{subject}: contrast changes hardly a voxel. Is the native CT already enhanced?")
         for name, volume in {"native": native, "contrast": contrast}.items():
             if metal := int((volume > METAL).sum()):
                 logger.warning(f"{subject}: {metal} voxels of the {name} CT are above {METAL} HU (metal) and clipped")

@@ -19,6 +19,7 @@ from scripts.synthesis.inferer import DIVISOR
 from scripts.synthesis.transforms import check_hu_range
 from scripts.tools.monai_label import apply_label_request, option
 from scripts.training.checkpoints import check_settings, load_weights
+from scripts.training.lineage import check_unseen
 from scripts.training.run import run_training, start
 
 __all__ = ["bundle_root", "evaluate", "infer", "option", "settings", "train"]
@@ -46,10 +47,12 @@ def train() -> None:
     parser, value = start("train.yaml")
     apply_label_request(parser, SETTINGS)
     trained, datalist = value("settings"), value("datalist")
+    network = value("network_def")  # first: its weights do not depend on the discriminator
     _check_training(value)
-    network = value("network_def")
     if trained["intermediate"] and not value("init_ckpt"):  # which holds a generator, too
-        load_weights(network.generator, value("generator_ckpt"), {key: trained[key] for key in OF_GENERATOR})
+        file, judged = value("generator_ckpt"), datalist["validation"] + datalist["test"]
+        check_unseen(file, judged, value("dataset_name"), value("patient_pattern"))
+        load_weights(network.generator, file, {key: trained[key] for key in OF_GENERATOR})
     if idist.get_rank() == 0:
         print(describe(datalist, value("patient_pattern")))
     run_training(parser, network, datalist)
@@ -83,20 +86,28 @@ def _check_training(value: Callable[[str], Any]) -> None:
     check_all([item for items in datalist.values() for item in items], _check_pair)
     if not datalist["validation"]:
         logger.warning("there is no validation subject: model.pt will hold the last weights")
-    slices = len(datalist["training"]) * value("slices_per_volume")
+    slices = len(datalist["training"]) // idist.get_world_size() * value("slices_per_volume")
     if slices < value("batch_size"):
         raise InputError(f"an epoch has {slices} slices, fewer than batch_size; raise slices_per_volume")
-    if value("judge") is not None:
-        value("judge").check(d_channels(value("d_input")), _smallest_slice(datalist["training"]))
+    sizes = {item["subject"]: _slice_size(item) for item in datalist["training"] + datalist["validation"]}
+    if len(set(sizes.values())) > 1 and value("batch_size") > 1:
+        (one, first), (two, second) = min(sizes.items(), key=lambda s: s[1]), max(sizes.items(), key=lambda s: s[1])
+        raise InputError(
+            f"slices of {first} px ('{one}') and of {second} px ('{two}') cannot be in one batch: set batch_size=1, or "
+            "crop the CTs to one size"
+        )
+    smallest = min(sizes.values())
+    value("loss").check(smallest)
+    if value("discriminator_network") is not None:
+        value("discriminator_network").check(d_channels(value("d_input")), smallest)
 
 
-def _smallest_slice(items: list[Item]) -> list[int]:
-    """The smallest sides ``[H, W]`` of the padded axial slices. Only headers are read."""
-    sides = []
-    for item in items:
-        grid = read_grid(item["image"][0])
-        sides.append(np.array(grid.shape)[np.argsort(nib.io_orientation(grid.affine)[:, 0])][:2])
-    return [int(-(-side // DIVISOR) * DIVISOR) for side in np.min(sides, axis=0)]
+def _slice_size(item: Item) -> tuple[int, int]:
+    """Sides (H, W) of the padded axial slices of a subject. Only the header is read."""
+    grid = read_grid(item["image"][0])
+    sides = np.array(grid.shape)[np.argsort(nib.io_orientation(grid.affine)[:, 0])][:2]
+    height, width = (int(-(-side // DIVISOR) * DIVISOR) for side in sides)
+    return height, width
 
 
 def _check_pair(item: Item) -> None:

@@ -16,10 +16,9 @@ from scripts.data.pictures import read_volume
 from scripts.data.writing import LikeInputWriter, write_csv
 from scripts.sampling.rows import RowsHandler
 from scripts.synthesis.plots import plot_projections
-from scripts.synthesis.scores import body_mask
+from scripts.synthesis.scores import ENHANCED, body_mask
 
 DESCRIPTION = b"synthetic contrast CT; not for diagnosis"
-ENHANCED = 100.0  # HU above the native CT
 
 
 class SyntheticWriter(LikeInputWriter):

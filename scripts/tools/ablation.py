@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -12,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -45,6 +43,7 @@ class Arm:
         training: keys that both training and evaluation use.
         evaluating: keys that only evaluation uses.
         stages: ``joint`` trains once, ``staged`` in the three stages, which divide ``max_epochs`` as 2 : 1 : 1.
+        first: digest of the training that comes before; its weights decide the results, too.
     """
 
     name: str
@@ -53,10 +52,12 @@ class Arm:
     training: dict[str, Any]
     evaluating: dict[str, Any]
     stages: str
+    first: str = ""
 
     def folder(self, output_dir: Path, seed: int) -> Path:
         """Folder of the weights. Arms with the same training share it."""
-        return output_dir / f"{_digest([self.configs, self.training, self.stages])}_seed{seed}"
+        parts = [self.configs, self.training, self.stages, *filter(None, [self.first])]
+        return output_dir / f"{_digest(parts)}_seed{seed}"
 
     def evaluation(self, output_dir: Path, seed: int) -> Path:
         """Folder of the scores."""
@@ -73,8 +74,8 @@ class Ablation:
 
     Writes ``runs.csv`` (scores of each arm and seed), ``table.csv`` and ``table.md`` (mean and standard deviation over
     the seeds; mean difference to the reference per subject with Wilcoxon's signed-rank test, corrected for the number
-    of arms by Benjamini and Hochberg), ``parts.csv`` and ``parts.md`` (Dice of each region or structure), and
-    ``ablation.png``. Each training has a folder with ``log.txt``.
+    of arms by Benjamini and Hochberg), ``parts.csv`` and ``parts.md`` (a score of each part: region, structure or
+    method), and ``ablation.png``. Each training has a folder with ``log.txt``.
 
     Args:
         bundle: folder of ``configs/``.
@@ -89,7 +90,7 @@ class Ablation:
         seeds: seeds of the split, the weights and the noise.
         processes: number of runs at a time.
         evaluation_keys: keys that only evaluation uses, besides those that start with ``validate::inferer::``.
-        first: keys of a training that every seed needs before the others, such as that of a generator; None needs none.
+        first: keys of a training that comes first, for each seed, such as that of a generator; None: there is none.
         first_key: key that gets the file of its weights.
 
     Raises:
@@ -124,6 +125,8 @@ class Ablation:
         self.first: Arm | None = None
         if first is not None:
             self.first = _parse_arm("first", Path(bundle), configs, {**settings, **first}, evaluation_keys)
+            own = _digest([self.first.configs, self.first.training])
+            self.arms = [replace(arm, first=own) for arm in self.arms]
         self.first_key = first_key
         if not self.arms or not seeds:
             raise InputError("nothing to run: set arms or grid, and seeds")
@@ -142,20 +145,25 @@ class Ablation:
         """
         jobs = {arm.folder(self.output_dir, seed): (arm, seed) for seed in self.seeds for arm in self.arms}
         with ThreadPool(self.processes) as pool:
-            if self.first is not None:
-                pool.map(partial(self._train_first, self.first), self.seeds)
-            failed = [error for error in pool.imap_unordered(lambda job: self._attempt(*job), jobs.values()) if error]
+            before = pool.map(self._train_first, self.seeds)
+            ready = [job for job in jobs.values() if not before[self.seeds.index(job[1])]]
+            failed = [error for error in before if error]
+            failed += [error for error in pool.imap_unordered(lambda job: self._attempt(*job), ready) if error]
         self.write()
         if failed:
             raise TrainingError("\n".join([f"{len(failed)} of {len(jobs)} trainings failed:", *failed]))
 
-    def _train_first(self, first: Arm, seed: int) -> None:
-        """Train what every arm needs, unless it is complete. An error is reported by the arms, which miss its file."""
-        folder = first.folder(self.output_dir, seed)
-        if not (folder / "last.pt").is_file():
-            logger.info(f"{self.first_key}, seed {seed}: {folder}")
-        with contextlib.suppress(subprocess.CalledProcessError):
-            train(first, seed, folder, self.threads)
+    def _train_first(self, seed: int) -> str | None:
+        """Train what every arm needs, unless it is complete. Return a message if it fails."""
+        if self.first is None:
+            return None
+        folder = self.first.folder(self.output_dir, seed)
+        logger.info(f"{self.first_key}, seed {seed}: {folder}")
+        try:
+            train(self.first, seed, folder, self.threads)
+        except subprocess.CalledProcessError:
+            return f"{self.first_key}, seed {seed}: {_last_line(folder / 'log.txt')} (full log: {folder / 'log.txt'})"
+        return None
 
     def _attempt(self, arm: Arm, seed: int) -> str | None:
         """Train an arm and evaluate every arm that shares its weights. Return a message if a run fails."""
@@ -200,7 +208,7 @@ class Ablation:
         if not runs:
             return
         table = compare(pd.DataFrame(runs), pd.concat(subjects), self.reference)
-        by_part = pd.DataFrame(parts).groupby("arm", sort=False).mean().T.rename_axis("dice")
+        by_part = pd.DataFrame(parts).groupby("arm", sort=False).mean().T.rename_axis("part")
         write_csv(pd.DataFrame(runs), self.output_dir / "runs.csv")
         write_csv(table, self.output_dir / "table.csv")
         write_csv(by_part.reset_index(), self.output_dir / "parts.csv")
