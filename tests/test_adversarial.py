@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import ignite.distributed as idist
 import pytest
 import torch
 from ignite.engine import Engine, Events
@@ -13,6 +15,7 @@ from monai.engines.utils import IterationEvents
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from conftest import assert_same
 from scripts.adversarial import step as step_module
 from scripts.adversarial.augmentation import augment
 from scripts.adversarial.diagnostics import CollapseAlarm, DiscriminatorScores
@@ -20,6 +23,9 @@ from scripts.adversarial.discriminators import build
 from scripts.adversarial.losses import GanLoss, feature_matching, gradient_penalty, slice_scores
 from scripts.adversarial.step import D_INPUTS, AdversarialStep, d_channels
 from scripts.config import InputError, TrainingError
+from scripts.distributed import wrap_distributed
+from scripts.synthesis.losses import SynthesisLoss
+from scripts.synthesis.registration import Registration
 from scripts.training.handlers import StopOnNonFiniteLoss
 from scripts.training.moving_average import MovingAverage
 
@@ -69,8 +75,8 @@ def adversary(discriminator=None, lr=2e-3, **options):
 class Batches(torch.utils.data.Dataset):
     """Items of ``length`` batches of four slices."""
 
-    def __init__(self, length, fixed=False):
-        self.batches = [slices(4, seed=0 if fixed else index) for index in range(length)]
+    def __init__(self, length, first=0):
+        self.batches = [slices(4, seed=first + index) for index in range(length)]
 
     def __len__(self):
         return 4 * len(self.batches)
@@ -87,12 +93,12 @@ def l1(pred, target):
     return nn.functional.l1_loss(pred, target["label"])
 
 
-def trainer(step, network=None, length=4, epochs=1, handlers=(), lr=1e-3, fixed=False, **options):
+def trainer(step, network=None, length=4, epochs=1, handlers=(), lr=1e-3, **options):
     network = network or Shift()
     return SupervisedTrainer(
         device="cpu",
         max_epochs=epochs,
-        train_data_loader=DataLoader(Batches(length, fixed), batch_size=4),
+        train_data_loader=DataLoader(Batches(length), batch_size=4),
         network=network,
         optimizer=torch.optim.Adam(network.parameters(), lr=lr),
         loss_function=l1,
@@ -304,6 +310,32 @@ def test_hinge_and_diff_tell_true_from_made_slices():
     assert real.mean() - fake.mean() > 1
     truth = [1] * 32 + [0] * 32
     assert roc_auc_score(truth, torch.cat([real, fake])) > 0.95
+
+
+def train_together(rank: int, folder: Path) -> None:
+    """One of two processes, each with its own slices; writes its weights."""
+    torch.manual_seed(0)
+    network, loss = Shift(), SynthesisLoss([1], ssim_weight=0, registration=Registration())
+    step = adversary(feature_weight=0.1, r1_gamma=0.1, r1_interval=2)
+    optimizer = torch.optim.Adam([*network.parameters(), *loss.parameters()], lr=1e-3)
+    SupervisedTrainer(
+        device="cpu",
+        max_epochs=1,
+        train_data_loader=DataLoader(Batches(3, first=10 * rank), batch_size=4),
+        network=wrap_distributed(network),
+        optimizer=optimizer,
+        loss_function=loss,
+        prepare_batch=targets,
+        iteration_update=step,
+        decollate=False,
+    ).run()
+    parts = {"network": network, "discriminator": step.discriminator, "registration": loss}
+    torch.save({name: dict(part.named_parameters()) for name, part in parts.items()}, folder / f"{rank}.pt")
+
+
+def test_two_processes_train_the_same_networks(tmp_path):
+    idist.spawn("gloo", train_together, (tmp_path,), nproc_per_node=2)
+    assert_same(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)))
 
 
 def test_warm_up_and_ramp():

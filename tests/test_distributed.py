@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, wait_for
 from scripts.config import InputError
 from scripts.distributed import gather_from_all, shard
-from test_faults import command, folders, wait_for
+from test_faults import command, folders
 
 
 def together(configs: list[str], **settings) -> list[str]:
