@@ -56,6 +56,25 @@ def test_arms_that_differ_in_sampling_share_their_training(tmp_path):
     assert len({one.folder(tmp_path, 0), one.folder(tmp_path, 1), other.folder(tmp_path, 0)}) == 3
 
 
+def test_arms_depend_on_the_first_training(tmp_path):
+    plain, one, two = (
+        ablation(tmp_path, {"a": {}}, first=first).arms[0].folder(tmp_path, 0)
+        for first in (None, {"learning_rate": 0.1}, {"learning_rate": 0.2})
+    )
+    assert len({plain, one, two}) == 3
+
+
+def test_a_first_training_that_fails_halfway_is_named(tmp_path):
+    """It leaves a checkpoint, which no arm may use."""
+    grid = ablation(tmp_path, {"a": {}}, first={"image_size": 30}, seeds=[0], settings=SETTINGS)
+    folder = grid.first.folder(tmp_path, 0)
+    folder.mkdir()
+    (folder / "last.pt").write_bytes(b"of an earlier epoch")
+    with pytest.raises(TrainingError, match=r"1 of 1 trainings failed:\ninit_ckpt, seed 0: error: "):
+        grid.run()
+    assert [path.name for path in tmp_path.glob("*_seed0")] == [folder.name]
+
+
 @pytest.mark.parametrize(
     ("arms", "options", "message"),
     [

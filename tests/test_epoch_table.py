@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_handlers import engine_with
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.report.epoch_table import AverageLosses, EpochTable, format_rows
 from scripts.report.metrics import EPOCH_PANELS, epoch_columns, epoch_values
+from scripts.report.plots import plot_learning_curves
 from scripts.training.losses import MultiTaskLoss
 
 GRADES = {"LGG": 0, "HGG": 1}
@@ -75,6 +77,22 @@ def test_columns_of_another_task(tmp_path):
     table = pd.read_csv(tmp_path / "metrics.csv")
     assert list(table.columns) == ["epoch", "split", "psnr", "learning_rate", "seconds"]
     assert table["psnr"].tolist() == [21.0, 22.0]
+
+
+def test_plots_without_values_are_left_out(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("scripts.report.plots._save", lambda figure, file: figures.append(figure))
+    rows = [{"epoch": 1, "split": split, "loss": 1.0, "auc": np.nan, "d_auc": 0.7} for split in ("train", "validation")]
+    panels = {"losses": ["loss", "auc"], "grading": ["auc"], "AUC": ["d_auc"]}
+    healthy = {"AUC": [0.6, 1.0], "grading": [0, 1]}
+    plot_learning_curves(pd.DataFrame(rows), panels, [], tmp_path / "a.png", healthy)
+    (figure,) = figures
+    assert [axes.get_title() for axes in figure.axes] == ["losses", "AUC"]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
+    assert [len(axes.patches) for axes in figure.axes] == [0, 1]
+    nothing = pd.DataFrame([{"epoch": 1, "split": "train", "loss": np.nan, "auc": np.nan, "d_auc": np.nan}])
+    plot_learning_curves(nothing, panels, [], tmp_path / "b.png", healthy)
+    assert len(figures) == 1
 
 
 def test_curves_are_drawn_rarely_and_at_the_end(tmp_path, monkeypatch):
