@@ -72,7 +72,7 @@ synthesis-demo: $(VENV)/.installed
 	rm -rf $(SYNTHESIS)/demo
 	$(RUN) -m scripts.tools.phantom_ct --output_dir $(SYNTHESIS)/demo/data --num_subjects 40 --pairs
 	$(RUN) -m scripts.tools.phantom_ct --output_dir $(SYNTHESIS)/demo/new --num_subjects 1 --seed 1 --pairs
-	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO),'$(SYNTHESIS)/configs/stage0_generator.yaml']" --max_epochs 6 \
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO),'$(SYNTHESIS)/configs/stage0_generator.yaml']" --max_epochs 5 \
 	    --output_dir $(SYNTHESIS)/demo/generator --ckpt_dir $(SYNTHESIS)/demo/models/generator
 	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO)]"
 	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO),'$(SYNTHESIS)/configs/evaluate.yaml']" \
@@ -88,7 +88,7 @@ synthesis-demo: $(VENV)/.installed
 staged: $(VENV)/.installed
 	test -d demo/data || $(RUN) -m scripts.tools.phantom --output_dir demo/data --num_subjects 160
 	set -e; for stage in stage1_segmentation stage2_grading stage3_joint; do \
-	    $(RUN) -W ignore -m monai.bundle run --output_dir demo/staged/$$stage --ckpt_dir demo/staged/$$stage --max_epochs 6 \
+	    $(RUN) -W ignore -m monai.bundle run --output_dir demo/staged/$$stage --ckpt_dir demo/staged/$$stage --max_epochs 5 \
 	        --config_file "['configs/train.yaml','configs/demo.yaml','configs/$$stage.yaml']"; \
 	done
 	$(RUN) -W ignore -m monai.bundle run --ckpt_dir demo/staged/stage3_joint --output_dir demo/staged/evaluate \
