@@ -88,7 +88,7 @@ synthesis-demo: $(VENV)/.installed
 staged: $(VENV)/.installed
 	test -d demo/data || $(RUN) -m scripts.tools.phantom --output_dir demo/data --num_subjects 160
 	set -e; for stage in stage1_segmentation stage2_grading stage3_joint; do \
-	    $(RUN) -W ignore -m monai.bundle run --output_dir demo/staged/$$stage --ckpt_dir demo/staged/$$stage --max_epochs 5 \
+	    $(RUN) -W ignore -m monai.bundle run --output_dir demo/staged/$$stage --ckpt_dir demo/staged/$$stage --max_epochs 6 \
 	        --config_file "['configs/train.yaml','configs/demo.yaml','configs/$$stage.yaml']"; \
 	done
 	$(RUN) -W ignore -m monai.bundle run --ckpt_dir demo/staged/stage3_joint --output_dir demo/staged/evaluate \
