@@ -72,7 +72,7 @@ synthesis-demo: $(VENV)/.installed
 	rm -rf $(SYNTHESIS)/demo
 	$(RUN) -m scripts.tools.phantom_ct --output_dir $(SYNTHESIS)/demo/data --num_subjects 40 --pairs
 	$(RUN) -m scripts.tools.phantom_ct --output_dir $(SYNTHESIS)/demo/new --num_subjects 1 --seed 1 --pairs
-	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO),'$(SYNTHESIS)/configs/stage0_generator.yaml']" --max_epochs 5 \
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO),'$(SYNTHESIS)/configs/stage0_generator.yaml']" --max_epochs 6 \
 	    --output_dir $(SYNTHESIS)/demo/generator --ckpt_dir $(SYNTHESIS)/demo/models/generator
 	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO)]"
 	$(RUN) -W ignore -m monai.bundle run --config_file "[$(SYNTHESIS_DEMO),'$(SYNTHESIS)/configs/evaluate.yaml']" \
