@@ -47,7 +47,11 @@ def test_an_archive_has_the_modules_that_its_bundle_uses(archives):
     ours, theirs, synthesis = contents
     assert {"scripts/net.py", "scripts/workflow.py", "scripts/tools/phantom.py", "label_app/main.py"} <= ours
     assert all(any(name.startswith("label_app/") for name in files) for files in contents)
-    assert [any(name.startswith("scripts/adversarial/") for name in files) for files in contents] == [False, False, True]
+    assert [any(name.startswith("scripts/adversarial/") for name in files) for files in contents] == [
+        False,
+        False,
+        True,
+    ]
     assert {"scripts/tools/monai_label.py", "scripts/diffusion/samplers.py"} <= ours
     assert not [name for name in ours if name.startswith("scripts/organs/")]
     assert {"scripts/organs/workflow.py", "scripts/organs/merge_structures.py", "configs/structures.json"} <= theirs
