@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scripts.config import atomic_path
 
 GREYS = (-100, 450)  # window of the pictures, HU
+WIDTH = 5  # of a picture, inches
 SIDES = {"coronal": "RL", "sagittal": "AP"}  # of the patient, at the left and the right of a picture
 
 
@@ -26,8 +27,11 @@ def plot_projections(volumes: Mapping[str, np.ndarray], affine: np.ndarray, titl
         file: PNG to write.
     """
     orientation = nib.io_orientation(affine)
-    spacing = nib.affines.voxel_sizes(affine)[np.argsort(orientation[:, 0])]
-    figure = Figure(figsize=(5 * len(volumes), 10), layout="constrained")
+    order = np.argsort(orientation[:, 0])
+    spacing = nib.affines.voxel_sizes(affine)[order]
+    size = np.array(next(iter(volumes.values())).shape)[order] * spacing
+    rows = float(np.clip(WIDTH * size[2] / size[0], 2, 8))  # inches
+    figure = Figure(figsize=(WIDTH * len(volumes), 2 * (rows + 0.5)), layout="constrained")
     grid = figure.subplots(2, len(volumes), squeeze=False)
     for column, (name, volume) in zip(grid.T, volumes.items(), strict=True):
         turned = nib.apply_orientation(volume, orientation)
