@@ -202,7 +202,7 @@ def test_json_twins_are_the_yaml(bundle):
 
 
 @pytest.mark.parametrize(
-    ("bundle", "shapes"), [(NAME, [4, 1]), (ORGANS, [3, 25]), (SYNTHESIS, [1, 1])], indirect=["bundle"]
+    ("bundle", "shapes"), [(NAME, [4, 1]), (ORGANS, [3, 25]), (SYNTHESIS, [3, 1])], indirect=["bundle"]
 )
 def test_load_finds_the_weights(bundle, shapes, tmp_path):
     code = """
