@@ -292,7 +292,7 @@ def test_weights_load_without_pickled_code(source):
 def test_the_verbs_of_monai_export_the_network(source, verb, tmp_path):
     """TorchScript and ONNX of any batch and size, against PyTorch."""
     file = tmp_path / "exported.ts"  # the suffix that ckpt_export would add
-    channels = dict(zip(SOURCES.values(), (4, 3, 1), strict=True))[source]
+    channels = dict(zip(SOURCES.values(), (4, 3, 3), strict=True))[source]
     common = {"net_id": "network_def", "ckpt_file": str(source / "models" / "model.pt"), "key_in_ckpt": "model"}
     config, meta = (str(source / "configs" / name) for name in ("inference.yaml", "metadata.json"))
     converter = {"input_names": ["image"], "output_names": ["logits"], "verify": True, "use_ort": True, "atol": 1e-4}
