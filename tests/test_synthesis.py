@@ -286,6 +286,12 @@ def test_scores_of_known_errors():
     assert scores(missed, truth, native, body, vessels, HU_RANGE)["vessel_dice"] == pytest.approx(2 * 0.75 / 1.75)
 
 
+def test_scores_without_a_body_are_undefined():
+    air = np.full((16, 16, 2), -1000.0)
+    found = scores(air, air, air, body_mask(air), None, HU_RANGE)
+    assert np.isnan([found["ssim"], found["ms_ssim"], found["vessel_dice"]]).all()
+
+
 def test_the_similarity_does_not_depend_on_the_air_around():
     rng = np.random.default_rng(0)
     truth = rng.normal(100, 50, (190, 180, 2))

@@ -100,6 +100,8 @@ def scores(
 
 def _similarity(one: np.ndarray, two: np.ndarray, body: np.ndarray, span: float) -> dict[str, float]:
     """SSIM and MS-SSIM of slices, a few at a time: the mean over the body, whose size decides nothing."""
+    if not body.any():
+        return {"ssim": np.nan, "ms_ssim": np.nan}
     rows, columns = (slice(found.min(), found.max() + 1) for found in np.nonzero(body.any(axis=2)))
     one, two, inside = (np.moveaxis(part[rows, columns], -1, 0)[:, None] for part in (one * body, two * body, body))
     multiscale, edge = MultiScaleSSIMMetric(spatial_dims=2, data_range=span), WINDOW // 2

@@ -12,11 +12,11 @@ from monai.transforms import MapTransform
 from torch import nn
 
 from scripts.config import InputError
+from scripts.synthesis.scores import ENHANCED
 
 logger = logging.getLogger(__name__)
 
 METAL = 3071  # HU; a CT of 12 bits ends here
-ENHANCED = 100  # HU, by which contrast brightens vessels at least
 TISSUE = -200  # HU; the edges of lungs and skin, which move between the two CTs, are darker
 SWAPPED = 1.5  # a pair with so many times more darker than brighter voxels looks swapped
 ALIKE = 1e-3  # share of the voxels that contrast brightens at least

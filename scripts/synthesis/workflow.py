@@ -86,7 +86,7 @@ def _check_training(value: Callable[[str], Any]) -> None:
     check_all([item for items in datalist.values() for item in items], _check_pair)
     if not datalist["validation"]:
         logger.warning("there is no validation subject: model.pt will hold the last weights")
-    slices = len(datalist["training"]) // idist.get_world_size() * value("slices_per_volume")
+    slices = -(-len(datalist["training"]) // idist.get_world_size()) * value("slices_per_volume")
     if slices < value("batch_size"):
         raise InputError(f"an epoch has {slices} slices, fewer than batch_size; raise slices_per_volume")
     sizes = {item["subject"]: _slice_size(item) for item in datalist["training"] + datalist["validation"]}
