@@ -69,7 +69,7 @@ def small(d_input="diff", kind="patchgan"):
 def adversary(discriminator=None, lr=2e-3, **options):
     discriminator = discriminator or small(options.get("d_input", "diff"))
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=lr, betas=(0.5, 0.999))
-    return AdversarialStep(discriminator, optimizer, **options)
+    return AdversarialStep(discriminator, optimizer, **{"gan_weight": 0.1} | options)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -402,7 +402,7 @@ def test_the_discriminator_continues_where_it_was():
 @pytest.mark.parametrize("options", [{"d_input": "sum"}, {"gan_weight": -1.0}, {"r1_interval": 0}])
 def test_other_options_are_refused(options):
     with pytest.raises(InputError, match="d_input 'sum'|gan_weight=-1.0 must be|r1_interval=0 must be"):
-        AdversarialStep(Collapsed(), None, **options)
+        AdversarialStep(Collapsed(), None, **{"gan_weight": 0.1} | options)
 
 
 # ---- diagnostics

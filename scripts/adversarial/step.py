@@ -49,9 +49,9 @@ class AdversarialStep:
     Args:
         discriminator: gives features and logits of each scale (:mod:`scripts.adversarial.discriminators`).
         optimizer: of the discriminator.
+        gan_weight: weight of the adversarial loss in the loss of the network.
         gan_loss: see :class:`~scripts.adversarial.losses.GanLoss`.
         d_input: what it sees: ``diff``, the slice minus the native one; ``none``, the slice alone; ``concat``, both.
-        gan_weight: weight of the adversarial loss in the loss of the network.
         feature_weight: of feature matching.
         warmup_epochs: first epochs, in which the network is trained without the discriminator, which learns already.
         ramp_epochs: epochs after these, in which both weights rise from 0.
@@ -70,9 +70,9 @@ class AdversarialStep:
         self,
         discriminator: nn.Module,
         optimizer: torch.optim.Optimizer,
+        gan_weight: float,
         gan_loss: str = "hinge",
         d_input: str = "diff",
-        gan_weight: float = 0.1,
         feature_weight: float = 0.0,
         warmup_epochs: int = 0,
         ramp_epochs: int = 0,
