@@ -126,7 +126,8 @@ def reduced_ablation(words: list[str], files: list[str]) -> list[str]:
     for file in files:
         config |= yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     arms = yaml.safe_load((values_of(words, "--arms") or [str(config["arms"])])[0])
-    kept = dict.fromkeys([config.get("reference") or next(iter(arms)), list(arms)[-1]])
+    (reference,) = values_of(words, "--reference") or [config.get("reference") or next(iter(arms))]
+    kept = dict.fromkeys([reference, list(arms)[-1]])
     grid = {key: values[:1] for key, values in config.get("grid", {}).items()}
     words = put(words, EPOCHS | {"--seeds": ["[0]"], "--arms": [str({n: arms[n] for n in kept})]}, replace=True)
     sizes = sizes_of(files[0]).items()
