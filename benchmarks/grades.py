@@ -63,7 +63,7 @@ def simulate(rng: np.random.Generator, patients: int, learned: bool) -> dict[str
     found = {"as it is": excess(new), "prior alone": excess(calibration.calibrate(new, 1.0, prior_bias))}
     found["temperature alone"] = excess(calibration.calibrate(new, *calibration.fit_temperature(prob, truth)))
     for slope in ((1.0, 0.3), (1.0, 0.5), (0.7, 0.4), (0.5, 0.5)):
-        fitted = calibration.fit_grades(prob, truth, prior_bias, slope)
+        fitted = calibration.fit_grades(prob, truth, prior_bias, slope)[:2]
         name = "slope {:g} +- {:g}".format(*slope)
         found[name] = excess(calibration.calibrate(new, *fitted))
     return found

@@ -75,7 +75,7 @@ class MedSegDiff(SegmentationNetwork):
         resolved = resolve_variant(variant, channels, calib_channels, num_res_blocks, conditioning)
         image_channels = resolved.calib_channels or () if HIGHWAY in resolved.conditioning else ()
         divisor = 2 ** (max(len(resolved.channels), len(image_channels)) - 1)
-        super().__init__(diffusion, out_channels, num_grades, divisor)
+        super().__init__(diffusion, in_channels, out_channels, num_grades, divisor)
         self.self_conditioning = self_conditioning
         self.has_calib_map = bool(image_channels)
         self.calibrator = ImageUNet(in_channels, out_channels, image_channels) if image_channels else None

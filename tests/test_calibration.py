@@ -12,11 +12,13 @@ from monai.data import MetaTensor
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
+from scripts.networks.measurements import num_measurements
 from scripts.report.calibration import (
     COVERAGE,
     SLOPE,
     CalibrationFit,
     calibrate,
+    calibrate_grades,
     conformal_margin,
     cross_fitted,
     fit_grades,
@@ -82,7 +84,7 @@ def test_the_grade_gets_the_prior_of_its_patients():
     prior_bias = np.log([0.21, 0.79])
     prob, truth = graded(100, 0)
     new, new_truth = graded(20_000, 1)
-    temperature, bias = fit_grades(prob, truth, prior_bias)
+    temperature, bias = fit_grades(prob, truth, prior_bias)[:2]
     both = grade_losses(calibrate(new, temperature, bias), new_truth)["log_loss"]
     alone = grade_losses(calibrate(new, *fit_temperature(prob, truth)), new_truth)["log_loss"]
     ideal = grade_losses(calibrate(new, 2.0, prior_bias), new_truth)["log_loss"]
@@ -94,9 +96,30 @@ def test_the_grade_gets_the_prior_of_its_patients():
 def test_few_patients_change_little():
     expected = 1 / SLOPE[0]
     for truth in (0, 1):
-        temperature, bias = fit_grades(np.array([[0.7, 0.3]]), np.array([truth]), np.log([0.5, 0.5]))
+        temperature, bias = fit_grades(np.array([[0.7, 0.3]]), np.array([truth]), np.log([0.5, 0.5]))[:2]
         assert expected * 0.75 < temperature < expected * 1.5
         assert abs(bias[1] - bias[0]) < 0.3
+
+
+def test_a_grade_is_learnt_from_measurements():
+    """The third of four measurements decides; the head knows nothing. NaN counts as an average subject."""
+    rng = np.random.default_rng(0)
+    truth = np.arange(60) % 2
+    found = rng.normal(5, 2, (60, 4))
+    found[:, 2] += 6 * truth
+    found[::7, 1], found[:, 3] = np.nan, np.nan
+    prob = to_classes(rng.uniform(0.3, 0.7, 60))
+    for grade_from in ("both", "measurements"):
+        fitted = fit_grades(prob, truth, np.zeros(2), SLOPE, found, grade_from)
+        assert fitted.weight.shape == (2, 4)
+        assert np.abs(fitted.weight).argmax() % 4 == 2
+        assert not fitted.weight[:, 3].any()
+        graded_prob = calibrate_grades(prob, found, fitted)
+        assert grade_losses(graded_prob, truth)["log_loss"] < 0.45
+        assert math.isinf(fitted.temperature) == (grade_from == "measurements")
+    head = fit_grades(prob, truth, np.zeros(2), SLOPE, found, "head")
+    assert head.weight.shape == (2, 0)
+    assert grade_losses(calibrate_grades(prob, found, head), truth)["log_loss"] > 0.6
 
 
 @pytest.mark.parametrize("patients", [9, 30, 100])
@@ -167,10 +190,12 @@ def items(tmp_path):
 def fit(checkpoint, tmp_path, evaluate_items):
     """Function that fits the calibration to evaluated items, and returns the network with the result."""
 
-    def run(evaluated):
+    def run(evaluated, grade_from="head"):
         names = [item["subject"] for item in evaluated]
         labels = {"LGG": 0, "HGG": 1}
-        handler = CalibrationFit(checkpoint, str(tmp_path), ["TC", "WT"], labels, "(.+)", evaluated, {"d": names})
+        handler = CalibrationFit(
+            checkpoint, str(tmp_path), ["TC", "WT"], labels, "(.+)", evaluated, {"d": names}, grade_from
+        )
         network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
         network.calibration.foreground_temperature.fill_(9)  # an earlier fit must not change this one
         evaluate_items(handler, evaluated, network=network, inferer=VolumeInferer(num_samples=3))
@@ -232,6 +257,27 @@ def test_one_class_leaves_the_grade_alone(caplog, items, fit):
     assert calibration.grade_temperature == 1
     assert not calibration.grade_bias.any()
     assert "fewer than two grades" in caplog.text
+
+
+def test_measurements_are_stored_and_applied_as_fitted(tmp_path, items, checkpoint, fit):
+    found = items()
+    count = num_measurements(2, 4)
+    for i, item in enumerate(found):
+        item["measurements"] = torch.full((count,), torch.nan, dtype=torch.float64)
+        item["measurements"][1] = 4.0 + i % 2  # the size tells the grade
+    calibration = fit(found, "both")
+    assert calibration.measures
+    assert json.loads((tmp_path / "calibration.json").read_text())["grade"]["grade_from"] == "both"
+    small, large = (item["measurements"].float() for item in found[:2])
+    even = torch.tensor([0.5, 0.5])
+    grades = [calibration.calibrated_grades(even, None, measured)[1] for measured in (small, large)]
+    assert grades[0] < 0.5 < grades[1]
+    assert not calibration.like().measures
+
+
+def test_another_source_of_the_grade_is_refused(items, fit):
+    with pytest.raises(InputError, match=r"grade_from 'mask' is not one of \['head', 'measurements', 'both'\]"):
+        fit(items(), "mask")
 
 
 def test_nothing_to_calibrate_leaves_the_checkpoint(checkpoint, tmp_path, items, fit):

@@ -7,7 +7,6 @@ from ignite.engine import Engine
 from scripts.config import InputError, TrainingError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
-from scripts.networks.calibration import Calibration
 from scripts.training.checkpoints import (
     SaveCheckpoints,
     check_resumable,
@@ -157,7 +156,7 @@ def test_the_lineage_goes_through_every_start(tmp_path):
 
 def test_a_calibration_is_stored_with_the_subjects_that_it_was_fitted_to(tmp_path):
     train(tmp_path, best_epochs=[3])
-    fitted = Calibration(1, 2)
+    fitted = network().calibration.like()
     fitted.foreground_temperature.fill_(2)
     fitted.sampling = {"sampler": "a longer text than that of the checkpoint"}
     store_calibration(str(tmp_path / "model.pt"), fitted.state_dict(), {"brats": ["s2", "s9"], "other": ["t1"]})
@@ -168,6 +167,17 @@ def test_a_calibration_is_stored_with_the_subjects_that_it_was_fitted_to(tmp_pat
     content = torch.load(tmp_path / "model.pt", weights_only=True)
     assert content["lineage"]["validation"] == {"brats": ["s2", "s9"], "other": ["t1"]}
     assert content["lineage"]["training"] == LINEAGE["training"]
+
+
+def test_a_checkpoint_from_before_measurements_is_loaded(tmp_path):
+    train(tmp_path, best_epochs=[1])
+    file = tmp_path / "model.pt"
+    content = torch.load(file, weights_only=True)
+    content["model"] = {name: value for name, value in content["model"].items() if ".measurement_" not in name}
+    torch.save(content, file)
+    loaded = network()
+    load_weights(loaded, str(file), SETTINGS)
+    assert not loaded.calibration.measures
 
 
 def test_inference_finds_its_settings_in_the_checkpoint(tmp_path):

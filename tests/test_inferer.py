@@ -133,6 +133,33 @@ def test_temperatures_are_applied(network, volume):
     assert (after["uncertainty"][filled] > before["uncertainty"][filled]).float().mean() > 0.9
 
 
+def test_a_grade_can_be_read_from_the_mask(network, volume):
+    before = VolumeInferer().predict(volume, network)
+    assert "measurements" not in before
+    calibration = network.calibration
+    calibration.measurement_weight[1, 1] = 0.7  # of the size
+    calibration.measurement_mean[1] = 2.0
+    after = VolumeInferer().predict(volume, network)
+    size = after["measurements"][:, 1]
+    expected = before["grade_prob"][:, 1].logit() + 0.7 * (size - 2).clamp(-3, 3)
+    assert torch.allclose(after["grade_prob"][:, 1].logit(), expected, atol=1e-3)
+    assert torch.allclose(after["grade_reasons"][:, 1, 2], (0.7 * (size - 2).clamp(-3, 3)).double(), atol=1e-5)
+    assert torch.allclose(after["head_prob"], before["grade_prob"], atol=1e-5)
+    calibration.grade_temperature.fill_(torch.inf)  # the head does not count
+    alone = VolumeInferer().predict(volume, network)
+    assert torch.allclose(alone["grade_prob"][:, 1].logit(), 0.7 * (size - 2).clamp(-3, 3), atol=1e-3)
+
+
+def test_sizes_are_in_mm(network, volume):
+    network.calibration.measurement_weight[1, 1] = 1.0
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
+    one, other = (
+        VolumeInferer().predict(MetaTensor(volume, affine=matrix), network)["measurements"][:, 1]
+        for matrix in (torch.eye(4), affine)
+    )
+    assert torch.allclose(other - one, torch.tensor(24.0).log(), atol=1e-4)
+
+
 def test_a_calibration_holds_for_its_sampling_settings_alone(network, volume, caplog):
     before = VolumeInferer().predict(volume, network)
     network.calibration.foreground_temperature.fill_(2.0)

@@ -16,7 +16,7 @@ def test_entropy():
 
 
 def test_two_grades_scale_like_a_mask():
-    prob, calibration = torch.tensor([0.1, 0.5, 0.9]), Calibration(1, 2)
+    prob, calibration = torch.tensor([0.1, 0.5, 0.9]), Calibration(1, 2, 0)
     calibration.grade_temperature.fill_(2.5)
     grades = calibration.calibrated_grades(torch.stack([1 - prob, prob], dim=-1))
     assert torch.allclose(grades[:, 1], temperature_scaled(prob, torch.tensor(2.5)), atol=1e-6)
@@ -25,14 +25,14 @@ def test_two_grades_scale_like_a_mask():
 
 def test_another_prior_is_bayes_rule():
     """A test with likelihood ratio 3 at the prior 1 : 1, used where the prior is 1 : 9."""
-    calibration = Calibration(1, 2)
+    calibration = Calibration(1, 2, 0)
     prob = torch.tensor([0.25, 0.75])
     assert calibration.calibrated_grades(prob, [0.9, 0.1])[1].item() == pytest.approx(3 / (3 + 9))
     assert torch.allclose(calibration.calibrated_grades(prob, [0.5, 0.5]), prob)
 
 
 def test_calibration_is_saved_with_its_sampling_settings_and_reset():
-    fitted, loaded = Calibration(2, 3), Calibration(2, 3)
+    fitted, loaded = Calibration(2, 3, 4), Calibration(2, 3, 4)
     fitted.grade_bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
     fitted.sampling, fitted.volumes_from = {"sampler": "ddim", "start_timestep": None}, "samples"
     loaded.load_state_dict(fitted.state_dict())

@@ -13,7 +13,7 @@ TO_WT = LabelToRegionsd("pred", RegionCoding(["WT"], {"WT": [1]}))
 
 
 def test_grades_csv(tmp_path, item, evaluate_items):
-    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], TO_WT)
+    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], ["t1"], TO_WT)
     del item["label"]
     items = []
     for name, prob in (("s1", [0.3, 0.7]), ("s2", [0.8, 0.2]), ("s3", None)):
@@ -30,6 +30,22 @@ def test_grades_csv(tmp_path, item, evaluate_items):
         "volume_from_WT", "expected_dice_WT", "sample_dice_WT"
     ]  # fmt: skip
     assert written["volume_high_ml_WT"].tolist() == pytest.approx([4 * 4 * 2 * 8 / 1000] * 3)
+
+
+def test_the_reasons_of_a_grade_are_written_the_strongest_first(tmp_path, item, evaluate_items):
+    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], ["t1"], TO_WT)
+    del item["label"]
+    added = torch.zeros(2, 13)
+    added[1, [0, 2, 11]] = torch.tensor([0.5, -2.0, 1.0])
+    graded = {"grade_prob": torch.tensor([0.3, 0.7]), "measurements": torch.arange(12.0), "grade_reasons": added}
+    evaluate_items(table, [item | {"subject": "s1"} | graded, item | {"subject": "s2"}])
+    written = pd.read_csv(tmp_path / "grade_reasons.csv")
+    assert written["reason"].tolist() == ["WT size", "WT t1 deviation", "grading head"]
+    assert written["subject"].tolist() == ["s1"] * 3
+    assert written["value"].tolist()[:2] == [1, 10]
+    assert written["for_HGG"].tolist() == [-2, 1, 0.5]
+    assert table.answer(item | graded)["reasons"][0]["reason"] == "WT size"
+    assert "reasons" not in table.answer(item)
 
 
 def test_volumes_can_be_those_of_the_samples(item):
@@ -53,7 +69,7 @@ def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeyp
     to_regions = LabelToRegionsd(
         "pred", RegionCoding(["disc", "cup"], {"disc": [128, 0], "cup": [0]}, background_label=255)
     )
-    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], to_regions)
+    table = GradeTable(str(tmp_path), {"LGG": 0, "HGG": 1}, ["WT"], ["t1"], to_regions)
     evaluate_items(table, [item])
     assert drawn[0].shape == (2, 16, 16, 4)
     assert drawn[0].sum(axis=(1, 2, 3)).tolist() == [32, 32]

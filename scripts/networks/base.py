@@ -10,6 +10,7 @@ from torch import nn
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.networks.calibration import Calibration
+from scripts.networks.measurements import num_measurements
 
 Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # seg_logits, cls_logits, calib_map
 
@@ -19,6 +20,7 @@ class SegmentationNetwork(nn.Module):
 
     Args:
         diffusion: noise schedule and prediction type.
+        in_channels: M, number of modalities.
         out_channels: R, number of target regions.
         num_grades: K, number of grades.
         divisor: the sides of a slice must be multiples of it.
@@ -37,12 +39,14 @@ class SegmentationNetwork(nn.Module):
     is_stochastic: bool = False
     cls_head: nn.Module | None
 
-    def __init__(self, diffusion: GaussianDiffusion, out_channels: int, num_grades: int, divisor: int) -> None:
+    def __init__(
+        self, diffusion: GaussianDiffusion, in_channels: int, out_channels: int, num_grades: int, divisor: int
+    ) -> None:
         super().__init__()
         self.diffusion = diffusion
         self.out_channels = out_channels
         self.divisor = divisor
-        self.calibration = Calibration(out_channels, num_grades)
+        self.calibration = Calibration(out_channels, num_grades, num_measurements(out_channels, in_channels))
 
     def check_image_size(self, size: Sequence[int]) -> None:
         """Raise InputError unless both sides of a slice ``(H, W)`` are multiples of :attr:`divisor`."""

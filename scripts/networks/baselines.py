@@ -24,8 +24,10 @@ class Baseline(SegmentationNetwork):
         InputError: for a ``prediction_type`` other than ``sample``.
     """
 
-    def __init__(self, diffusion: GaussianDiffusion, out_channels: int, num_grades: int, divisor: int) -> None:
-        super().__init__(diffusion, out_channels, num_grades, divisor)
+    def __init__(
+        self, diffusion: GaussianDiffusion, in_channels: int, out_channels: int, num_grades: int, divisor: int
+    ) -> None:
+        super().__init__(diffusion, in_channels, out_channels, num_grades, divisor)
         if diffusion.prediction_type != "sample":
             raise InputError("the baselines predict masks: leave prediction_type at 'sample'")
 
@@ -69,7 +71,7 @@ class PlainUNet(Baseline):
         use_cls_head: bool = True,
     ) -> None:
         channels = check_channels("calib_channels", calib_channels or (32, 64, 128, 256))
-        super().__init__(diffusion, out_channels, num_grades, 2 ** (len(channels) - 1))
+        super().__init__(diffusion, in_channels, out_channels, num_grades, 2 ** (len(channels) - 1))
         self.unet = ImageUNet(in_channels, out_channels, channels)
         self.cls_head = GradingHead(channels[-1], num_grades) if use_cls_head else None
 
@@ -94,7 +96,7 @@ class GradingResNet(Baseline):
     def __init__(
         self, diffusion: GaussianDiffusion, in_channels: int = 4, out_channels: int = 1, num_grades: int = 2
     ) -> None:
-        super().__init__(diffusion, out_channels, num_grades, divisor=1)
+        super().__init__(diffusion, in_channels, out_channels, num_grades, divisor=1)
         self.cls_head = resnet18(spatial_dims=2, n_input_channels=in_channels, num_classes=num_grades)
 
     def predict(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,11 +12,13 @@ from torch import nn
 
 VOLUMES_FROM = ("levels", "samples")  # what the volume intervals are read from
 CALIBRATED_FOR = ("foreground", "lesion")  # the voxels on which a temperature of the masks is fitted
+GRADE_FROM = ("head", "measurements", "both")  # what the grade is read from
+MAX_SCORE = 3.0  # of a standardised measurement: beyond, a linear model would be far too sure
 MIN_PROBABILITY = 1e-8  # with a larger bound, a high temperature would turn the background into foreground volume
 
 
 class Calibration(nn.Module):
-    """Temperatures of masks and grades, prior of the grades, and margin of the volumes of one network.
+    """Temperatures of masks and grades, weights of the measurements, prior of the grades, and margin of the volumes.
 
     Until ``calibrate.yaml`` fits it, it changes nothing: temperatures are 1, the margin is infinite. A fit is valid
     only for the weights and the sampling settings that it was made with. Training therefore resets it, and
@@ -25,11 +27,14 @@ class Calibration(nn.Module):
     Args:
         num_regions: R.
         num_grades: K.
+        num_measurements: F, see :mod:`scripts.networks.measurements`.
 
     Attributes:
         foreground_temperature: of the mask probabilities ``[R]``, fitted to the image's non-zero voxels.
         lesion_temperature: the same, fitted to voxels near the lesion ``[R]``.
-        grade_temperature: of the grade probabilities.
+        grade_temperature: of the grade probabilities of the head; infinite if the grade does not use them.
+        measurement_mean: of the subjects of the fit ``[F]``; so is ``measurement_scale``, the standard deviation.
+        measurement_weight: of the standardised measurements in the logits of the grades ``[K, F]``; 0 before the fit.
         grade_bias: added to the logits of the grades ``[K]`` (Platt scaling with intercept, for any number of grades).
         grade_prior: frequencies of the grades that the probabilities assume ``[K]``. They are equal before the fit,
             because the loss is weighted by inverse frequency.
@@ -44,8 +49,11 @@ class Calibration(nn.Module):
     grade_bias: torch.Tensor
     grade_prior: torch.Tensor
     volume_margin: torch.Tensor
+    measurement_mean: torch.Tensor
+    measurement_scale: torch.Tensor
+    measurement_weight: torch.Tensor
 
-    def __init__(self, num_regions: int, num_grades: int) -> None:
+    def __init__(self, num_regions: int, num_grades: int, num_measurements: int) -> None:
         super().__init__()
         self.register_buffer("foreground_temperature", torch.ones(num_regions))
         self.register_buffer("lesion_temperature", torch.ones(num_regions))
@@ -53,6 +61,9 @@ class Calibration(nn.Module):
         self.register_buffer("grade_bias", torch.zeros(num_grades))
         self.register_buffer("grade_prior", torch.full((num_grades,), 1 / num_grades))
         self.register_buffer("volume_margin", torch.full((num_regions,), math.inf))
+        self.register_buffer("measurement_mean", torch.zeros(num_measurements))
+        self.register_buffer("measurement_scale", torch.ones(num_measurements))
+        self.register_buffer("measurement_weight", torch.zeros(num_grades, num_measurements))
         self.sampling: dict[str, Any] = {}
         self.volumes_from = VOLUMES_FROM[0]
 
@@ -73,15 +84,47 @@ class Calibration(nn.Module):
 
     def reset(self) -> None:
         """Return to the state before a fit."""
-        new = type(self)(len(self.volume_margin), len(self.grade_prior))
-        self.load_state_dict(new.state_dict())
+        self.load_state_dict(self.like().state_dict())
 
-    def calibrated_grades(self, prob: torch.Tensor, prior: Sequence[float] | None = None) -> torch.Tensor:
-        """softmax(log(prob) / temperature + bias) of grade probabilities ``[..., K]``, under another prior if given.
+    def like(self) -> Calibration:
+        """A new calibration of the same sizes and on the same device, before a fit."""
+        sizes = (self.volume_margin, self.grade_prior, self.measurement_mean)
+        return type(self)(*map(len, sizes)).to(self.grade_prior.device)
 
+    @property
+    def measures(self) -> bool:
+        """Whether the grade depends on measurements."""
+        return bool(self.measurement_weight.any())
+
+    def contributions(self, prob: torch.Tensor, measurements: torch.Tensor) -> torch.Tensor:
+        """What the head and each measurement add to the logits of the grades ``[K, 1 + F]``, the head first.
+
+        They are relative to an average subject: 0 for a measurement that has the mean of the fit, or is NaN.
+
+        Args:
+            prob: grade probabilities of the head ``[K]``.
+            measurements: ``[F]``.
+        """
+        head = prob.double().clamp(min=MIN_PROBABILITY).log() / self.grade_temperature
+        scores = standardised(measurements, self.measurement_mean, self.measurement_scale)
+        return torch.cat([(head - head.mean())[:, None], self.measurement_weight * scores], dim=1)
+
+    def calibrated_grades(
+        self, prob: torch.Tensor, prior: Sequence[float] | None = None, measurements: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Calibrated grade probabilities ``[..., K]``, under another prior if given.
+
+        softmax(log(prob) / temperature + bias), plus the :meth:`contributions` of the measurements if there are some.
         Another prior multiplies each probability by the ratio of the priors (Saerens et al., Neural Computation 2002).
         """
         logits = prob.double().clamp(min=MIN_PROBABILITY).log() / self.grade_temperature + self.grade_bias
+        if measurements is not None:
+            logits = logits + self.contributions(prob, measurements)[:, 1:].sum(dim=1)
         if prior is not None:
             logits = logits + (torch.as_tensor(prior).to(logits) / self.grade_prior).log()
         return torch.softmax(logits, dim=-1).to(prob)
+
+
+def standardised(measurements: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Measurements ``[..., F]`` in standard deviations from the mean, at most 3; 0 for NaN."""
+    return ((measurements - mean) / scale).nan_to_num().clamp(-MAX_SCORE, MAX_SCORE).double()

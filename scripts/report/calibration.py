@@ -25,7 +25,14 @@ from scripts.config import InputError, atomic_path
 from scripts.data.grades import class_frequencies
 from scripts.data.split import patient
 from scripts.distributed import gather_from_all
-from scripts.networks.calibration import CALIBRATED_FOR, MIN_PROBABILITY, VOLUMES_FROM, Calibration
+from scripts.networks.calibration import (
+    CALIBRATED_FOR,
+    GRADE_FROM,
+    MIN_PROBABILITY,
+    VOLUMES_FROM,
+    Calibration,
+    standardised,
+)
 from scripts.report.metrics import grade_losses
 from scripts.report.plots import read_background
 from scripts.report.uncertainty import (
@@ -47,6 +54,7 @@ MAX_VOXELS = 200_000  # per subject and region: bounds the memory and the weight
 COVERAGE = 0.9
 SLOPE = (0.5, 0.5)  # mean and standard deviation of the prior of the grades' slope
 BIAS_SD = 0.5  # standard deviation of the prior of the grades' bias
+MEASUREMENT_SD = 0.25  # the same, of the weight of a standardised measurement
 LOGITS = np.linspace(-18.5, 18.5, 741)  # thresholds at which the volume of a probability map is kept
 
 
@@ -82,37 +90,89 @@ def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> tuple[float]:
     return (float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)),)
 
 
+class GradeFit(NamedTuple):
+    """What is fitted to grades; see :class:`~scripts.networks.calibration.Calibration`."""
+
+    temperature: float
+    bias: np.ndarray  # [K]
+    mean: np.ndarray  # of the measurements, [F]
+    scale: np.ndarray  # [F]
+    weight: np.ndarray  # [K, F]
+
+
 def fit_grades(
-    prob: np.ndarray, truth: np.ndarray, prior_bias: np.ndarray, slope: tuple[float, float] = SLOPE
-) -> tuple[float, np.ndarray]:
+    prob: np.ndarray,
+    truth: np.ndarray,
+    prior_bias: np.ndarray,
+    slope: tuple[float, float] = SLOPE,
+    measurements: np.ndarray | None = None,
+    grade_from: str = "head",
+) -> GradeFit:
     """Temperature and bias of the grades: Platt scaling with intercept, for any number of grades.
 
     The loss is weighted by inverse frequency, so that the network assumes equal frequencies. ``prior_bias`` corrects
     this in closed form. With few subjects the fit stays near it: the negative log likelihood has the penalties of
     normal priors on the slope (the inverse temperature) and on the change of the bias. The slope is expected below 1,
-    because networks are too sure of new subjects; ``benchmarks/grades.py`` compares priors.
+    because networks are too sure of new subjects; ``benchmarks/grades.py`` compares priors. The weights of
+    measurements have normal priors with the mean 0: it is one logistic regression, regularised.
 
     Args:
         prob: class probabilities ``[n, K]``.
         truth: class indices ``[n]``.
         prior_bias: minus the log of the class weights of the loss, ``[K]``.
         slope: mean and standard deviation of the prior of the slope.
+        measurements: ``[n, F]``, NaN where undefined; None without.
+        grade_from: ``head``, ``measurements`` (the slope is 0 and the temperature infinite) or ``both``.
     """
-    target = torch.as_tensor(truth).long()
+    target, grades = torch.as_tensor(truth).long(), len(prior_bias)
+    found = np.zeros((len(prob), 0)) if measurements is None or grade_from == "head" else measurements
+    mean, scale = _mean_and_scale(found)
+    scores = standardised(*map(torch.as_tensor, (found, mean, scale)))
+    logits = torch.as_tensor(prob, dtype=torch.float64).clamp(min=MIN_PROBABILITY).log()
 
-    def loss(values: np.ndarray) -> float:
-        log_prob = _log_softmax(prob, 1 / values[0], prior_bias + values[1:])
-        likelihood = float(torch.nn.functional.nll_loss(log_prob, target, reduction="sum"))
-        penalty = ((values[0] - slope[0]) / slope[1]) ** 2 + float(np.square(values[1:] / BIAS_SD).sum())
-        return likelihood + 0.5 * penalty
+    def loss(numbers: np.ndarray) -> tuple[float, np.ndarray]:
+        values = torch.tensor(numbers, requires_grad=True)
+        bias, weight = values[1 : grades + 1], values[grades + 1 :].reshape(grades, scores.shape[1])
+        combined = logits * values[0] + torch.as_tensor(prior_bias) + bias + scores @ weight.T
+        likelihood = torch.nn.functional.cross_entropy(combined, target, reduction="sum")
+        penalty = (bias / BIAS_SD).square().sum() + (weight / MEASUREMENT_SD).square().sum()
+        if grade_from != "measurements":
+            penalty = penalty + ((values[0] - slope[0]) / slope[1]) ** 2
+        total = likelihood + 0.5 * penalty
+        (gradient,) = torch.autograd.grad(total, values)
+        return float(total), gradient.numpy()
 
-    bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE), *[(None, None)] * len(prior_bias)]
-    found = minimize(loss, np.array([slope[0], *np.zeros(len(prior_bias))]), bounds=bounds).x
-    return float(1 / found[0]), prior_bias + found[1:]
+    limits = (0.0, 0.0) if grade_from == "measurements" else (1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)
+    start = np.zeros(1 + grades + grades * scores.shape[1])
+    start[0] = min(slope[0], limits[1])
+    best = minimize(loss, start, jac=True, bounds=[limits, *[(None, None)] * (len(start) - 1)]).x
+    temperature = 1 / best[0] if best[0] else math.inf
+    weight = best[grades + 1 :].reshape(grades, scores.shape[1])
+    return GradeFit(float(temperature), prior_bias + best[1 : grades + 1], mean, scale, weight)
+
+
+def _mean_and_scale(measurements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each measurement ``[n, F]``; 0 and 1 if it is always NaN or the same."""
+    table = pd.DataFrame(measurements, dtype=float)
+    mean, scale = table.mean().fillna(0.0), table.std(ddof=0).fillna(0.0)
+    return mean.to_numpy(), scale.where(scale > 1e-6, 1.0).to_numpy()
+
+
+def calibrate_grades(prob: np.ndarray, measurements: np.ndarray, fitted: GradeFit) -> np.ndarray:
+    """Calibrated probabilities ``[n, K]`` of those of the head ``[n, K]`` and measurements ``[n, F]``."""
+    logits = _log_softmax(prob, fitted.temperature, fitted.bias.tolist())
+    if fitted.weight.size:
+        scores = standardised(*map(torch.as_tensor, (measurements, fitted.mean, fitted.scale)))
+        logits = logits + scores @ torch.as_tensor(fitted.weight).T
+    return logits.softmax(dim=-1).numpy()
 
 
 def cross_fitted(
-    probs: Sequence[np.ndarray], truths: Sequence[np.ndarray], patients: Sequence[str], fit: Callable[..., tuple]
+    probs: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    patients: Sequence[str],
+    fit: Callable[..., tuple],
+    apply: Callable[..., np.ndarray] = calibrate,
 ) -> list[np.ndarray]:
     """Each subject's probabilities, calibrated by a fit to other patients (five folds).
 
@@ -123,7 +183,7 @@ def cross_fitted(
         for others, held_out in GroupKFold(min(5, num_patients)).split(calibrated, groups=patients):
             fitted = fit(*(np.concatenate([values[i] for i in others]) for values in (probs, truths)))
             for i in held_out:
-                calibrated[i] = calibrate(probs[i], *fitted)
+                calibrated[i] = apply(probs[i], *fitted)
     return calibrated
 
 
@@ -184,6 +244,10 @@ class CalibrationFit:
         patient_pattern: see :func:`scripts.data.split.patient`.
         items: subjects whose grades give the prior.
         lineage: the calibrated subjects, by data set; added to those that chose the weights.
+        grade_from: what the grade is read from, one of :data:`~scripts.networks.calibration.GRADE_FROM`.
+
+    Raises:
+        InputError: for another ``grade_from``.
     """
 
     def __init__(
@@ -195,7 +259,11 @@ class CalibrationFit:
         patient_pattern: str,
         items: Sequence[Mapping[str, Any]],
         lineage: Mapping[str, Sequence[str]],
+        grade_from: str = "head",
     ) -> None:
+        if grade_from not in GRADE_FROM:
+            raise InputError(f"grade_from '{grade_from}' is not one of {list(GRADE_FROM)}")
+        self.grade_from = grade_from
         self.ckpt_path = ckpt_path
         self.output_dir = Path(output_dir)
         self.regions = list(regions)
@@ -211,10 +279,11 @@ class CalibrationFit:
 
     def started(self, engine: SupervisedEvaluator) -> None:
         network: Any = engine.network
-        network.calibration.reset()  # the fit needs probabilities that are not calibrated
+        self.calibration: Calibration = network.calibration
+        self.calibration.reset()  # the fit needs probabilities that are not calibrated
         self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
         self.volumes: dict[str, list[Volume]] = defaultdict(list)
-        self.grades: list[tuple[list[float], int, str]] = []
+        self.grades: list[tuple[list[float], int, str]] = []  # probabilities and measurements, grade, patient
         self.rng = np.random.default_rng(0)
 
     def iteration_completed(self, engine: SupervisedEvaluator) -> None:
@@ -237,7 +306,8 @@ class CalibrationFit:
                         Volume(volume_curve(prob) * size, bounds, float(label.sum()) * size, name)
                     )
             if int(item["grade"]) >= 0 and "grade_prob" in item:
-                self.grades.append((torch.as_tensor(item["grade_prob"]).tolist(), int(item["grade"]), name))
+                found = [] if self.grade_from == "head" else torch.as_tensor(item["measurements"]).tolist()
+                self.grades.append(([*torch.as_tensor(item["grade_prob"]).tolist(), *found], int(item["grade"]), name))
 
     def _keep(self, region: str, voxels: str, prob: np.ndarray, label: np.ndarray, name: str) -> None:
         if len(prob) > MAX_VOXELS:
@@ -246,7 +316,7 @@ class CalibrationFit:
         self.voxels[region, voxels].append((to_classes(prob), label, name))
 
     def completed(self, engine: SupervisedEvaluator) -> None:
-        new = Calibration(len(self.regions), len(self.prior))
+        new = self.calibration.like()
         report: dict[str, Any] = {region: {} for region in self.regions}
         for region, voxels in itertools.product(self.regions, CALIBRATED_FOR):
             probs, truths, patients = map(list, zip(*gather_from_all(self.voxels[region, voxels]), strict=True))
@@ -306,14 +376,26 @@ class CalibrationFit:
         probs, truths = (list(np.array(column)[:, None]) for column in columns)
         alpha = read_checkpoint(self.ckpt_path)["loss"]["cls_loss.class_weight"].double().numpy()
         prior_bias = -np.log(alpha / alpha.mean())
-        scores, (temperature, bias) = _fit(
-            probs, truths, patients, lambda prob, truth: fit_grades(prob, truth, prior_bias), grade_losses
+        count = len(self.prior)
+
+        def fit(rows: np.ndarray, truth: np.ndarray) -> tuple[GradeFit]:
+            return (fit_grades(rows[:, :count], truth, prior_bias, SLOPE, rows[:, count:], self.grade_from),)
+
+        def apply(rows: np.ndarray, fitted: GradeFit) -> np.ndarray:
+            return calibrate_grades(rows[:, :count], rows[:, count:], fitted)
+
+        scores, (found,) = _fit(
+            probs, truths, patients, fit, lambda rows, truth: grade_losses(rows[:, :count], truth), apply
         )
-        new.grade_temperature.fill_(temperature)
-        new.grade_bias.copy_(torch.as_tensor(bias))
+        new.grade_temperature.fill_(found.temperature)
+        new.grade_bias.copy_(torch.as_tensor(found.bias))
         new.grade_prior.copy_(torch.as_tensor(self.prior))
-        fitted = {"temperature": temperature, "bias": list(map(float, bias)), "prior": list(map(float, self.prior))}
-        return fitted | scores
+        if found.weight.size:
+            for name in ("mean", "scale", "weight"):
+                new.get_buffer(f"measurement_{name}").copy_(torch.as_tensor(getattr(found, name)))
+        temperature = None if math.isinf(found.temperature) else found.temperature
+        fitted = {"temperature": temperature, "bias": found.bias.tolist(), "prior": list(map(float, self.prior))}
+        return {"grade_from": self.grade_from} | fitted | scores
 
 
 def held_share(scores: Sequence[float], patients: Sequence[str]) -> float:
@@ -339,16 +421,17 @@ def _fit(
     patients: list[str],
     fit: Callable[..., tuple],
     scores: Callable[..., dict],
+    apply: Callable[..., np.ndarray] = calibrate,
 ) -> tuple[dict[str, Any], tuple]:
     """The scores before, after and cross-fitted; and what was fitted to all subjects."""
     prob, truth = np.concatenate(probs), np.concatenate(truths)
     fitted = fit(prob, truth)
-    held_out = np.concatenate(cross_fitted(probs, truths, patients, fit))
+    held_out = np.concatenate(cross_fitted(probs, truths, patients, fit, apply))
     report = {
         "subjects": len(probs),
         "patients": len(set(patients)),
         "before": scores(prob, truth),
-        "after": scores(calibrate(prob, *fitted), truth),
+        "after": scores(apply(prob, *fitted), truth),
         "cross_fitted": scores(held_out, truth),
     }
     return report, fitted

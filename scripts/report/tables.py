@@ -1,4 +1,4 @@
-"""Rows of the tables of subjects, and ``grades.csv`` of inference."""
+"""Rows of the tables of subjects, and ``grades.csv`` and ``grade_reasons.csv`` of inference."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
+from monai.engines.workflow import Workflow
 
 from scripts.data.grades import grade_names
 from scripts.data.writing import write_csv
+from scripts.distributed import gather_from_all
 from scripts.networks.calibration import VOLUMES_FROM
+from scripts.networks.measurements import measurement_names
 from scripts.report.plots import read_background, write_overlay
 from scripts.report.uncertainty import sampled_volume, size_unit, volume_estimate, volume_interval
 from scripts.sampling.probability import temperature_scaled
@@ -21,14 +24,16 @@ from scripts.sampling.rows import RowsHandler
 
 
 class GradeTable(RowsHandler):
-    """Inference handler: ``grades.csv`` and one overlay per subject.
+    """Inference handler: ``grades.csv``, ``grade_reasons.csv`` and one overlay per subject.
 
-    A row holds the probability of each grade, the likeliest grade, and volumes and quality of each region.
+    A row holds the probability of each grade, the likeliest grade, and volumes and quality of each region. The reasons
+    are only written if the grade depends on measurements of the mask (:func:`grade_reasons`).
 
     Args:
         output_dir: folder of the files.
         grade_labels: class index of each grade.
         regions: names of the region channels.
+        modalities: names of the image channels.
         to_regions: turns the label map ``pred`` of an item back into region channels.
     """
 
@@ -39,29 +44,44 @@ class GradeTable(RowsHandler):
         output_dir: str,
         grade_labels: Mapping[str, int],
         regions: Sequence[str],
+        modalities: Sequence[str],
         to_regions: Callable[[Mapping[str, Any]], dict[str, Any]],
     ) -> None:
         self.output_dir = Path(output_dir)
         self.regions = list(regions)
+        self.measured = measurement_names(regions, modalities)
         self.to_regions = to_regions
         self.grades = grade_names(grade_labels)
 
     def answer(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """The row of an item, which MONAI Label sends to its client."""
-        return grade_row(self.to_regions(item), self.regions, self.grades)
+        """The row of an item, and the reasons of its grade if there are; MONAI Label sends them to its client."""
+        reasons = grade_reasons(item, self.measured, self.grades)
+        row = grade_row(self.to_regions(item), self.regions, self.grades)
+        return row | ({"reasons": reasons} if reasons else {})
+
+    def started(self, engine: Workflow) -> None:
+        super().started(engine)
+        self.reasons: list[dict[str, Any]] = []
 
     def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
         found = self.to_regions(item)
         row = grade_row(found, self.regions, self.grades)
+        self.reasons += grade_reasons(item, self.measured, self.grades)
         grade = row["grade"]
         title = item["subject"] + (f"  {grade}: {row[f'prob_{grade}']:.2f}" if grade else "")
         samples = [self.to_regions({"pred": mask[None]})["pred"] for mask in item.get("samples", ())]
         write_overlay(found, read_background(item), title, self.output_dir, samples)
         return [row]
 
+    def completed(self, engine: Workflow) -> None:
+        self.reasons = gather_from_all(self.reasons)
+        super().completed(engine)
+
     @idist.one_rank_only()
     def write(self, rows: list[dict]) -> None:
         write_csv(pd.DataFrame(rows), self.output_dir / "grades.csv")
+        if self.reasons:
+            write_csv(pd.DataFrame(self.reasons), self.output_dir / "grade_reasons.csv")
 
 
 def grade_row(item: Mapping[str, Any], regions: Sequence[str], grades: Sequence[str]) -> dict[str, Any]:
@@ -76,6 +96,29 @@ def grade_row(item: Mapping[str, Any], regions: Sequence[str], grades: Sequence[
     grade = "" if any(map(np.isnan, prob.values())) else grades[int(np.argmax(list(prob.values())))]
     prior = grade_columns(item, grades, "prior")
     return {"subject": item["subject"], **prob, "grade": grade, **prior, **estimates(item, regions)}
+
+
+def grade_reasons(item: Mapping[str, Any], measured: Sequence[str], grades: Sequence[str]) -> list[dict[str, Any]]:
+    """What the grade of an item rests on, the strongest first; empty if it rests on the head alone.
+
+    ``for_<grade>`` is what the head or a measurement adds to the logit of a grade, against an average subject.
+
+    Args:
+        item: an inferred item.
+        measured: names of its measurements.
+        grades: names of the grades.
+    """
+    if "grade_reasons" not in item:
+        return []
+    added = torch.as_tensor(item["grade_reasons"]).T.tolist()
+    values = [float("nan"), *torch.as_tensor(item["measurements"]).tolist()]
+    rows = [
+        {"subject": item["subject"], "reason": name, "value": value}
+        | {f"for_{grade}": part for grade, part in zip(grades, parts, strict=True)}
+        for name, value, parts in zip(["grading head", *measured], values, added, strict=True)
+        if any(parts)
+    ]
+    return sorted(rows, key=lambda row: -max(abs(row[f"for_{grade}"]) for grade in grades))
 
 
 def grade_columns(item: Mapping[str, Any], grades: Sequence[str], kind: str = "prob") -> dict[str, float]:

@@ -16,6 +16,7 @@ from scripts.diffusion.samplers import Draw, Pairs, make_sampler
 from scripts.diffusion.schedule import timestep_pairs
 from scripts.networks.base import SegmentationNetwork
 from scripts.networks.calibration import CALIBRATED_FOR, VOLUMES_FROM, Calibration
+from scripts.networks.measurements import measure
 from scripts.networks.stochastic import DISTRIBUTION, draw_logits, spread_noise
 from scripts.sampling.ensemble import FUSIONS, fuse, pairwise_dice
 from scripts.sampling.probability import area_weighted_mean, entropy_bits, temperature_scaled
@@ -64,6 +65,7 @@ class VolumeInferer(Inferer):
         calibrated_for: the voxels whose temperature is applied, ``foreground`` (not 0 in the image) or ``lesion``.
         grade_prior: frequency of each grade among the subjects; None takes those that the network was calibrated with.
         keep_samples: return the samples even if no volume is read from them.
+        keep_measurements: return the measurements of the mask even if the grade does not depend on them.
 
     Raises:
         InputError: for a number below 1, more samples than fit in a batch, an unknown name, or a prior that is no list
@@ -83,6 +85,7 @@ class VolumeInferer(Inferer):
         calibrated_for: str = "foreground",
         grade_prior: Sequence[float] | None = None,
         keep_samples: bool = False,
+        keep_measurements: bool = False,
     ) -> None:
         super().__init__()
         for name, value, minimum in (
@@ -110,6 +113,7 @@ class VolumeInferer(Inferer):
         self.calibrated_for = calibrated_for
         self.grade_prior = grade_prior
         self.keep_samples = keep_samples
+        self.keep_measurements = keep_measurements
         # what the probabilities depend on, and so does their calibration
         self.sampling: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
@@ -139,17 +143,25 @@ class VolumeInferer(Inferer):
             the calibration of the foreground;
             ``volume_margin [B, R]`` and ``volumes_from [B]``, a position in ``VOLUMES_FROM``, see
             :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``, calibrated, and
-            ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading.
+            ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading. If they are needed:
+            ``measurements [B, F]`` of the mask (:func:`~scripts.networks.measurements.measure`), ``head_prob [B, K]``,
+            the grade of the head, and ``grade_reasons [B, K, 1 + F]``, what head and measurements add to the logits.
         """
-        results = [self._predict_volume(volume, network) for volume in torch.as_tensor(inputs)]
+        spacings = _spacings(inputs)
+        results = [
+            self._predict_volume(volume, network, spacing)
+            for volume, spacing in zip(torch.as_tensor(inputs), spacings, strict=True)
+        ]
         output = {name: torch.stack([result[name] for result in results]) for name in results[0]}
         if isinstance(inputs, MetaTensor):  # so that MONAI can invert the spatial transforms
             for name in output.keys() & MAPS:
                 output[name] = MetaTensor(output[name], meta=inputs.meta)
         return output
 
-    def _predict_volume(self, volume: torch.Tensor, network: SegmentationNetwork) -> dict[str, torch.Tensor]:
-        """Results of :meth:`predict` for one volume ``[M, H, W, S]``."""
+    def _predict_volume(
+        self, volume: torch.Tensor, network: SegmentationNetwork, spacing: Sequence[float]
+    ) -> dict[str, torch.Tensor]:
+        """Results of :meth:`predict` for one volume ``[M, H, W, S]`` with a spacing in mm."""
         slices = volume.movedim(-1, 0)
         filled = torch.nonzero((slices != 0).flatten(1).any(dim=1)).flatten()
         if not len(filled):
@@ -182,14 +194,31 @@ class VolumeInferer(Inferer):
         }
         if grades:
             area = (mask[..., filled] > 0.5).sum(dim=(0, 1, 2))
-            grade_prob = area_weighted_mean(torch.cat(grades), area)
-            result["grade_prob"] = calibration.calibrated_grades(grade_prob, self.grade_prior)
-            result["grade_prior"] = torch.tensor(self.grade_prior or calibration.grade_prior.tolist())
+            result |= self._grade(area_weighted_mean(torch.cat(grades), area), calibration, volume, mask, spacing)
         result |= {"variance": samples.var(dim=0)} if self.num_samples > 1 else {}
         if calib_prob is not None:
             result |= {"calib_prob": calib_prob} if raw is mask else {"seg_prob": mask}
         needed = self.keep_samples or calibration.volumes_from == "samples"
         return result | ({"samples": samples.flatten(0, 1)} if needed else {})
+
+    def _grade(
+        self,
+        prob: torch.Tensor,
+        calibration: Calibration,
+        volume: torch.Tensor,
+        mask: torch.Tensor,
+        spacing: Sequence[float],
+    ) -> dict[str, torch.Tensor]:
+        """Grade of a subject from what the head says (``prob [K]``) and, if they are needed, from measurements."""
+        measured, result = None, {}
+        if self.keep_measurements or calibration.measures:
+            found = measure(volume.float().cpu().numpy(), (mask > 0.5).cpu().numpy(), spacing)
+            measured = torch.from_numpy(found).to(prob)
+            result = {"head_prob": prob, "measurements": measured}
+            result["grade_reasons"] = calibration.contributions(prob, measured)
+        result["grade_prob"] = calibration.calibrated_grades(prob, self.grade_prior, measured)
+        result["grade_prior"] = torch.tensor(self.grade_prior or calibration.grade_prior.tolist())
+        return result
 
     def calibration_of(self, network: SegmentationNetwork) -> Calibration:
         """The network's calibration, or one without effect if it was fitted with other sampling settings.
@@ -206,8 +235,7 @@ class VolumeInferer(Inferer):
                 f"{self.sampling}; run configs/calibrate.yaml with these values"
             )
             self.warned = True
-        neutral = Calibration(network.out_channels, len(fitted.grade_prior))
-        return neutral.to(fitted.grade_prior.device)
+        return fitted.like()
 
     def sample(self, image: torch.Tensor, network: SegmentationNetwork, indices: Sequence[int]) -> SampledSlices:
         """Sample slices.
@@ -322,6 +350,14 @@ class VolumeInferer(Inferer):
             raise InputError(
                 "start_timestep and num_inference_steps=0 need a calibration map: add 'highway' to conditioning"
             )
+
+
+def _spacings(inputs: torch.Tensor) -> list[list[float]]:
+    """Spacing of the axes of each volume of a batch, in mm; 1 without metadata."""
+    if not isinstance(inputs, MetaTensor):
+        return [[1.0] * 3] * len(inputs)
+    affines = torch.as_tensor(inputs.affine).expand(len(inputs), 4, 4)
+    return affines[:, :3, :3].norm(dim=1).tolist()
 
 
 def _check_prior(prior: Sequence[float]) -> None:

@@ -134,7 +134,8 @@ class OnnxNetwork(SegmentationNetwork):
         settings = check_plain(metadata["settings"], f"onnx_dir '{onnx_dir}'")
         diffusion = {name: settings[name] for name in inspect.signature(GaussianDiffusion).parameters}
         num_grades = len(metadata["calibration"]["grade_prior"])
-        super().__init__(GaussianDiffusion(**diffusion), metadata["out_channels"], num_grades, metadata["divisor"])
+        sizes = (len(settings["modalities"]), metadata["out_channels"], num_grades, metadata["divisor"])
+        super().__init__(GaussianDiffusion(**diffusion), *sizes)
         self.settings: dict[str, Any] = settings
         self.self_conditioning = metadata["self_conditioning"]
         self.has_calib_map = metadata["has_calib_map"]
@@ -148,7 +149,7 @@ class OnnxNetwork(SegmentationNetwork):
                     "configs/export_onnx.yaml"
                 )
         calibration = {name: torch.tensor(values) for name, values in metadata["calibration"].items()}
-        self.calibration.load_state_dict(calibration)
+        self.calibration.load_state_dict(self.calibration.state_dict() | calibration)  # older files measure nothing
 
     def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """See :meth:`SegmentationNetwork.condition`."""

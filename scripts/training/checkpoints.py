@@ -240,6 +240,8 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
     weights = checkpoint["model"]
     check_settings(checkpoint["settings"], settings, f"ckpt_path '{ckpt_path}'")
     expected = network.state_dict()
+    # before version 0.9 no grade was read from measurements
+    weights = {name: value for name, value in expected.items() if ".measurement_" in name} | weights
     for name in sorted(expected.keys() | weights.keys()):
         ours, theirs = (_shape(state.get(name)) for state in (expected, weights))
         text = name.endswith("_extra_state") and isinstance(theirs, tuple)  # that of version 0.7 has another length
