@@ -27,6 +27,7 @@ EVALUATION = (
     "subset",
     "num_eval_cases",
     "chosen_by",
+    "grade_from",
     "grade_prior",
     "prior",
     "lookup",
