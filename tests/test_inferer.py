@@ -144,7 +144,6 @@ def test_a_grade_can_be_read_from_the_mask(network, volume):
     expected = before["grade_prob"][:, 1].logit() + 0.7 * (size - 2).clamp(-3, 3)
     assert torch.allclose(after["grade_prob"][:, 1].logit(), expected, atol=1e-3)
     assert torch.allclose(after["grade_reasons"][:, 1, 2], (0.7 * (size - 2).clamp(-3, 3)).double(), atol=1e-5)
-    assert torch.allclose(after["head_prob"], before["grade_prob"], atol=1e-5)
     calibration.grade_temperature.fill_(torch.inf)  # the head does not count
     alone = VolumeInferer().predict(volume, network)
     assert torch.allclose(alone["grade_prob"][:, 1].logit(), 0.7 * (size - 2).clamp(-3, 3), atol=1e-3)

@@ -46,6 +46,8 @@ def test_the_reasons_of_a_grade_are_written_the_strongest_first(tmp_path, item, 
     assert written["for_HGG"].tolist() == [-2, 1, 0.5]
     assert table.answer(item | graded)["reasons"][0]["reason"] == "WT size"
     assert "reasons" not in table.answer(item)
+    evaluate_items(table, [item | {"subject": "s2"}])
+    assert not (tmp_path / "grade_reasons.csv").exists()  # that of the run before is gone
 
 
 def test_volumes_can_be_those_of_the_samples(item):

@@ -80,8 +80,11 @@ class GradeTable(RowsHandler):
     @idist.one_rank_only()
     def write(self, rows: list[dict]) -> None:
         write_csv(pd.DataFrame(rows), self.output_dir / "grades.csv")
+        file = self.output_dir / "grade_reasons.csv"
         if self.reasons:
-            write_csv(pd.DataFrame(self.reasons), self.output_dir / "grade_reasons.csv")
+            write_csv(pd.DataFrame(self.reasons), file)
+        else:
+            file.unlink(missing_ok=True)  # of an earlier run, whose grades were others
 
 
 def grade_row(item: Mapping[str, Any], regions: Sequence[str], grades: Sequence[str]) -> dict[str, Any]:

@@ -144,8 +144,8 @@ class VolumeInferer(Inferer):
             ``volume_margin [B, R]`` and ``volumes_from [B]``, a position in ``VOLUMES_FROM``, see
             :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``, calibrated, and
             ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading. If they are needed:
-            ``measurements [B, F]`` of the mask (:func:`~scripts.networks.measurements.measure`), ``head_prob [B, K]``,
-            the grade of the head, and ``grade_reasons [B, K, 1 + F]``, what head and measurements add to the logits.
+            ``measurements [B, F]`` of the mask (:func:`~scripts.networks.measurements.measure`), and ``grade_reasons
+            [B, K, 1 + F]``, what head and measurements add to the logits.
         """
         spacings = _spacings(inputs)
         results = [
@@ -214,8 +214,7 @@ class VolumeInferer(Inferer):
         if self.keep_measurements or calibration.measures:
             found = measure(volume.float().cpu().numpy(), (mask > 0.5).cpu().numpy(), spacing)
             measured = torch.from_numpy(found).to(prob)
-            result = {"head_prob": prob, "measurements": measured}
-            result["grade_reasons"] = calibration.contributions(prob, measured)
+            result = {"measurements": measured, "grade_reasons": calibration.contributions(prob, measured)}
         result["grade_prob"] = calibration.calibrated_grades(prob, self.grade_prior, measured)
         result["grade_prior"] = torch.tensor(self.grade_prior or calibration.grade_prior.tolist())
         return result
