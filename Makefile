@@ -1,7 +1,9 @@
-# Every target needs Python >= 3.10, make and a package index; everything else they install into .venv and .venv-label
+# Every target needs Python >= 3.10, make and a package index; everything else they install into .venv, .venv-label and
+# .venv-peers
 PYTHON ?= python3
 VENV ?= .venv
 LABEL_VENV ?= .venv-label
+PEERS_VENV ?= .venv-peers
 # One thread: the same result on every machine, and fast beside other programs (docs/performance.md). Where there are
 # more, waiting ones sleep.
 export OMP_WAIT_POLICY = PASSIVE
@@ -13,7 +15,7 @@ ORGANS_DEMO = '$(ORGANS)/configs/train.yaml','$(ORGANS)/configs/demo.yaml'
 SYNTHESIS = bundles/synthesis
 SYNTHESIS_DEMO = '$(SYNTHESIS)/configs/train.yaml','$(SYNTHESIS)/configs/demo.yaml'
 
-.PHONY: demo organs-demo synthesis-demo staged test conformance docs-test label-env label-test release lint clean
+.PHONY: demo organs-demo synthesis-demo staged test conformance docs-test label-env label-test peers-env release lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -33,6 +35,13 @@ $(LABEL_VENV)/.installed: label_app/requirements.txt requirements.txt
 	@$(LABEL_VENV)/bin/python -c 'import torchvision' 2>/dev/null || { \
 	    site=$$($(LABEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision; \
 	    mkdir -p $$site; : > $$site/__init__.py; echo 'make_grid = save_image = None' > $$site/utils.py; }
+	@touch $@
+
+# nnU-Net, for benchmarks/peers
+$(PEERS_VENV)/.installed: benchmarks/peers/requirements.txt benchmarks/peers/requirements-nodeps.txt requirements.txt
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --requirement benchmarks/peers/requirements.txt --constraint requirements.txt
+	$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements-nodeps.txt
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -109,6 +118,8 @@ label-test: $(LABEL_VENV)/.installed
 	OMP_NUM_THREADS=1 $(LABEL_VENV)/bin/python -m pytest -s acceptance/test_label.py acceptance/test_label_organs.py \
 	    acceptance/test_label_synthesis.py
 
+peers-env: $(PEERS_VENV)/.installed
+
 release: $(VENV)/.installed
 	$(VENV)/bin/python -m scripts.tools.release
 
@@ -118,4 +129,4 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(LABEL_VENV) demo output dist
+	rm -rf $(VENV) $(LABEL_VENV) $(PEERS_VENV) demo output dist

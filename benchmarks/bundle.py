@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_bundle(configs: list[str], settings: list[str], folder: Path = ROOT) -> None:
-    """Run files of ``configs/`` in the folder of a bundle with settings as on the command line; stop when it fails."""
+def command(configs: Sequence[str], settings: Sequence[object]) -> list[str]:
+    """Command that runs files of ``configs/`` with settings as on the command line."""
     files = str([f"configs/{name}" for name in configs])
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
-    subprocess.run([*command, *map(str, settings)], cwd=folder, check=True)
+    return [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files, *map(str, settings)]
+
+
+def options(keys: Mapping[str, object]) -> list[str]:
+    """Keys and values as options of the command line."""
+    return [part for key, value in keys.items() for part in (f"--{key}", "$None" if value is None else str(value))]
+
+
+def run_bundle(configs: Sequence[str], settings: Sequence[object], folder: Path = ROOT) -> None:
+    """Run files of ``configs/`` in the folder of a bundle with settings; stop when it fails."""
+    subprocess.run(command(configs, settings), cwd=folder, check=True)

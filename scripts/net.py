@@ -16,7 +16,7 @@ from torch import nn
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.networks.base import Outputs, SegmentationNetwork
-from scripts.networks.baselines import GradingResNet, PlainUNet
+from scripts.networks.baselines import GradingDenseNet, GradingResNet, PlainUNet
 from scripts.networks.conditioning import HIGHWAY, STOCHASTIC
 from scripts.networks.grading import GradingHead
 from scripts.networks.stochastic import StochasticUNet
@@ -148,6 +148,7 @@ ARCHITECTURES: dict[str, type[SegmentationNetwork]] = {
     "MedSegDiff": MedSegDiff,
     "PlainUNet": PlainUNet,
     "GradingResNet": GradingResNet,
+    "GradingDenseNet": GradingDenseNet,
 }
 DATA_SETTINGS = (
     "modalities",

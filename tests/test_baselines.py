@@ -5,7 +5,7 @@ import torch
 
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
-from scripts.networks.baselines import GradingResNet, PlainUNet
+from scripts.networks.baselines import GradingDenseNet, GradingResNet, PlainUNet
 
 
 def inputs():
@@ -28,16 +28,19 @@ def test_plain_unet_without_grading_head():
     assert PlainUNet(GaussianDiffusion(), calib_channels=[8, 8, 16], use_cls_head=False)(*inputs())[1] is None
 
 
-def test_resnet_grades_and_finds_no_tumour():
-    network = GradingResNet(GaussianDiffusion(), in_channels=4, out_channels=3).eval()
-    seg_logits, cls_logits, _ = network(*inputs())
-    assert seg_logits.shape == (2, 3, 16, 16)
+@pytest.mark.parametrize("classifier", [GradingResNet, GradingDenseNet])
+def test_classifiers_grade_and_find_no_tumour(classifier):
+    network = classifier(GaussianDiffusion(), in_channels=4, out_channels=3, num_grades=4).eval()
+    image = torch.randn(2, 4, 32, 32)
+    seg_logits, cls_logits, _ = network(image, torch.randn(2, 3, 32, 32), torch.tensor([3, 999]))
+    assert seg_logits.shape == (2, 3, 32, 32)
+    assert cls_logits.shape == (2, 4)
     assert (seg_logits.sigmoid() < 0.5).all()
     cls_logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("baseline", [PlainUNet, GradingResNet])
+@pytest.mark.parametrize("baseline", [PlainUNet, GradingResNet, GradingDenseNet])
 def test_baselines_predict_masks(baseline):
     with pytest.raises(InputError, match="prediction_type"):
         baseline(GaussianDiffusion(prediction_type="epsilon"))

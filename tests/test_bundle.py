@@ -268,7 +268,7 @@ def test_three_regions_are_judged_as_they_are_saved(phantoms, run_bundle, tmp_pa
     assert not all(nested)  # the test needs a mask that nesting changes
 
 
-@pytest.mark.parametrize("baseline", ["baseline_unet.yaml", "baseline_resnet.yaml"])
+@pytest.mark.parametrize("baseline", ["baseline_unet.yaml", "baseline_resnet.yaml", "baseline_densenet.yaml"])
 def test_baselines_run_on_the_same_data(baseline, phantoms, run_bundle, tmp_path):
     overrides = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "max_epochs": 1}
     run_bundle(["train.yaml", baseline], **overrides)

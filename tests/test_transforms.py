@@ -101,6 +101,9 @@ def test_identical_modalities_give_a_warning(caplog):
     volume[2] = volume[0]
     CheckVolumed("image")({"image": volume, "subject": "s1"})
     assert "subject 's1': modalities 1 and 3 are identical" in caplog.text
+    caplog.clear()
+    CheckVolumed("image")({"image": MetaTensor(volume, meta={"filename_or_obj": "grey.png"}), "subject": "s1"})
+    assert not caplog.text
 
 
 def test_an_empty_mask_is_marked():

@@ -13,7 +13,7 @@ from monai.transforms import LoadImaged, MapTransform, RandomizableTransform, Re
 
 from scripts.config import InputError
 from scripts.data.dicom import SeriesReader
-from scripts.data.pictures import PictureReader
+from scripts.data.pictures import PictureReader, is_picture
 from scripts.data.subjects import subject_of
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ class CheckVolumed(MapTransform):
                     raise InputError(f"{where} has NaN or infinite voxels; repair or remove the subject")
                 if volume.min() == volume.max():
                     raise InputError(f"{where} is constant ({float(volume.min()):g}); repair or remove the subject")
+            if is_picture(str(getattr(data[key], "meta", {}).get("filename_or_obj", ""))):
+                continue  # grey pictures are often saved in colour
             for first, second in itertools.combinations(range(len(data[key])), 2):
                 if torch.equal(data[key][first], data[key][second]):
                     logger.warning(

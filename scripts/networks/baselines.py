@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.networks.nets import resnet18
+from monai.networks.nets import DenseNet121, resnet18
+from torch import nn
 
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
@@ -81,8 +82,8 @@ class PlainUNet(Baseline):
         return seg_logits, self.cls_head(features[-1]) if self.cls_head is not None else None
 
 
-class GradingResNet(Baseline):
-    """MONAI's ResNet-18, which grades slices and segments nothing: for ``loss::tasks: [grading]``.
+class GradingNetwork(Baseline):
+    """A classifier that grades slices and segments nothing: for ``loss::tasks: [grading]``.
 
     Its masks are empty, so a subject's grade is the plain mean over its slices.
 
@@ -97,10 +98,30 @@ class GradingResNet(Baseline):
         self, diffusion: GaussianDiffusion, in_channels: int = 4, out_channels: int = 1, num_grades: int = 2
     ) -> None:
         super().__init__(diffusion, in_channels, out_channels, num_grades, divisor=1)
-        self.cls_head = resnet18(spatial_dims=2, n_input_channels=in_channels, num_classes=num_grades)
+        self.cls_head = self.classifier(in_channels, num_grades)
+
+    def classifier(self, in_channels: int, num_grades: int) -> nn.Module:
+        """A network from slices ``[B, M, H, W]`` to grade logits ``[B, K]``."""
+        raise NotImplementedError
 
     def predict(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Baseline.predict`."""
         assert self.cls_head is not None
         empty = image.new_full((image.shape[0], self.out_channels, *image.shape[2:]), EMPTY_LOGIT)
         return empty, self.cls_head(image)
+
+
+class GradingResNet(GradingNetwork):
+    """MONAI's ResNet-18."""
+
+    def classifier(self, in_channels: int, num_grades: int) -> nn.Module:
+        """See :meth:`GradingNetwork.classifier`."""
+        return resnet18(spatial_dims=2, n_input_channels=in_channels, num_classes=num_grades)
+
+
+class GradingDenseNet(GradingNetwork):
+    """MONAI's DenseNet-121."""
+
+    def classifier(self, in_channels: int, num_grades: int) -> nn.Module:
+        """See :meth:`GradingNetwork.classifier`."""
+        return DenseNet121(spatial_dims=2, in_channels=in_channels, out_channels=num_grades)

@@ -1,0 +1,62 @@
+"""Arm of the peer bench that is a configuration of this bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.bundle import command, options
+from benchmarks.peers.process import Usage, run, write_cost
+
+
+class BundleArm:
+    """Trains for a number of minutes, calibrates to the validation subjects, and evaluates.
+
+    A first training of two epochs measures the seconds of one; the number of epochs follows from them, because the
+    learning rate needs it from the start.
+
+    Args:
+        configs: files in ``configs/``.
+        settings: keys of ``train.yaml`` and their values.
+        minutes: of training.
+        threads: of each process.
+        probe: folder of the first training.
+    """
+
+    def __init__(
+        self, configs: Sequence[str], settings: dict[str, Any], minutes: float, threads: int, probe: Path
+    ) -> None:
+        self.configs, self.settings, self.minutes = list(configs), settings, minutes
+        self.threads, self.probe = threads, probe
+
+    def run(self, folder: Path, fold: int, seed: int) -> None:
+        """Write ``subjects.csv`` and ``cost.json`` into ``folder``."""
+        keys = {"fold": fold, "seed": seed, "datalist::seed": 0, "ckpt_dir": folder}
+        epochs = self.epochs()
+        training = self._run([], folder, keys | {"max_epochs": epochs, "val_interval": epochs, "output_dir": folder})
+        self._run(["evaluate.yaml", "calibrate.yaml"], folder, keys | {"output_dir": folder / "calibrate"})
+        judging = self._run(["evaluate.yaml"], folder, keys | {"output_dir": folder})
+        minutes = trained_seconds(folder).sum() / 60
+        write_cost(folder, minutes, epochs, training, judging, len(pd.read_csv(folder / "subjects.csv")))
+
+    def epochs(self) -> int:
+        """Number of epochs that take the minutes; measured once."""
+        file = self.probe / "epochs.json"
+        if not file.is_file():
+            keys = {"max_epochs": 2, "val_interval": 2, "output_dir": self.probe, "ckpt_dir": self.probe}
+            self._run([], self.probe, keys)
+            file.write_text(json.dumps(max(1, round(60 * self.minutes / trained_seconds(self.probe).iloc[-1]))))
+        return int(json.loads(file.read_text()))
+
+    def _run(self, configs: Sequence[str], folder: Path, keys: dict[str, Any]) -> Usage:
+        return run(command([*self.configs, *configs], options(self.settings | keys)), folder / "log.txt", self.threads)
+
+
+def trained_seconds(folder: Path) -> pd.Series:
+    """Seconds of each epoch of a training, without its validation."""
+    table = pd.read_csv(folder / "metrics.csv")
+    return table.loc[table["split"] == "train", "seconds"]
