@@ -285,9 +285,9 @@ def copy_repository(folder: Path) -> Path:
 
 
 def run(block: Block, copy: Path, data: Path) -> Outcome:
-    """Run a block in its copy, or write its file there. Of a loop over folds or seeds, only the first two are run."""
+    """Run a block in its copy, or write its file there. Of a loop over folds or seeds, only the first is run."""
     text = (block.text if block.file else block.script()).replace("/path/to/", f"{data}/")
-    text = re.sub(r"(for \w+ in \d+ \d+)( \d+)+", r"\1", text)
+    text = re.sub(r"(for \w+ in \d+)( \d+)+", r"\1", text)
     if block.file:
         (copy / block.file).write_text(text, encoding="utf-8")
         return Outcome(0, "", [])

@@ -157,6 +157,7 @@ DATA_SETTINGS = (
     "background_label",
     "grade_labels",
     "image_size",
+    "slice_size",
     "normalise_nonzero",
 )
 DERIVED = ("diffusion", "in_channels", "out_channels", "num_grades")

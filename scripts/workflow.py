@@ -29,9 +29,19 @@ logger = logging.getLogger(__name__)
 
 
 def settings() -> dict[str, Any]:
-    """The settings that give the weights their meaning, read from the public keys of the running configuration."""
+    """The settings that give the weights their meaning, read from the public keys of the running configuration.
+
+    Raises:
+        InputError: for a ``slice_size`` below ``image_size``.
+    """
     parser = running_parser()
-    return {name: parser.get_parsed_content(name) for name in SETTINGS}
+    found = {name: parser.get_parsed_content(name) for name in SETTINGS}
+    if found["slice_size"] is not None and found["slice_size"] < found["image_size"]:
+        raise InputError(
+            f"slice_size={found['slice_size']} is smaller than image_size={found['image_size']}: a window would not "
+            "fit; set it to null for whole slices"
+        )
+    return found
 
 
 def train() -> None:

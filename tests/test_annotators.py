@@ -102,14 +102,14 @@ def test_annotators_keep_their_masks():
 @pytest.mark.parametrize("masks", [[[0, 1, 2, 3], [0, 0, 1, 3]], [[0, 85, 170, 255], [0, 0, 85, 255]]])
 def test_votes_are_nested_masks(masks):
     """In numbers, and as shares of 255."""
-    found = coded(masks, votes=3).unflatten(0, (3, 2))
+    found = coded(masks, annotators=3).unflatten(0, (3, 2))
     assert found.sum(dim=0).tolist() == [[0, 1, 2, 3], [0, 0, 1, 3]]
     assert (found[0] >= found[1]).all()
     assert (found[1] >= found[2]).all()
 
 
 def test_the_published_votes_of_drishti():
-    found = coded([[0, 64, 128, 191, 255]], regions=["WT"], votes=4)
+    found = coded([[0, 64, 128, 191, 255]], regions=["WT"], annotators=4)
     assert found.sum(dim=0).tolist() == [0, 1, 2, 3, 4]
 
 
@@ -117,15 +117,14 @@ def test_the_published_votes_of_drishti():
     ("masks", "options", "message"),
     [
         ([[0, 1]], {"annotators": ["a", "b"]}, "subject 's': 1 masks, expected 2"),
-        ([[0, 1]], {"votes": 4}, "subject 's': 1 masks, expected 2"),
-        ([[0, 100], [0, 0]], {"votes": 4}, "neither 0 to 4 nor shares of 255"),
-        ([[0, -1], [0, 0]], {"votes": 4}, "neither 0 to 4 nor shares of 255"),
-        ([[0, float("nan")], [0, 0]], {"votes": 4}, "neither 0 to 4 nor shares of 255"),
-        ([[0, float("inf")], [0, 0]], {"votes": 4}, "neither 0 to 4 nor shares of 255"),
+        ([[0, 1]], {"annotators": 4}, "subject 's': 1 masks, expected 2"),
+        ([[0, 100], [0, 0]], {"annotators": 4}, "neither 0 to 4 nor shares of 255"),
+        ([[0, -1], [0, 0]], {"annotators": 4}, "neither 0 to 4 nor shares of 255"),
+        ([[0, float("nan")], [0, 0]], {"annotators": 4}, "neither 0 to 4 nor shares of 255"),
+        ([[0, float("inf")], [0, 0]], {"annotators": 4}, "neither 0 to 4 nor shares of 255"),
         ([[0, 7], [0, 0]], {"annotators": ["a", "b"]}, "label values"),
-        ([[0, 1]], {"annotators": ["a"], "votes": 2}, "both given"),
-        ([[0, 1]], {"votes": 1}, "votes=1"),
-        ([[0, 1]], {"votes": "$__import__('os')"}, "votes="),
+        ([[0, 1]], {"annotators": 1}, "annotators=1"),
+        ([[0, 1]], {"annotators": "$__import__('os')"}, "annotators="),
     ],
 )
 def test_masks_that_are_refused(masks, options, message):

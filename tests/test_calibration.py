@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from scipy.special import expit
 
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
@@ -101,14 +102,28 @@ def test_few_patients_change_little():
         assert abs(bias[1] - bias[0]) < 0.3
 
 
+def test_a_network_that_is_much_too_sure_is_tamed():
+    """Ten patients are right by chance. How much too large the logits are makes no difference."""
+    rng = np.random.default_rng(0)
+    truth = np.arange(10) % 2
+    evidence = np.where(truth == 1, 4.0, -4.0) + rng.normal(0, 1, 10)
+    graded = []
+    for factor in (0.5, 1.0, 2.0):
+        prob = to_classes(expit(factor * evidence))
+        graded.append(calibrate(prob, *fit_grades(prob, truth, np.zeros(2))[:2]))
+    assert np.allclose(graded[0], graded[1], atol=0.01)
+    assert np.allclose(graded[0], graded[2], atol=0.01)
+    assert 0.8 < graded[0].max() < 0.95
+
+
 def test_a_grade_is_learnt_from_measurements():
     """The third of four measurements decides; the head knows nothing. NaN counts as an average subject."""
     rng = np.random.default_rng(0)
-    truth = np.arange(60) % 2
-    found = rng.normal(5, 2, (60, 4))
+    truth = np.arange(100) % 2
+    found = rng.normal(5, 2, (100, 4))
     found[:, 2] += 6 * truth
     found[::7, 1], found[:, 3] = np.nan, np.nan
-    prob = to_classes(rng.uniform(0.3, 0.7, 60))
+    prob = to_classes(rng.uniform(0.3, 0.7, 100))
     for grade_from in ("both", "measurements"):
         fitted = fit_grades(prob, truth, np.zeros(2), SLOPE, found, grade_from)
         assert fitted.weight.shape == (2, 4)

@@ -140,49 +140,46 @@ class AnnotationsToRegionsd(MapTransform):
     """Region channels of A annotators ``[A * R, H, W, S]``, annotator by annotator, from the masks of an item.
 
     - By default A is 1, and the masks ``[n, H, W, S]`` are label maps that are united.
-    - With ``annotators``, there is one label map for each annotator.
-    - With ``votes``, there is one mask for each region, whose value says how many of the annotators counted the voxel:
-      as a number from 0 to ``votes``, or as a share of 255. The masks are taken as nested: the a-th annotator counts
-      every voxel with at least a votes.
+    - With the names of ``annotators``, there is one label map for each annotator.
+    - With their number, there is one mask for each region, whose value says how many of them counted the voxel: as a
+      number from 0 to A, or as a share of 255. The masks are taken as nested: the a-th annotator counts every voxel
+      with at least a votes.
 
     Args:
         keys: keys of the masks.
         coding: regions and their label values.
-        annotators: names of the annotators, in the order of the masks.
-        votes: number of annotators A whose votes the masks count.
+        annotators: names of the annotators, in the order of the masks; or the number A of those whose votes the masks
+            count.
 
     Raises:
-        InputError: for another number of masks, an unknown label value, a value that is no number of votes, or if both
-            arguments are given.
+        InputError: for another number of masks, an unknown label value, or a value that is no number of votes.
     """
 
     def __init__(
         self,
         keys: KeysCollection,
         coding: RegionCoding,
-        annotators: Sequence[str] | None = None,
-        votes: int | None = None,
+        annotators: Sequence[str] | int | None = None,
     ) -> None:
         super().__init__(keys)
-        if annotators and votes:
-            raise InputError("annotators and votes are both given; set one of them to null")
-        if votes is not None and (not isinstance(votes, int) or votes < 2):
-            raise InputError(f"votes={votes!r} must be a whole number, 2 or more, or null")
-        self.coding, self.annotators, self.votes = coding, annotators, votes
+        names = isinstance(annotators, (list, tuple))
+        if annotators is not None and not names and (not isinstance(annotators, int) or annotators < 2):
+            raise InputError(f"annotators={annotators!r} must be a list of names, a number of 2 or more, or null")
+        self.coding, self.annotators = coding, annotators
         self.united = LabelToRegionsd(keys, coding)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         d = dict(data)
-        if not self.annotators and not self.votes:
+        if not self.annotators:
             return self.united(d)
         for key in self.key_iterator(d):
-            masks = d[key]
-            names = self.annotators or [f"votes for {index + 1}" for index in range(len(self.coding.values))]
-            if len(masks) != len(names):
-                raise InputError(f"subject '{d.get('subject', '?')}': {len(masks)} masks, expected {len(names)}")
-            if self.votes:
-                counts = _votes(torch.as_tensor(masks), self.votes, f"subject '{d.get('subject', '?')}'")
-                regions = torch.cat([counts >= count for count in range(1, self.votes + 1)]).float()
+            masks, where = d[key], f"subject '{d.get('subject', '?')}'"
+            count = len(self.coding.values) if isinstance(self.annotators, int) else len(self.annotators)
+            if len(masks) != count:
+                raise InputError(f"{where}: {len(masks)} masks, expected {count}")
+            if isinstance(self.annotators, int):
+                votes = _votes(torch.as_tensor(masks), self.annotators, where)
+                regions = torch.cat([votes >= number for number in range(1, self.annotators + 1)]).float()
                 d[key] = MetaTensor(regions, meta=masks.meta)
             else:
                 each = [self.united({**d, key: mask[None]})[key] for mask in masks]

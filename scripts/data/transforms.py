@@ -112,27 +112,34 @@ class SliceIndicesd(MapTransform):
     every crop. If a volume has slices of one kind only, as a picture has, both keys hold these slices: MONAI would draw
     the same ones, with a warning.
 
+    With a ``window``, windows are drawn instead of slices: ``fg_indices`` are the voxels with foreground, and
+    ``bg_indices`` others on a grid of an eighth of the window. Each of them can become the centre of a window.
+
     Args:
         keys: the label's key.
         image_key: the image's key.
+        window: side of the windows (pixels); None draws whole slices.
     """
 
-    def __init__(self, keys: KeysCollection, image_key: str = "image") -> None:
+    def __init__(self, keys: KeysCollection, image_key: str = "image", window: int | None = None) -> None:
         super().__init__(keys)
         self.image_key = image_key
+        self.window = window
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
         d: dict = dict(data)
         for key in self.key_iterator(d):
-            has_foreground = torch.as_tensor(d[key]).flatten(0, 2).any(dim=0)
-            has_image = (torch.as_tensor(d[self.image_key]) != 0).flatten(0, 2).any(dim=0)
-            height, width, depth = d[key].shape[1:]
-            centre = (height // 2 * width + width // 2) * depth
-            foreground, background = (
-                (centre + torch.nonzero(slices).flatten()).numpy()
-                for slices in (has_foreground, has_image & ~has_foreground)
-            )
-            d["empty"] = not len(foreground)
+            label, image = torch.as_tensor(d[key]).any(dim=0), (torch.as_tensor(d[self.image_key]) != 0).any(dim=0)
+            voxels = torch.arange(label.numel(), dtype=torch.int32).view(label.shape)
+            if self.window is None:
+                voxels = voxels[label.shape[0] // 2, label.shape[1] // 2]
+                label, image = (mask.flatten(0, 1).any(dim=0) for mask in (label, image))
+            else:
+                grid = torch.zeros_like(label)
+                grid[:: self.window // 8, :: self.window // 8] = True
+                image &= grid
+            foreground, background = (voxels[found].numpy() for found in (label, image & ~label))
+            d["empty"] = not torch.as_tensor(d[key]).any()
             d["fg_indices"] = foreground if len(foreground) else background
             d["bg_indices"] = background if len(background) else foreground
         return d

@@ -54,7 +54,8 @@ MAX_VOXELS = 200_000  # per subject and region: bounds the memory and the weight
 COVERAGE = 0.9
 SLOPE = (0.5, 0.5)  # mean and standard deviation of the prior of the grades' slope
 BIAS_SD = 0.5  # standard deviation of the prior of the grades' bias
-MEASUREMENT_SD = 0.25  # the same, of the weight of a standardised measurement
+MEASUREMENT_SD = 0.15  # the same, of the weight of a standardised measurement
+MAX_SPREAD = 1.5  # standard deviation of the difference of two logits, to which larger ones are scaled before the fit
 LOGITS = np.linspace(-18.5, 18.5, 741)  # thresholds at which the volume of a probability map is kept
 
 
@@ -113,8 +114,10 @@ def fit_grades(
     The loss is weighted by inverse frequency, so that the network assumes equal frequencies. ``prior_bias`` corrects
     this in closed form. With few subjects the fit stays near it: the negative log likelihood has the penalties of
     normal priors on the slope (the inverse temperature) and on the change of the bias. The slope is expected below 1,
-    because networks are too sure of new subjects; ``benchmarks/grades.py`` compares priors. The weights of
-    measurements have normal priors with the mean 0: it is one logistic regression, regularised.
+    because networks are too sure of new subjects; ``benchmarks/grades.py`` compares priors. A network that knows its
+    training subjects by heart gives huge logits, which this prior would not tame: they are scaled first
+    (:data:`MAX_SPREAD`). The weights of measurements have normal priors with the mean 0: it is one logistic regression,
+    regularised.
 
     Args:
         prob: class probabilities ``[n, K]``.
@@ -129,6 +132,9 @@ def fit_grades(
     mean, scale = _mean_and_scale(found)
     scores = standardised(*map(torch.as_tensor, (found, mean, scale)))
     logits = torch.as_tensor(prob, dtype=torch.float64).clamp(min=MIN_PROBABILITY).log()
+    spread = 2 * float((logits - logits.mean(dim=1, keepdim=True)).std(dim=0, correction=0).max())
+    scale_of_logits = max(1.0, spread / MAX_SPREAD)
+    logits = logits / scale_of_logits
 
     def loss(numbers: np.ndarray) -> tuple[float, np.ndarray]:
         values = torch.tensor(numbers, requires_grad=True)
@@ -146,7 +152,7 @@ def fit_grades(
     start = np.zeros(1 + grades + grades * scores.shape[1])
     start[0] = min(slope[0], limits[1])
     best = minimize(loss, start, jac=True, bounds=[limits, *[(None, None)] * (len(start) - 1)]).x
-    temperature = 1 / best[0] if best[0] else math.inf
+    temperature = scale_of_logits / best[0] if best[0] else math.inf
     weight = best[grades + 1 :].reshape(grades, scores.shape[1])
     return GradeFit(float(temperature), prior_bias + best[1 : grades + 1], mean, scale, weight)
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 START = 0.5  # share of the diffusion steps: less noise keeps what is wrong with the draw, more forgets the draw
 MAPS = {"pred", "prob", "uncertainty", "variance", "calib_prob", "seg_prob", "samples"}  # results that are volumes
+Noise = Callable[[int], torch.Tensor]
 BATCH_PIXELS = 128**2  # of a slice, up to which sampling_batch_size is used in full
 
 
@@ -170,8 +171,7 @@ class VolumeInferer(Inferer):
         mask = torch.zeros_like(samples[0])
         calib_prob = torch.zeros_like(mask) if network.has_calib_map else None
         grades = []
-        share = min(1.0, BATCH_PIXELS / slices[0, 0].numel())
-        for indices in filled.split(max(1, int(share * self.sampling_batch_size) // self.num_samples)):
+        for indices in filled.split(self.batch(max(slices.shape[2:]))):
             found = self.sample(slices[indices], network, indices.tolist())
             samples[..., indices] = found.samples.movedim(0, -1)
             mask[..., indices] = found.mask.movedim(0, -1)
@@ -244,8 +244,6 @@ class VolumeInferer(Inferer):
             network: network to sample from.
             indices: number of each slice in its volume, which seeds its noise.
         """
-        prepared, count = network.condition(image), self.num_samples
-        calib = prepared["calib_map"].float().sigmoid() if network.has_calib_map else None
         # the factor is a prime larger than any slice number, so that no two seeds coincide
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + index) for index in indices]
 
@@ -254,6 +252,16 @@ class VolumeInferer(Inferer):
             noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
             return noise.to(image.device)
 
+        return self.sample_with(image, network, draw)
+
+    def batch(self, side: int) -> int:
+        """Number of square slices of a side (pixels) that are sampled together."""
+        return max(1, int(min(1.0, BATCH_PIXELS / side**2) * self.sampling_batch_size) // self.num_samples)
+
+    def sample_with(self, image: torch.Tensor, network: SegmentationNetwork, draw: Noise) -> SampledSlices:
+        """Sample slices ``[b, M, H, W]``; ``draw(count)`` gives new noise ``[b * count, R, H, W]``, slice by slice."""
+        prepared, count = network.condition(image), self.num_samples
+        calib = prepared["calib_map"].float().sigmoid() if network.has_calib_map else None
         if network.is_stochastic:
             return self._sample_stochastic(image, network, prepared, draw)
         if not self.num_inference_steps:
@@ -271,7 +279,7 @@ class VolumeInferer(Inferer):
         image: torch.Tensor,
         network: SegmentationNetwork,
         prepared: dict[str, torch.Tensor],
-        draw: Callable[[int], torch.Tensor],
+        draw: Noise,
     ) -> SampledSlices:
         """Mask and grade from pure noise, and further samples from drawn masks; see :meth:`sample`."""
         calib = prepared["calib_map"].float().sigmoid()

@@ -220,7 +220,7 @@ def store_calibration(
 
 def check_settings(trained: Mapping[str, Any], settings: Mapping[str, Any], source: str) -> None:
     """Raise InputError if ``settings`` differ from those that the weights of ``source`` were ``trained`` with."""
-    for key, value in trained.items():
+    for key, value in {"slice_size": None, **trained}.items():  # before version 0.10 there was no slice_size
         if key not in NAMING and key in settings and settings[key] != value:
             raise InputError(f"{source} was trained with {key}={value}, now it is {settings[key]}")
 
