@@ -16,15 +16,9 @@ from scripts.net import MedSegDiff
 from scripts.networks.measurements import num_measurements
 from scripts.report.calibration import (
     COVERAGE,
-    SLOPE,
     CalibrationFit,
-    calibrate,
-    calibrate_grades,
     conformal_margin,
     cross_fitted,
-    fit_grades,
-    fit_temperature,
-    to_classes,
     volume_at,
     volume_curve,
 )
@@ -32,6 +26,16 @@ from scripts.report.metrics import grade_losses
 from scripts.sampling.inferer import VolumeInferer
 from scripts.sampling.probability import temperature_scaled
 from scripts.training.checkpoints import load_weights, read_checkpoint
+from scripts.training.fits import (
+    SLOPE,
+    Measured,
+    calibrate,
+    calibrate_grades,
+    evidence,
+    fit_grades,
+    fit_temperature,
+    to_classes,
+)
 from scripts.training.losses import MultiTaskLoss
 from test_net import TINY
 
@@ -116,25 +120,58 @@ def test_a_network_that_is_much_too_sure_is_tamed():
     assert 0.8 < graded[0].max() < 0.95
 
 
-def test_a_grade_is_learnt_from_measurements():
-    """The third of four measurements decides; the head knows nothing. NaN counts as an average subject."""
-    rng = np.random.default_rng(0)
-    truth = np.arange(100) % 2
-    found = rng.normal(5, 2, (100, 4))
+def measured_subjects(count, rng):
+    """Grades, and four measurements of which the third decides, the second is often NaN and the fourth always."""
+    truth = np.arange(count) % 2
+    found = rng.normal(5, 2, (count, 4))
     found[:, 2] += 6 * truth
     found[::7, 1], found[:, 3] = np.nan, np.nan
-    prob = to_classes(rng.uniform(0.3, 0.7, 100))
-    for grade_from in ("both", "measurements"):
-        fitted = fit_grades(prob, truth, np.zeros(2), SLOPE, found, grade_from)
-        assert fitted.weight.shape == (2, 4)
-        assert np.abs(fitted.weight).argmax() % 4 == 2
-        assert not fitted.weight[:, 3].any()
-        graded_prob = calibrate_grades(prob, found, fitted)
-        assert grade_losses(graded_prob, truth)["log_loss"] < 0.45
-        assert math.isinf(fitted.temperature) == (grade_from == "measurements")
-    head = fit_grades(prob, truth, np.zeros(2), SLOPE, found, "head")
+    return found, truth
+
+
+@pytest.mark.parametrize(("patients", "trained"), [(300, 0), (10, 60)])
+@pytest.mark.parametrize("use_head", [True, False])
+def test_a_grade_is_learnt_from_measurements(patients, trained, use_head):
+    """From many new patients, or from a few and those of the training. The head knows nothing."""
+    rng = np.random.default_rng(0)
+    found, truth = measured_subjects(patients, rng)
+    prob = to_classes(rng.uniform(0.3, 0.7, patients))
+    known = Measured(*measured_subjects(trained, rng)) if trained else None
+    fitted = fit_grades(prob, truth, np.zeros(2), measurements=found, trained=known, use_head=use_head)
+    assert fitted.weight.shape == (2, 4)
+    assert np.abs(fitted.weight).argmax() % 4 == 2
+    assert not fitted.weight[:, 3].any()
+    assert math.isinf(fitted.temperature) != use_head
+    new, new_truth = measured_subjects(1000, rng)
+    graded = calibrate_grades(to_classes(rng.uniform(0.3, 0.7, 1000)), new, fitted)
+    assert grade_losses(graded, new_truth)["log_loss"] < 0.45
+    head = fit_grades(prob, truth, np.zeros(2))
     assert head.weight.shape == (2, 0)
     assert grade_losses(calibrate_grades(prob, found, head), truth)["log_loss"] > 0.6
+
+
+def test_what_the_training_subjects_say_must_hold_for_others():
+    """Their masks give the grade away, those of the new patients do not: the weight falls, and the harm is small."""
+    rng = np.random.default_rng(0)
+    found, truth = measured_subjects(60, rng)
+    known = Measured(*measured_subjects(60, rng))
+    prob, useless = to_classes(np.full(60, 0.5)), rng.permutation(found)
+    trusted, distrusted = (
+        fit_grades(prob, truth, np.zeros(2), measurements=values, trained=known) for values in (found, useless)
+    )
+    assert np.abs(distrusted.weight[:, 2]).max() < 0.3 * np.abs(trusted.weight[:, 2]).max()
+    assert grade_losses(calibrate_grades(prob, rng.permutation(found), distrusted), truth)["log_loss"] < 0.75
+
+
+def test_evidence_has_a_row_for_each_grade():
+    rng = np.random.default_rng(0)
+    scores, truth = rng.normal(size=(90, 2)), np.arange(90) % 3
+    scores[:, 0] += truth - 1
+    weights = evidence(scores, truth, 4)
+    assert weights.shape == (4, 2)
+    assert weights[0, 0] < 0 < weights[2, 0]
+    assert not weights[3].any()  # no subject has it
+    assert not evidence(scores, np.zeros(90, int), 3).any()
 
 
 @pytest.mark.parametrize("patients", [9, 30, 100])
@@ -205,11 +242,11 @@ def items(tmp_path):
 def fit(checkpoint, tmp_path, evaluate_items):
     """Function that fits the calibration to evaluated items, and returns the network with the result."""
 
-    def run(evaluated, grade_from="head"):
+    def run(evaluated, grade_from="head", measured=()):
         names = [item["subject"] for item in evaluated]
         labels = {"LGG": 0, "HGG": 1}
         handler = CalibrationFit(
-            checkpoint, str(tmp_path), ["TC", "WT"], labels, "(.+)", evaluated, {"d": names}, grade_from
+            checkpoint, str(tmp_path), ["TC", "WT"], labels, "(.+)", evaluated, {"d": names}, grade_from, measured
         )
         network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
         network.calibration.foreground_temperature.fill_(9)  # an earlier fit must not change this one
@@ -272,6 +309,21 @@ def test_one_class_leaves_the_grade_alone(caplog, items, fit):
     assert calibration.grade_temperature == 1
     assert not calibration.grade_bias.any()
     assert "fewer than two grades" in caplog.text
+
+
+def test_training_subjects_teach_measurements_alone(tmp_path, items, fit):
+    """Those that the network was trained on change no temperature and no interval."""
+    found, count = items(), num_measurements(2, 4)
+    for i, item in enumerate(found):
+        item["measurements"] = torch.full((count,), torch.nan, dtype=torch.float64)
+        item["measurements"][1] = 4.0 + i % 2
+    before = fit(found, "both")
+    known = [item | {"subject": f"t{item['subject']}", "prob": 1 - item["prob"]} for item in found]
+    after = fit(found + known, "both", known)
+    assert torch.equal(after.foreground_temperature, before.foreground_temperature)
+    assert torch.equal(after.volume_margin, before.volume_margin)
+    assert json.loads((tmp_path / "calibration.json").read_text())["grade"]["subjects"] == 6
+    assert after.measurement_weight[1, 1] > before.measurement_weight[1, 1] > 0
 
 
 def test_measurements_are_stored_and_applied_as_fitted(tmp_path, items, checkpoint, fit):

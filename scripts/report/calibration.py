@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
-from scipy.optimize import minimize, minimize_scalar
 from sklearn.metrics import brier_score_loss
 from sklearn.model_selection import GroupKFold
 
@@ -31,7 +30,6 @@ from scripts.networks.calibration import (
     MIN_PROBABILITY,
     VOLUMES_FROM,
     Calibration,
-    standardised,
 )
 from scripts.report.metrics import grade_losses
 from scripts.report.plots import read_background
@@ -46,131 +44,21 @@ from scripts.report.uncertainty import (
     true_masks,
 )
 from scripts.training.checkpoints import read_checkpoint, store_calibration
+from scripts.training.fits import (
+    GradeFit,
+    Measured,
+    calibrate,
+    calibrate_grades,
+    fit_grades,
+    fit_temperature,
+    to_classes,
+)
 
 logger = logging.getLogger(__name__)
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_VOXELS = 200_000  # per subject and region: bounds the memory and the weight of one subject
 COVERAGE = 0.9
-SLOPE = (0.5, 0.5)  # mean and standard deviation of the prior of the grades' slope
-BIAS_SD = 0.5  # standard deviation of the prior of the grades' bias
-MEASUREMENT_SD = 0.15  # the same, of the weight of a standardised measurement
-MAX_SPREAD = 1.5  # standard deviation of the difference of two logits, to which larger ones are scaled before the fit
 LOGITS = np.linspace(-18.5, 18.5, 741)  # thresholds at which the volume of a probability map is kept
-
-
-def to_classes(prob: np.ndarray) -> np.ndarray:
-    """Class probabilities ``[n, 2]`` of foreground probabilities ``[n]``."""
-    prob = prob.astype(np.float64)
-    return np.stack([1 - prob, prob], axis=-1)
-
-
-def calibrate(prob: np.ndarray, temperature: float, bias: Sequence[float] = (0.0,)) -> np.ndarray:
-    """softmax(log(prob) / temperature + bias) of class probabilities ``[n, K]`` (Guo et al., ICML 2017)."""
-    return _log_softmax(prob, temperature, bias).exp().numpy()
-
-
-def _log_softmax(prob: np.ndarray, temperature: float, bias: Sequence[float] = (0.0,)) -> torch.Tensor:
-    logits = torch.as_tensor(prob, dtype=torch.float64).clamp(min=MIN_PROBABILITY).log()
-    return torch.log_softmax(logits / temperature + torch.as_tensor(bias, dtype=torch.float64), dim=-1)
-
-
-def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> tuple[float]:
-    """Temperature between 0.05 and 20 that minimises the log loss.
-
-    Args:
-        prob: class probabilities ``[n, K]``.
-        truth: class indices ``[n]``.
-    """
-    target = torch.as_tensor(truth).long()
-
-    def loss(log_temperature: float) -> float:
-        return float(torch.nn.functional.nll_loss(_log_softmax(prob, np.exp(log_temperature)), target))
-
-    bounds = (np.log(MIN_TEMPERATURE), np.log(MAX_TEMPERATURE))
-    return (float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)),)
-
-
-class GradeFit(NamedTuple):
-    """What is fitted to grades; see :class:`~scripts.networks.calibration.Calibration`."""
-
-    temperature: float
-    bias: np.ndarray  # [K]
-    mean: np.ndarray  # of the measurements, [F]
-    scale: np.ndarray  # [F]
-    weight: np.ndarray  # [K, F]
-
-
-def fit_grades(
-    prob: np.ndarray,
-    truth: np.ndarray,
-    prior_bias: np.ndarray,
-    slope: tuple[float, float] = SLOPE,
-    measurements: np.ndarray | None = None,
-    grade_from: str = "head",
-) -> GradeFit:
-    """Temperature and bias of the grades: Platt scaling with intercept, for any number of grades.
-
-    The loss is weighted by inverse frequency, so that the network assumes equal frequencies. ``prior_bias`` corrects
-    this in closed form. With few subjects the fit stays near it: the negative log likelihood has the penalties of
-    normal priors on the slope (the inverse temperature) and on the change of the bias. The slope is expected below 1,
-    because networks are too sure of new subjects; ``benchmarks/grades.py`` compares priors. A network that knows its
-    training subjects by heart gives huge logits, which this prior would not tame: they are scaled first
-    (:data:`MAX_SPREAD`). The weights of measurements have normal priors with the mean 0: it is one logistic regression,
-    regularised.
-
-    Args:
-        prob: class probabilities ``[n, K]``.
-        truth: class indices ``[n]``.
-        prior_bias: minus the log of the class weights of the loss, ``[K]``.
-        slope: mean and standard deviation of the prior of the slope.
-        measurements: ``[n, F]``, NaN where undefined; None without.
-        grade_from: ``head``, ``measurements`` (the slope is 0 and the temperature infinite) or ``both``.
-    """
-    target, grades = torch.as_tensor(truth).long(), len(prior_bias)
-    found = np.zeros((len(prob), 0)) if measurements is None or grade_from == "head" else measurements
-    mean, scale = _mean_and_scale(found)
-    scores = standardised(*map(torch.as_tensor, (found, mean, scale)))
-    logits = torch.as_tensor(prob, dtype=torch.float64).clamp(min=MIN_PROBABILITY).log()
-    spread = 2 * float((logits - logits.mean(dim=1, keepdim=True)).std(dim=0, correction=0).max())
-    scale_of_logits = max(1.0, spread / MAX_SPREAD)
-    logits = logits / scale_of_logits
-
-    def loss(numbers: np.ndarray) -> tuple[float, np.ndarray]:
-        values = torch.tensor(numbers, requires_grad=True)
-        bias, weight = values[1 : grades + 1], values[grades + 1 :].reshape(grades, scores.shape[1])
-        combined = logits * values[0] + torch.as_tensor(prior_bias) + bias + scores @ weight.T
-        likelihood = torch.nn.functional.cross_entropy(combined, target, reduction="sum")
-        penalty = (bias / BIAS_SD).square().sum() + (weight / MEASUREMENT_SD).square().sum()
-        if grade_from != "measurements":
-            penalty = penalty + ((values[0] - slope[0]) / slope[1]) ** 2
-        total = likelihood + 0.5 * penalty
-        (gradient,) = torch.autograd.grad(total, values)
-        return float(total), gradient.numpy()
-
-    limits = (0.0, 0.0) if grade_from == "measurements" else (1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)
-    start = np.zeros(1 + grades + grades * scores.shape[1])
-    start[0] = min(slope[0], limits[1])
-    best = minimize(loss, start, jac=True, bounds=[limits, *[(None, None)] * (len(start) - 1)]).x
-    temperature = scale_of_logits / best[0] if best[0] else math.inf
-    weight = best[grades + 1 :].reshape(grades, scores.shape[1])
-    return GradeFit(float(temperature), prior_bias + best[1 : grades + 1], mean, scale, weight)
-
-
-def _mean_and_scale(measurements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each measurement ``[n, F]``; 0 and 1 if it is always NaN or the same."""
-    table = pd.DataFrame(measurements, dtype=float)
-    mean, scale = table.mean().fillna(0.0), table.std(ddof=0).fillna(0.0)
-    return mean.to_numpy(), scale.where(scale > 1e-6, 1.0).to_numpy()
-
-
-def calibrate_grades(prob: np.ndarray, measurements: np.ndarray, fitted: GradeFit) -> np.ndarray:
-    """Calibrated probabilities ``[n, K]`` of those of the head ``[n, K]`` and measurements ``[n, F]``."""
-    logits = _log_softmax(prob, fitted.temperature, fitted.bias.tolist())
-    if fitted.weight.size:
-        scores = standardised(*map(torch.as_tensor, (measurements, fitted.mean, fitted.scale)))
-        logits = logits + scores @ torch.as_tensor(fitted.weight).T
-    return logits.softmax(dim=-1).numpy()
 
 
 def cross_fitted(
@@ -251,6 +139,8 @@ class CalibrationFit:
         items: subjects whose grades give the prior.
         lineage: the calibrated subjects, by data set; added to those that chose the weights.
         grade_from: what the grade is read from, one of :data:`~scripts.networks.calibration.GRADE_FROM`.
+        measured: training subjects among those that are evaluated. Nothing is fitted to them but what measurements of
+            the mask say of the grade.
 
     Raises:
         InputError: for another ``grade_from``.
@@ -266,6 +156,7 @@ class CalibrationFit:
         items: Sequence[Mapping[str, Any]],
         lineage: Mapping[str, Sequence[str]],
         grade_from: str = "head",
+        measured: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if grade_from not in GRADE_FROM:
             raise InputError(f"grade_from '{grade_from}' is not one of {list(GRADE_FROM)}")
@@ -276,6 +167,7 @@ class CalibrationFit:
         self.patient_pattern = patient_pattern
         self.prior = class_frequencies(items, grade_labels)
         self.lineage = dict(lineage)
+        self.measured = {item["subject"] for item in measured}
 
     def attach(self, engine: SupervisedEvaluator) -> None:
         """Attach to the evaluator."""
@@ -290,10 +182,15 @@ class CalibrationFit:
         self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
         self.volumes: dict[str, list[Volume]] = defaultdict(list)
         self.grades: list[tuple[list[float], int, str]] = []  # probabilities and measurements, grade, patient
+        self.trained: list[tuple[list[float], int]] = []  # measurements and grade of training subjects
         self.rng = np.random.default_rng(0)
 
     def iteration_completed(self, engine: SupervisedEvaluator) -> None:
         for item in engine.state.output:
+            if item["subject"] in self.measured:
+                if "measurements" in item:
+                    self.trained.append((torch.as_tensor(item["measurements"]).tolist(), int(item["grade"])))
+                continue
             name = patient(item["subject"], self.patient_pattern)
             foreground = read_background(item) != 0
             for channel, region in enumerate(self.regions):
@@ -383,9 +280,16 @@ class CalibrationFit:
         alpha = read_checkpoint(self.ckpt_path)["loss"]["cls_loss.class_weight"].double().numpy()
         prior_bias = -np.log(alpha / alpha.mean())
         count = len(self.prior)
+        trained = gather_from_all(self.trained)
+        measured = Measured(*map(np.array, zip(*trained, strict=True))) if trained else None
 
         def fit(rows: np.ndarray, truth: np.ndarray) -> tuple[GradeFit]:
-            return (fit_grades(rows[:, :count], truth, prior_bias, SLOPE, rows[:, count:], self.grade_from),)
+            found = None if self.grade_from == "head" else rows[:, count:]
+            use_head = self.grade_from != "measurements"
+            fitted = fit_grades(
+                rows[:, :count], truth, prior_bias, measurements=found, trained=measured, use_head=use_head
+            )
+            return (fitted,)
 
         def apply(rows: np.ndarray, fitted: GradeFit) -> np.ndarray:
             return calibrate_grades(rows[:, :count], rows[:, count:], fitted)
