@@ -51,10 +51,12 @@ BENCHMARKS = {
     "inference.py": {},
     "int8.py": {"--image_size": ["32"], "--repeats": ["1"]},
     "network.py": {"--repeats": ["1"], "--image_size": ["32"]},
+    "run.py": {"--minutes": ["0.01"], "--folds": ["0"], "--seeds": ["0"], "--arms": ["this bundle", "ResNet-18"]},
     "structure.py": {},
     "threads.py": {"--seconds": ["0.2"], "--loads": ["0", "1"]},
     "sampling.py": EPOCHS | {"--prediction_types": ["sample"], "--samplers": ["ddim"], "--steps": ["1", "2"]},
     "training.py": {"--steps": ["1"], "--repeats": ["1"]},
+    "windows.py": {},
 }
 NETWORK = {key: TRAINING[key] for key in ("--image_size", "--channels", "--calib_channels")}
 
@@ -110,12 +112,14 @@ def reduced(words: list[str]) -> list[str]:
         return put(words, {"--shape": ["32", "32", "8"]}, replace=False)
     if words[:3] == ["-m", "pip", "install"]:
         return [*words, "--dry-run"]
-    if words and Path(words[0]).parent.name == "benchmarks":
+    if words and "benchmarks" in Path(words[0]).parts:
         name = Path(words[0]).name
+        if "--nnunet" in words:  # its environment is not made for the test of the pages
+            words = [word for word in words if word not in ("--nnunet", *values_of(words, "--nnunet"))]
         words = put(words, BENCHMARKS[name], replace=True)
         if name == "training.py" and "--subjects" in words:
             words = put(words, {"--subjects": ["8", "10"]}, replace=True)
-        options = {"training.py": NETWORK, "inference.py": NETWORK, "sampling.py": TRAINING}
+        options = {"training.py": NETWORK, "inference.py": NETWORK, "sampling.py": TRAINING, "run.py": TRAINING}
         return put(words, options.get(name, {}), replace=False)
     return words
 

@@ -279,8 +279,13 @@ def copy_repository(folder: Path) -> Path:
     for tool in Path(sys.executable).parent.iterdir():
         if not re.match("python|pip|activate", tool.name, re.IGNORECASE) and not (programs / tool.name).exists():
             (programs / tool.name).symlink_to(tool)
-    for stamp in (".installed", ".installed-extras"):  # of the Makefile: nothing is to be installed
-        (folder / ".venv" / stamp).touch()
+    (folder / ".venv-peers").mkdir()
+    for stamp in (
+        ".venv/.installed",
+        ".venv/.installed-extras",
+        ".venv-peers/.installed",
+    ):  # nothing is to be installed
+        (folder / stamp).touch()
     return folder
 
 
