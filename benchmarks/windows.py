@@ -59,7 +59,7 @@ def judged(config: ConfigParser, network: torch.nn.Module, items: list[dict], wa
         start = time.perf_counter()
         found = {name: value[0] for name, value in inferer.predict(item["image"][None], network).items()}
         seconds += time.perf_counter() - start
-        seams.append(seam(found["prob"].numpy(), window // 2))
+        seams.append(seam(found["prob"].numpy(), window if WAYS[way] == 0 else window // 2))
         found = back(found | {"image": item["image"]})
         scores.append(mask_scores(found["pred"], item["label"], [1.0] * 3, config["regions"]))
     dice = pd.DataFrame(scores).filter(regex="^dice_").to_numpy().mean()
@@ -69,7 +69,7 @@ def judged(config: ConfigParser, network: torch.nn.Module, items: list[dict], wa
 def seam(prob: np.ndarray, step: int) -> float:
     """Mean jump at multiples of ``step`` against that elsewhere, of a probability ``[R, H, W, S]``; NaN if it is flat.
 
-    Windows begin and end at multiples of half their side.
+    With an overlap of 0.5, windows begin and end at multiples of half their side.
     """
     jumps, elsewhere = [], []
     for axis in (1, 2):
