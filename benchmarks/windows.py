@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.report.metrics import mask_scores  # noqa: E402
 from scripts.sampling import windows  # noqa: E402
+from scripts.sampling.inferer import VolumeInferer  # noqa: E402
 from scripts.training.checkpoints import load_weights  # noqa: E402
 
 WAYS = {"whole slices": None, "windows, overlap 0": 0.0, "windows, overlap 0.5 (default)": windows.OVERLAP}
@@ -53,7 +54,7 @@ def judged(config: ConfigParser, network: torch.nn.Module, items: list[dict], wa
     """Mean Dice, seam, and seconds per subject."""
     windows.OVERLAP = WAYS[way] or 0.0
     window = config["image_size"]
-    inferer = windows.WindowInferer(window if WAYS[way] is not None else None)
+    inferer = VolumeInferer(window=window if WAYS[way] is not None else None)
     back, seconds, seams, scores = config.get_parsed_content("validate::postprocessing"), 0.0, [], []
     for item in items:
         start = time.perf_counter()

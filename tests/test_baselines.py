@@ -31,9 +31,9 @@ def test_plain_unet_without_grading_head():
 @pytest.mark.parametrize("classifier", [GradingResNet, GradingDenseNet])
 def test_classifiers_grade_and_find_no_tumour(classifier):
     network = classifier(GaussianDiffusion(), in_channels=4, out_channels=3, num_grades=4).eval()
-    image = torch.randn(2, 4, 32, 32)
-    seg_logits, cls_logits, _ = network(image, torch.randn(2, 3, 32, 32), torch.tensor([3, 999]))
-    assert seg_logits.shape == (2, 3, 32, 32)
+    image = torch.randn(2, 4, 64, 64)
+    seg_logits, cls_logits, _ = network(image, torch.randn(2, 3, 64, 64), torch.tensor([3, 999]))
+    assert seg_logits.shape == (2, 3, 64, 64)
     assert cls_logits.shape == (2, 4)
     assert (seg_logits.sigmoid() < 0.5).all()
     cls_logits.square().sum().backward()
@@ -44,3 +44,11 @@ def test_classifiers_grade_and_find_no_tumour(classifier):
 def test_baselines_predict_masks(baseline):
     with pytest.raises(InputError, match="prediction_type"):
         baseline(GaussianDiffusion(prediction_type="epsilon"))
+
+
+def test_a_slice_that_is_too_small_for_a_densenet_is_refused():
+    network = GradingDenseNet(GaussianDiffusion())
+    for size in (32, 80):
+        with pytest.raises(InputError, match=f"image_size .{size}, {size}.* (too small|divisible by 32)"):
+            network(torch.randn(2, 4, size, size))
+    assert network.train()(torch.randn(1, 4, 64, 64)).shape == (1, 1, 64, 64)

@@ -167,11 +167,22 @@ def test_evidence_has_a_row_for_each_grade():
     rng = np.random.default_rng(0)
     scores, truth = rng.normal(size=(90, 2)), np.arange(90) % 3
     scores[:, 0] += truth - 1
-    weights = evidence(scores, truth, 4)
+    weights, offset = evidence(scores, truth, 4)
     assert weights.shape == (4, 2)
+    assert offset.shape == (4,)
     assert weights[0, 0] < 0 < weights[2, 0]
     assert not weights[3].any()  # no subject has it
-    assert not evidence(scores, np.zeros(90, int), 3).any()
+    assert not offset[3]
+    assert not any(part.any() for part in evidence(scores, np.zeros(90, int), 3))
+
+
+def test_evidence_does_not_know_how_frequent_the_grades_are():
+    rng = np.random.default_rng(0)
+    truth = (rng.random(4000) < 0.9).astype(int)
+    scores = rng.normal(size=(4000, 1)) + truth[:, None]  # the log likelihood ratio is s - 1 / 2
+    weights, offset = evidence(scores, truth, 2)
+    assert float(weights[1, 0] - weights[0, 0]) == pytest.approx(1, abs=0.15)
+    assert float(offset[1] - offset[0]) == pytest.approx(-0.5, abs=0.2)
 
 
 @pytest.mark.parametrize("patients", [9, 30, 100])
@@ -205,7 +216,8 @@ def checkpoint(tmp_path):
     network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
     loss = MultiTaskLoss(network.diffusion, alpha=[1.0, 1.0])
     content = {"model": network.state_dict(), "loss": loss.state_dict(), "settings": {"seed": 1}}
-    torch.save(content | {"lineage": {"training": {}, "validation": {}}}, tmp_path / "model.pt")
+    lineage = {"training": {"d": [f"ts{i}" for i in range(6)]}, "validation": {}}
+    torch.save(content | {"lineage": lineage}, tmp_path / "model.pt")
     return str(tmp_path / "model.pt")
 
 
@@ -311,7 +323,7 @@ def test_one_class_leaves_the_grade_alone(caplog, items, fit):
     assert "fewer than two grades" in caplog.text
 
 
-def test_training_subjects_teach_measurements_alone(tmp_path, items, fit):
+def test_training_subjects_teach_measurements_alone(tmp_path, items, fit, caplog):
     """Those that the network was trained on change no temperature and no interval."""
     found, count = items(), num_measurements(2, 4)
     for i, item in enumerate(found):
@@ -319,6 +331,9 @@ def test_training_subjects_teach_measurements_alone(tmp_path, items, fit):
         item["measurements"][1] = 4.0 + i % 2
     before = fit(found, "both")
     known = [item | {"subject": f"t{item['subject']}", "prob": 1 - item["prob"]} for item in found]
+    strangers = [item | {"subject": f"x{item['subject']}"} for item in known]  # not of the training
+    assert torch.equal(fit(found + strangers, "both", strangers).measurement_weight, before.measurement_weight)
+    assert "no two training subjects of different grades" in caplog.text
     after = fit(found + known, "both", known)
     assert torch.equal(after.foreground_temperature, before.foreground_temperature)
     assert torch.equal(after.volume_margin, before.volume_margin)

@@ -9,11 +9,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from monai.bundle import ConfigParser
 
 from benchmarks.peers import nnunet
 from benchmarks.peers.process import run
+from benchmarks.peers.run import check_unchanged
 from benchmarks.peers.table import compare
 from conftest import ROOT
 
@@ -55,16 +55,25 @@ def test_a_single_region_is_no_list(config, tmp_path):
 
 
 def test_masks_are_judged_on_the_grid_of_the_images(config, tmp_path):
-    seen, coding = (config.get_parsed_content(key) for key in ("train::preprocessing", "region_coding"))
+    """The file of nnU-Net has reversed axes and the largest region first."""
+    seen = config.get_parsed_content("train::preprocessing")
     right, _ = items = config.get_parsed_content("datalist")["judged"]
     for item in items:
-        truth = seen(item)["label"]  # in RAS, as the network's image; the files are not
-        numbers = nnunet.numbered(coding.to_label(torch.as_tensor(truth))[0], coding)
-        nnunet.write(numbers if item is right else 0 * numbers, tmp_path / f"{item['subject']}.nii.gz")
+        truth = seen(item)["label"].numpy()  # ET, WT, TC, in RAS as the network's image; the files are not
+        prob = truth[[1, 2, 0]] * (1.0 if item is right else 0.4)
+        np.savez(tmp_path / f"{item['subject']}.npz", probabilities=prob.transpose(0, 3, 2, 1))
     table = nnunet.judge(config, tmp_path).set_index("subject")
     assert (table.filter(like="dice_").loc[right["subject"]] == 1).all()
     assert table["dice_WT"].drop(right["subject"]).item() == 0
     assert list(table["patient"]) == [item["subject"] for item in items]
+
+
+def test_probabilities_of_one_region_are_those_of_the_foreground(config, tmp_path):
+    config.update({"regions": ["WT"]})
+    prob = np.random.default_rng(0).random((1, 4, 3, 2))
+    np.savez(tmp_path / "a.npz", probabilities=np.concatenate([1 - prob, prob]).transpose(0, 3, 2, 1))
+    found = nnunet.region_probabilities(tmp_path / "a.npz", config.get_parsed_content("region_coding"))
+    assert np.allclose(found, prob)
 
 
 def write_run(folder, dice, prob=None, area=1.0):
@@ -95,6 +104,19 @@ def test_the_table_compares_patient_by_patient(tmp_path):
     assert table.loc["ResNet", "auc, minus ours"].startswith("-0.750")
     assert table.loc["ResNet", "dice"] == table.loc["U-Net", "auc"] == table.loc["ours", "dice, minus ours"] == "-"
     assert table.loc["U-Net", "minutes"] == 2
+
+
+def test_a_collapsed_run_counts(tmp_path):
+    """All masks of one seed are empty: its Dice is 0, not missing."""
+    runs = {0: [write_run(tmp_path / "a", 0.8)], 1: [write_run(tmp_path / "b", 0.0, area=0.0)]}
+    assert compare({"ours": runs}, resamples=50)["dice"].item().startswith("0.400")
+
+
+def test_a_bench_does_not_mix_settings(tmp_path):
+    check_unchanged(tmp_path / "out" / "bench.json", {"minutes": 5})
+    check_unchanged(tmp_path / "out" / "bench.json", {"minutes": 5})
+    with pytest.raises(SystemExit, match="give another --output_dir"):
+        check_unchanged(tmp_path / "out" / "bench.json", {"minutes": 7})
 
 
 def test_a_failed_command_stops_with_the_end_of_its_log(tmp_path):

@@ -14,7 +14,7 @@ from scripts.data.transforms import SliceIndicesd
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
 from scripts.networks.base import SegmentationNetwork
-from scripts.sampling.windows import WindowInferer
+from scripts.sampling.inferer import VolumeInferer
 from test_net import TINY, randomise
 
 
@@ -44,7 +44,9 @@ def volume():
     "settings", [{}, {"num_samples": 3}, {"num_inference_steps": 4, "eta": 1.0}, {"start_timestep": 10}]
 )
 def test_windows_see_the_noise_of_the_whole_slice(volume, settings):
-    whole, parts = (WindowInferer(window, seed=3, **settings).predict(volume, PixelNetwork()) for window in (None, 16))
+    whole, parts = (
+        VolumeInferer(window=window, seed=3, **settings).predict(volume, PixelNetwork()) for window in (None, 16)
+    )
     for name in ("pred", "prob", "uncertainty", "calib_prob"):
         assert torch.allclose(whole[name], parts[name], atol=1e-5), name
     assert whole["grade_prob"].shape == parts["grade_prob"].shape == (1, 2)
@@ -53,7 +55,9 @@ def test_windows_see_the_noise_of_the_whole_slice(volume, settings):
 def test_the_batch_of_windows_does_not_matter(volume):
     network = randomise(MedSegDiff(GaussianDiffusion(), in_channels=2, **TINY))
     first, other = (
-        WindowInferer(16, num_inference_steps=2, num_samples=2, sampling_batch_size=size).predict(volume, network)
+        VolumeInferer(window=16, num_inference_steps=2, num_samples=2, sampling_batch_size=size).predict(
+            volume, network
+        )
         for size in (2, 64)
     )
     for name in ("pred", "grade_prob", "calib_prob"):
@@ -63,7 +67,7 @@ def test_the_batch_of_windows_does_not_matter(volume):
 def test_a_stochastic_network_samples_in_windows(volume):
     conditioning = ["highway", "stochastic"]
     network = randomise(MedSegDiff(GaussianDiffusion(), in_channels=2, conditioning=conditioning, **TINY))
-    result = WindowInferer(16, num_samples=3, keep_samples=True).predict(volume, network)
+    result = VolumeInferer(window=16, num_samples=3, keep_samples=True).predict(volume, network)
     assert result["samples"].shape == (1, 3, 40, 40, 3)
     assert result["seg_prob"].shape == result["prob"].shape == (1, 1, 40, 40, 3)
 
@@ -71,14 +75,37 @@ def test_a_stochastic_network_samples_in_windows(volume):
 def test_the_grade_is_that_of_the_windows_with_the_mask():
     image = torch.full((1, 2, 32, 32, 1), -2.0)
     image[..., :16, :16, :] = 3.0  # the windows with the mask say grade 0
-    result = WindowInferer(16).predict(image, PixelNetwork())
+    result = VolumeInferer(window=16).predict(image, PixelNetwork())
     assert result["grade_prob"][0, 0] > 0.7
-    assert WindowInferer(None).predict(image, PixelNetwork())["grade_prob"][0, 0] < 0.3
+    assert VolumeInferer().predict(image, PixelNetwork())["grade_prob"][0, 0] < 0.3
+
+
+def test_empty_windows_are_not_sampled(volume):
+    """The network would find something in them, and it was never trained on them."""
+    volume[..., 16:, :] = 0
+    volume[..., 16:, :, :] = 0
+    network = PixelNetwork()
+    sizes = []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    result = VolumeInferer(window=16).predict(volume, network)
+    assert sum(sizes) == 3 * 4  # in each slice, the first window and those that overlap it
+    assert not result["pred"][..., 24:, :, :].any()
+    assert result["pred"][..., :16, :16, :].any()
+    assert result["grade_prob"].sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_grades_and_measurements_are_not_rounded(volume, window):
+    network = randomise(MedSegDiff(GaussianDiffusion(), in_channels=2, **TINY))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = VolumeInferer(window=window, keep_measurements=True).predict(volume, network)
+    assert result["grade_prob"].dtype == result["measurements"].dtype == torch.float32
+    assert result["grade_prob"].sum() == pytest.approx(1, abs=1e-6)
 
 
 def test_a_slice_that_fits_is_sampled_whole(volume):
     network = randomise(MedSegDiff(GaussianDiffusion(), in_channels=2, **TINY))
-    whole, fits = (WindowInferer(window).predict(volume, network)["pred"] for window in (None, 40))
+    whole, fits = (VolumeInferer(window=window).predict(volume, network)["pred"] for window in (None, 40))
     assert torch.equal(whole, fits)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.bundle import command, options
@@ -16,8 +16,8 @@ from benchmarks.peers.process import Usage, run, write_cost
 class BundleArm:
     """Trains for a number of minutes, calibrates to the validation subjects, and evaluates.
 
-    A first training of two epochs measures the seconds of one; the number of epochs follows from them, because the
-    learning rate needs it from the start.
+    A first training of two epochs, without validation, measures the seconds of one. The number of epochs follows from
+    them, because the learning rate needs it from the start.
 
     Args:
         configs: files in ``configs/``.
@@ -40,23 +40,22 @@ class BundleArm:
         training = self._run([], folder, keys | {"max_epochs": epochs, "val_interval": epochs, "output_dir": folder})
         self._run(["evaluate.yaml", "calibrate.yaml"], folder, keys | {"output_dir": folder / "calibrate"})
         judging = self._run(["evaluate.yaml"], folder, keys | {"output_dir": folder})
-        minutes = trained_seconds(folder).sum() / 60
+        seconds = epoch_seconds(folder)
+        minutes = (seconds[:-1].mean() if len(seconds) > 1 else seconds.item()) * epochs / 60  # the last one validates
         write_cost(folder, minutes, epochs, training, judging, len(pd.read_csv(folder / "subjects.csv")))
 
     def epochs(self) -> int:
-        """Number of epochs that take the minutes; measured once."""
-        file = self.probe / "epochs.json"
-        if not file.is_file():
-            keys = {"max_epochs": 2, "val_interval": 2, "output_dir": self.probe, "ckpt_dir": self.probe}
+        """Number of epochs that take the minutes; the seconds of one are measured once."""
+        if not (self.probe / "metrics.csv").is_file():
+            keys = {"max_epochs": 2, "val_interval": 3, "output_dir": self.probe, "ckpt_dir": self.probe}
             self._run([], self.probe, keys)
-            file.write_text(json.dumps(max(1, round(60 * self.minutes / trained_seconds(self.probe).iloc[-1]))))
-        return int(json.loads(file.read_text()))
+        return max(1, round(60 * self.minutes / epoch_seconds(self.probe)[-1]))
 
     def _run(self, configs: Sequence[str], folder: Path, keys: dict[str, Any]) -> Usage:
         return run(command([*self.configs, *configs], options(self.settings | keys)), folder / "log.txt", self.threads)
 
 
-def trained_seconds(folder: Path) -> pd.Series:
-    """Seconds of each epoch of a training, without its validation."""
+def epoch_seconds(folder: Path) -> np.ndarray:
+    """Seconds of each epoch of a training, with validation where there is one."""
     table = pd.read_csv(folder / "metrics.csv")
-    return table.loc[table["split"] == "train", "seconds"]
+    return table.loc[table["split"] == "train", "seconds"].to_numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from benchmarks.bundle import ROOT
-from benchmarks.peers.process import run, write_cost
+from benchmarks.peers.process import Usage, run, write_cost
 from scripts.data.regions import RegionCoding
 from scripts.data.split import patient
 from scripts.report.metrics import mask_scores
@@ -53,13 +54,16 @@ class NnUNetArm:
         config.update(self.settings | {"fold": fold, "datalist::seed": 0, "bundle_root": str(ROOT)})
         export(config, folder)
         places = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        variables = places | {"nnUNet_n_proc_DA": "0"}  # augmentation in the same process, as ours
         driver = [str(self.python), str(Path(__file__).with_name("nnunet_driver.py"))]
         arguments = ["--minutes", str(self.minutes), "--seed", str(seed)]
-        training = run([*driver, "train", *arguments], folder / "log.txt", self.threads, **places)
+        training = run([*driver, "train", *arguments], folder / "log.txt", self.threads, **variables)
         images, masks = folder / "images", folder / "masks"
         arguments = ["--images", str(images), "--masks", str(masks)]
-        judging = run([*driver, "predict", *arguments], folder / "log.txt", self.threads, **places)
+        judging = run([*driver, "predict", *arguments], folder / "log.txt", self.threads, **variables)
+        start = time.perf_counter()
         table = judge(config, masks)
+        judging = Usage(judging.minutes + (time.perf_counter() - start) / 60, judging.gib)
         table.to_csv(folder / "subjects.csv", index=False)
         trained = json.loads((folder / "nnUNet_results" / "trained.json").read_text())
         for name in places:
@@ -133,19 +137,29 @@ def write(volume: np.ndarray, file: Path) -> None:
 
 
 def judge(config: ConfigParser, masks: Path) -> pd.DataFrame:
-    """Scores of the masks of the test subjects, as :class:`scripts.report.evaluation.SubjectReport` computes them."""
-    coding: RegionCoding = config.get_parsed_content("region_coding")
-    seen = config.get_parsed_content("validate::preprocessing")
-    back = mt.Invertd(keys="pred", transform=seen, orig_keys="image", nearest_interp=True)
+    """Scores of the test subjects, as :class:`scripts.report.evaluation.SubjectReport` computes them.
+
+    Like those of this bundle, the probabilities are resized to the images, and then become masks.
+    """
+    seen, back = (config.get_parsed_content(f"validate::{key}") for key in ("preprocessing", "postprocessing"))
     rows = []
     for item in config.get_parsed_content("datalist")["judged"]:
         found = seen(item)
-        numbers = np.asarray(nib.load(masks / f"{found['subject']}.nii.gz").dataobj)
-        values = np.array([coding.background_label, *(value for _, value in coding.paint)])[numbers]
-        found["pred"] = MetaTensor(coding.to_regions(torch.as_tensor(values)[None]), meta=found["image"].meta)
-        found = back(found)
-        rows.append(row_of(found, config))
+        prob = region_probabilities(masks / f"{found['subject']}.npz", config.get_parsed_content("region_coding"))
+        found["pred"] = MetaTensor(torch.as_tensor(prob), meta=found["image"].meta)
+        rows.append(row_of(back(found), config))
     return pd.DataFrame(rows)
+
+
+def region_probabilities(file: Path, coding: RegionCoding) -> np.ndarray:
+    """Probability ``[R, H, W, S]`` of each region, in the order of the channels, from a file of nnU-Net.
+
+    It holds those of background and foreground for one region, and else those of each region, the largest first; the
+    axes are reversed.
+    """
+    stored = np.load(file)["probabilities"].transpose(0, 3, 2, 1).astype(np.float32)
+    found = stored[1:] if len(coding.paint) == 1 else stored
+    return found[np.argsort([channel for channel, _ in coding.paint])]
 
 
 def row_of(item: Mapping[str, Any], config: ConfigParser) -> dict[str, Any]:

@@ -51,10 +51,19 @@ def train(minutes: float, seed: int) -> None:
     probe.on_train_start()
     seconds = [timed_iteration(probe) for _ in range(1 + PROBES)]
     epochs = max(1, round(60 * minutes / (ITERATIONS * np.mean(seconds[1:]))))
-    trainer = make_trainer(epochs)
+    trainer, validating = make_trainer(epochs), []
+    validate = trainer.validation_step
+
+    def timed_validation(batch: dict) -> dict:
+        start = time.perf_counter()
+        result = validate(batch)
+        validating.append(time.perf_counter() - start)
+        return result
+
+    trainer.validation_step = timed_validation
     start = time.perf_counter()
     trainer.run_training()
-    trained = {"minutes": (time.perf_counter() - start) / 60, "epochs": epochs}
+    trained = {"minutes": (time.perf_counter() - start - sum(validating)) / 60, "epochs": epochs}
     Path(str(nnUNet_results), "trained.json").write_text(json.dumps(trained))
 
 
@@ -73,11 +82,13 @@ def timed_iteration(trainer: nnUNetTrainer) -> float:
 
 
 def predict(images: str, masks: str) -> None:
-    """Write the mask of each image, with the last weights."""
+    """Write the probabilities of each image, with the last weights."""
     predictor = nnUNetPredictor(device=DEVICE, perform_everything_on_device=DEVICE.type == "cuda", allow_tqdm=False)
     folder = make_trainer(1).output_folder_base
     predictor.initialize_from_trained_model_folder(folder, (0,), "checkpoint_final.pth")
-    predictor.predict_from_files(images, masks, num_processes_preprocessing=1, num_processes_segmentation_export=1)
+    predictor.predict_from_files(
+        images, masks, save_probabilities=True, num_processes_preprocessing=1, num_processes_segmentation_export=1
+    )
 
 
 if __name__ == "__main__":

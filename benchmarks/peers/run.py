@@ -14,6 +14,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def main() -> None:
     settings = {key.removeprefix("--"): yaml.safe_load(text) for key, text in zip(*[iter(keys)] * 2, strict=True)}
     settings["dataset_dir"] = str(args.dataset_dir.resolve())
     output_dir = args.output_dir.resolve()
+    check_unchanged(output_dir / "bench.json", settings | {"configs": args.configs, "minutes": args.minutes})
     arms = make_arms(args, settings, output_dir)
     folders: dict[str, dict[int, list[Path]]] = {name: {} for name in arms}  # of each arm and seed
     for seed in args.seeds:
@@ -59,6 +61,14 @@ def main() -> None:
     table.to_csv(output_dir / "table.csv", index=False)
     print(hardware())
     print(markdown(table))
+
+
+def check_unchanged(file: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of the bench. Stop if the folder holds one with others: its runs would be mixed with these."""
+    if file.is_file() and (others := json.loads(file.read_text())) != settings:
+        raise SystemExit(f"{file} has the settings {others}, now they are {settings}: give another --output_dir")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings))
 
 
 def make_arms(args: argparse.Namespace, settings: dict[str, Any], output_dir: Path) -> dict[str, Any]:

@@ -23,10 +23,7 @@ def compare(folders: Mapping[str, Mapping[int, list[Path]]], resamples: int = 10
         folders: of each arm and seed, those of its folds, with ``subjects.csv`` and ``cost.json``.
         resamples: of the bootstrap.
     """
-    tables = {
-        name: [pd.concat(map(read, found)).sort_values("subject", ignore_index=True) for found in seeds.values()]
-        for name, seeds in folders.items()
-    }
+    tables = {name: without_masks([read(found) for found in seeds.values()]) for name, seeds in folders.items()}
     first, *others = tables
     subjects = tables[first][0]["subject"]
     for name, found in tables.items():
@@ -47,13 +44,18 @@ def compare(folders: Mapping[str, Mapping[int, list[Path]]], resamples: int = 10
     return table.join(pd.DataFrame(costs).T).fillna("-").reset_index()
 
 
-def read(folder: Path) -> pd.DataFrame:
-    """Scores of a run; no Dice of a network that segments nothing."""
-    table = pd.read_csv(folder / "subjects.csv", dtype={"patient": str})
-    areas = table.filter(regex="^(area_px|volume_ml)_")
-    if areas.shape[1] and not areas.to_numpy().any():
-        table = table.drop(columns=table.filter(regex="^dice_").columns)
-    return table
+def read(folders: Sequence[Path]) -> pd.DataFrame:
+    """Scores of the folds."""
+    tables = [pd.read_csv(folder / "subjects.csv", dtype={"patient": str}) for folder in folders]
+    return pd.concat(tables).sort_values("subject", ignore_index=True)
+
+
+def without_masks(tables: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The tables of an arm; without Dice if no mask of any run has a voxel, as those of a classifier."""
+    areas = pd.concat(tables).filter(regex="^(area_px|volume_ml)_")
+    if not areas.shape[1] or areas.to_numpy().any():
+        return list(tables)
+    return [table.drop(columns=table.filter(regex="^dice_").columns) for table in tables]
 
 
 def scores_of(tables: Sequence[pd.DataFrame], rows: np.ndarray) -> dict[str, float]:

@@ -92,13 +92,24 @@ class GradingNetwork(Baseline):
         in_channels: M, number of modalities.
         out_channels: R, number of target regions, all of them empty.
         num_grades: K, number of grades.
+
+    Attributes:
+        least: smallest side of a slice (pixels).
     """
+
+    least = 1
 
     def __init__(
         self, diffusion: GaussianDiffusion, in_channels: int = 4, out_channels: int = 1, num_grades: int = 2
     ) -> None:
-        super().__init__(diffusion, in_channels, out_channels, num_grades, divisor=1)
+        super().__init__(diffusion, in_channels, out_channels, num_grades, divisor=max(1, self.least // 2))
         self.cls_head = self.classifier(in_channels, num_grades)
+
+    def check_image_size(self, size: Sequence[int]) -> None:
+        """Also raise InputError if a side is too small for the classifier."""
+        super().check_image_size(size)
+        if min(size) < self.least:
+            raise InputError(f"image_size {tuple(size)} is too small for {type(self).__name__}: {self.least} or more")
 
     def classifier(self, in_channels: int, num_grades: int) -> nn.Module:
         """A network from slices ``[B, M, H, W]`` to grade logits ``[B, K]``."""
@@ -120,7 +131,9 @@ class GradingResNet(GradingNetwork):
 
 
 class GradingDenseNet(GradingNetwork):
-    """MONAI's DenseNet-121."""
+    """MONAI's DenseNet-121. It halves slices five times, and needs two pixels for its last batch norm."""
+
+    least = 64
 
     def classifier(self, in_channels: int, num_grades: int) -> nn.Module:
         """See :meth:`GradingNetwork.classifier`."""

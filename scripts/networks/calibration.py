@@ -33,7 +33,8 @@ class Calibration(nn.Module):
         foreground_temperature: of the mask probabilities ``[R]``, fitted to the image's non-zero voxels.
         lesion_temperature: the same, fitted to voxels near the lesion ``[R]``.
         grade_temperature: of the grade probabilities of the head; infinite if the grade does not use them.
-        measurement_mean: of the subjects of the fit ``[F]``; so is ``measurement_scale``, the standard deviation.
+        measurement_mean: of the validation and training subjects ``[F]``; so is ``measurement_scale``, the standard
+            deviation.
         measurement_weight: of the standardised measurements in the logits of the grades ``[K, F]``; 0 before the fit.
         grade_bias: added to the logits of the grades ``[K]`` (Platt scaling with intercept, for any number of grades).
         grade_prior: frequencies of the grades that the probabilities assume ``[K]``. They are equal before the fit,

@@ -140,7 +140,7 @@ class CalibrationFit:
         lineage: the calibrated subjects, by data set; added to those that chose the weights.
         grade_from: what the grade is read from, one of :data:`~scripts.networks.calibration.GRADE_FROM`.
         measured: training subjects among those that are evaluated. Nothing is fitted to them but what measurements of
-            the mask say of the grade.
+            the mask say of the grade, and only if the checkpoint was trained on them.
 
     Raises:
         InputError: for another ``grade_from``.
@@ -168,6 +168,7 @@ class CalibrationFit:
         self.prior = class_frequencies(items, grade_labels)
         self.lineage = dict(lineage)
         self.measured = {item["subject"] for item in measured}
+        self.known = {name for dataset in lineage for name in _trained_on(ckpt_path, dataset)}
 
     def attach(self, engine: SupervisedEvaluator) -> None:
         """Attach to the evaluator."""
@@ -188,7 +189,7 @@ class CalibrationFit:
     def iteration_completed(self, engine: SupervisedEvaluator) -> None:
         for item in engine.state.output:
             if item["subject"] in self.measured:
-                if "measurements" in item:
+                if "measurements" in item and item["subject"] in self.known:
                     self.trained.append((torch.as_tensor(item["measurements"]).tolist(), int(item["grade"])))
                 continue
             name = patient(item["subject"], self.patient_pattern)
@@ -282,6 +283,13 @@ class CalibrationFit:
         count = len(self.prior)
         trained = gather_from_all(self.trained)
         measured = Measured(*map(np.array, zip(*trained, strict=True))) if trained else None
+        if self.grade_from != "head" and len({grade for _, grade in trained}) < 2:
+            logger.warning(
+                "no two training subjects of different grades could be measured: measurements of the mask count little "
+                "for the grade. Calibrate with the data set and fold of the training"
+            )
+        if self.grade_from == "measurements":
+            prior_bias = np.log(self.prior)
 
         def fit(rows: np.ndarray, truth: np.ndarray) -> tuple[GradeFit]:
             found = None if self.grade_from == "head" else rows[:, count:]
@@ -306,6 +314,11 @@ class CalibrationFit:
         temperature = None if math.isinf(found.temperature) else found.temperature
         fitted = {"temperature": temperature, "bias": found.bias.tolist(), "prior": list(map(float, self.prior))}
         return {"grade_from": self.grade_from} | fitted | scores
+
+
+def _trained_on(ckpt_path: str, dataset: str) -> list[str]:
+    """Names of the subjects of a data set that the weights were trained on."""
+    return read_checkpoint(ckpt_path)["lineage"]["training"].get(dataset, [])
 
 
 def held_share(scores: Sequence[float], patients: Sequence[str]) -> float:

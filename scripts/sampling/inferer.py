@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -20,22 +20,13 @@ from scripts.networks.measurements import measure
 from scripts.networks.stochastic import DISTRIBUTION, draw_logits, spread_noise
 from scripts.sampling.ensemble import FUSIONS, fuse, pairwise_dice
 from scripts.sampling.probability import area_weighted_mean, entropy_bits, temperature_scaled
+from scripts.sampling.windows import Noise, SampledSlices, sample_in_windows
 
 logger = logging.getLogger(__name__)
 
 START = 0.5  # share of the diffusion steps: less noise keeps what is wrong with the draw, more forgets the draw
 MAPS = {"pred", "prob", "uncertainty", "variance", "calib_prob", "seg_prob", "samples"}  # results that are volumes
-Noise = Callable[[int], torch.Tensor]
 BATCH_PIXELS = 128**2  # of a slice, up to which sampling_batch_size is used in full
-
-
-class SampledSlices(NamedTuple):
-    """Result of :meth:`VolumeInferer.sample` for b slices and N samples; what does not exist is None."""
-
-    samples: torch.Tensor  # [b, N, R, H, W], probability
-    mask: torch.Tensor  # [b, R, H, W], probability
-    calib_prob: torch.Tensor | None  # [b, R, H, W], the calibration map as a probability
-    grade_prob: torch.Tensor | None  # [b, K], mean over samples and steps
 
 
 class VolumeInferer(Inferer):
@@ -67,6 +58,7 @@ class VolumeInferer(Inferer):
         grade_prior: frequency of each grade among the subjects; None takes those that the network was calibrated with.
         keep_samples: return the samples even if no volume is read from them.
         keep_measurements: return the measurements of the mask even if the grade does not depend on them.
+        window: side of the windows (pixels) in which larger slices are sampled; None samples whole slices.
 
     Raises:
         InputError: for a number below 1, more samples than fit in a batch, an unknown name, or a prior that is no list
@@ -87,6 +79,7 @@ class VolumeInferer(Inferer):
         grade_prior: Sequence[float] | None = None,
         keep_samples: bool = False,
         keep_measurements: bool = False,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, minimum in (
@@ -115,6 +108,7 @@ class VolumeInferer(Inferer):
         self.grade_prior = grade_prior
         self.keep_samples = keep_samples
         self.keep_measurements = keep_measurements
+        self.window = window
         # what the probabilities depend on, and so does their calibration
         self.sampling: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
@@ -213,7 +207,7 @@ class VolumeInferer(Inferer):
         measured, result = None, {}
         if self.keep_measurements or calibration.measures:
             found = measure(volume.float().cpu().numpy(), (mask > 0.5).cpu().numpy(), spacing)
-            measured = torch.from_numpy(found).to(prob)
+            measured = torch.from_numpy(found).float().to(prob.device)
             result = {"measurements": measured, "grade_reasons": calibration.contributions(prob, measured)}
         result["grade_prob"] = calibration.calibrated_grades(prob, self.grade_prior, measured)
         result["grade_prior"] = torch.tensor(self.grade_prior or calibration.grade_prior.tolist())
@@ -252,13 +246,16 @@ class VolumeInferer(Inferer):
             noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
             return noise.to(image.device)
 
-        return self.sample_with(image, network, draw)
+        sample = partial(self.sample_with, network)
+        if self.window is None or max(image.shape[2:]) <= self.window:
+            return sample(image, draw)
+        return sample_in_windows(sample, image, draw, self.window, self.batch(self.window))
 
     def batch(self, side: int) -> int:
         """Number of square slices of a side (pixels) that are sampled together."""
         return max(1, int(min(1.0, BATCH_PIXELS / side**2) * self.sampling_batch_size) // self.num_samples)
 
-    def sample_with(self, image: torch.Tensor, network: SegmentationNetwork, draw: Noise) -> SampledSlices:
+    def sample_with(self, network: SegmentationNetwork, image: torch.Tensor, draw: Noise) -> SampledSlices:
         """Sample slices ``[b, M, H, W]``; ``draw(count)`` gives new noise ``[b * count, R, H, W]``, slice by slice."""
         prepared, count = network.condition(image), self.num_samples
         calib = prepared["calib_map"].float().sigmoid() if network.has_calib_map else None

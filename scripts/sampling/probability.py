@@ -23,5 +23,6 @@ def entropy_bits(prob: torch.Tensor) -> torch.Tensor:
 
 def area_weighted_mean(values: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
     """Mean of ``values [n, ...]`` weighted by predicted ``area [n]``; the plain mean where every area is 0."""
-    weight = area.to(values) if area.sum() > 0 else torch.ones(len(values)).to(values)
-    return torch.tensordot(weight, values, dims=1) / weight.sum()
+    weight = area.float() if area.sum() > 0 else torch.ones(len(values), device=values.device)
+    weighted = values.float() * weight.view(-1, *[1] * (values.ndim - 1))  # autocast would round a product of matrices
+    return weighted.sum(dim=0) / weight.sum()

@@ -77,7 +77,7 @@ def apply_label_request(parser: ConfigParser, settings: Iterable[str]) -> None:
     starts = [str(Path(handler["load_path"]).absolute()) for handler in handlers if _loads_weights(handler)]
     changes["init_ckpt"] = starts[0] if starts else None
     if Path(parser.get_parsed_content("ckpt_path")).is_file():
-        changes |= {"settings": TRAINED} | {key: f"$@settings['{key}']" for key in settings}
+        changes |= {"settings": TRAINED} | {key: f"$@settings.get('{key}')" for key in settings}
     changes["dataset_dir"] = str(Path(training[0]["image"]).parent)
     changes["max_epochs"] = parser["train::trainer::max_epochs"]
     changes["datalist_file"] = None

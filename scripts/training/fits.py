@@ -18,7 +18,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 SLOPE = (0.5, 0.5)  # mean and standard deviation of the prior of the grades' slopes
 BIAS_SD = 0.5  # standard deviation of the prior of the grades' bias
 MEASUREMENT_SD = 0.1  # the same, of what a standardised measurement adds to what the training subjects learned
-MAX_SPREAD = 1.5  # standard deviation of the difference of two logits, to which larger ones are scaled before the fit
+MAX_SPREAD = 1.5  # logits are scaled so that the difference of two has at most this standard deviation
 RIDGE = 0.1  # inverse strength C of the regularisation of the regression on the training subjects
 
 
@@ -105,9 +105,9 @@ def fit_grades(
     scores, known = (
         standardised(*map(torch.as_tensor, (values, mean, scale))) for values in (found, learned_from.measurements)
     )
-    learned = evidence(known.numpy(), learned_from.truth, grades)
+    learned, offset = evidence(known.numpy(), learned_from.truth, grades)
     head = torch.as_tensor(prob, dtype=torch.float64).clamp(min=MIN_PROBABILITY).log()
-    sources = [head, scores @ learned.T]
+    sources = [head, scores @ learned.T + offset]
     spreads = [_spread(logits) for logits in sources]
     expected = torch.tensor([slope[0] * use_head, slope[0]], dtype=torch.float64)
     used = torch.tensor([float(use_head), 1.0], dtype=torch.float64)
@@ -132,20 +132,25 @@ def fit_grades(
     best = minimize(loss, start, jac=True, bounds=bounds).x
     temperature = spreads[0] / best[0] if use_head else math.inf
     weight = best[1] / spreads[1] * learned.numpy() + best[2 + grades :].reshape(grades, scores.shape[1])
-    return GradeFit(float(temperature), prior_bias + best[2 : 2 + grades], mean, scale, weight)
+    bias = prior_bias + best[2 : 2 + grades] + best[1] / spreads[1] * offset.numpy()
+    return GradeFit(float(temperature), bias, mean, scale, weight)
 
 
-def evidence(scores: np.ndarray, truth: np.ndarray, num_grades: int) -> torch.Tensor:
-    """Weights ``[K, F]`` of standardised measurements ``[n, F]`` in the logits of the grades ``[n]``.
+def evidence(scores: np.ndarray, truth: np.ndarray, num_grades: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What standardised measurements ``[n, F]`` say of the grades ``[n]``: weights ``[K, F]`` and offset ``[K]``.
 
-    A logistic regression of scikit-learn with a ridge. The weights are 0 for fewer than two grades.
+    A logistic regression of scikit-learn with a ridge, less the log of the frequencies: the logits if all grades were
+    equally frequent. Both are 0 for fewer than two grades, and for a grade that no subject has.
     """
-    weights = np.zeros((num_grades, scores.shape[1]))
-    if len(np.unique(truth)) > 1 and scores.shape[1]:
+    weights, offset = np.zeros((num_grades, scores.shape[1])), np.zeros(num_grades)
+    classes, counts = np.unique(truth, return_counts=True)
+    if len(classes) > 1 and scores.shape[1]:
         model = LogisticRegression(C=RIDGE, max_iter=1000).fit(scores, truth)
-        found = model.coef_ if len(model.classes_) > 2 else np.concatenate([-model.coef_, model.coef_]) / 2
-        weights[model.classes_] = found
-    return torch.as_tensor(weights)
+        found, intercept = model.coef_, model.intercept_
+        if len(classes) == 2:  # one row for the difference
+            found, intercept = (np.concatenate([-part, part]) / 2 for part in (found, intercept))
+        weights[classes], offset[classes] = found, intercept - np.log(counts / counts.sum())
+    return torch.as_tensor(weights), torch.as_tensor(offset)
 
 
 def _spread(logits: torch.Tensor) -> float:
