@@ -54,13 +54,12 @@ class NnUNetArm:
         config.update(self.settings | {"fold": fold, "datalist::seed": 0, "bundle_root": str(ROOT)})
         export(config, folder)
         places = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        variables = places | {"nnUNet_n_proc_DA": "0"}  # augmentation in the same process, as ours
         driver = [str(self.python), str(Path(__file__).with_name("nnunet_driver.py"))]
         arguments = ["--minutes", str(self.minutes), "--seed", str(seed)]
-        training = run([*driver, "train", *arguments], folder / "log.txt", self.threads, **variables)
+        training = run([*driver, "train", *arguments], folder / "log.txt", self.threads, **places)
         images, masks = folder / "images", folder / "masks"
         arguments = ["--images", str(images), "--masks", str(masks)]
-        judging = run([*driver, "predict", *arguments], folder / "log.txt", self.threads, **variables)
+        judging = run([*driver, "predict", *arguments], folder / "log.txt", self.threads, **places)
         start = time.perf_counter()
         table = judge(config, masks)
         judging = Usage(judging.minutes + (time.perf_counter() - start) / 60, judging.gib)

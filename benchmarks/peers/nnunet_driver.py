@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ITERATIONS = 5  # of an epoch; with 250, as usual, a short training could not be cut to length
+WORKERS = "nnUNet_n_proc_DA"
 PROBES = 3  # iterations that are timed, after a first
 
 
@@ -44,9 +46,11 @@ def train(minutes: float, seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    os.environ[WORKERS] = "1"
     extract_fingerprints([1], num_processes=1)
     plan_experiments([1])
     preprocess([1], configurations=["2d"], num_processes=[1])
+    os.environ[WORKERS] = "0"  # augmentation in this process, as that of the bundle; planning needs one
     probe = make_trainer(1)
     probe.on_train_start()
     seconds = [timed_iteration(probe) for _ in range(1 + PROBES)]
