@@ -113,7 +113,8 @@ class SliceIndicesd(MapTransform):
     the same ones, with a warning.
 
     With a ``window``, windows are drawn instead of slices: ``fg_indices`` are the voxels with foreground, and
-    ``bg_indices`` others on a grid of an eighth of the window. Each of them can become the centre of a window.
+    ``bg_indices`` others on a grid of an eighth of the window. Each of them can become the centre of a window, so that
+    a large lesion is drawn more often than a small one.
 
     Args:
         keys: the label's key.
