@@ -32,14 +32,15 @@ def settings() -> dict[str, Any]:
     """The settings that give the weights their meaning, read from the public keys of the running configuration.
 
     Raises:
-        InputError: for a ``slice_size`` below ``image_size``.
+        InputError: for a ``slice_size`` that is no number of at least ``image_size``.
     """
     parser = running_parser()
     found = {name: parser.get_parsed_content(name) for name in SETTINGS}
-    if found["slice_size"] is not None and found["slice_size"] < found["image_size"]:
+    size, window = found["slice_size"], found["image_size"]
+    if size is not None and (not isinstance(size, int) or size < window):
         raise InputError(
-            f"slice_size={found['slice_size']} is smaller than image_size={found['image_size']}: a window would not "
-            "fit; set it to null for whole slices"
+            f"slice_size={size!r} must be a whole number, image_size={window} or more, so that a window fits; null is "
+            "for whole slices"
         )
     return found
 

@@ -137,5 +137,6 @@ def test_train_evaluate_and_infer_in_windows(phantoms, tmp_path):
 
 def test_a_slice_must_hold_a_window(phantoms, tmp_path):
     folders = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)}
-    with pytest.raises(InputError, match="slice_size=16 is smaller than image_size=32"):
-        run_configs(["train.yaml"], slice_size=16, **folders)
+    for size in (16, "wide", [64]):
+        with pytest.raises(InputError, match=r"slice_size=.* must be a whole number, image_size=32 or more"):
+            run_configs(["train.yaml"], slice_size=size, **folders)

@@ -24,13 +24,14 @@ from scripts.data.split import patient
 from scripts.report.metrics import mask_scores
 
 DATASET = "Dataset001_peers"
+SPLITS = {"train": "training", "val": "validation"}  # its names and ours
 AFFINE = np.diag([1.0, 1.0, 10.0, 1.0])  # nnU-Net cuts slices along the axis with the largest spacing
 
 
 class NnUNetArm:
     """nnU-Net plans, trains and predicts in two dimensions, in its own environment.
 
-    It gets the slices that the networks of this bundle see, resized and z-scored. Its masks are resized back.
+    It gets the slices that the networks of this bundle see, resized and z-scored. Its probabilities are resized back.
 
     Args:
         configs: files in ``configs/``.
@@ -77,7 +78,8 @@ def export(config: ConfigParser, folder: Path) -> None:
     """
     raw, datalist = folder / "nnUNet_raw" / DATASET, config.get_parsed_content("datalist")
     coding: RegionCoding = config.get_parsed_content("region_coding")
-    voted = mt.Compose([*config.get_parsed_content("train::preprocessing").transforms, *majority(config)])
+    majority = config.get_parsed_content("validate::to_network")[-1]  # one truth of those of several annotators
+    voted = mt.Compose([*config.get_parsed_content("train::preprocessing").transforms, majority])
     for split in ("training", "validation"):
         for item in datalist[split]:
             found = voted(item)
@@ -88,31 +90,27 @@ def export(config: ConfigParser, folder: Path) -> None:
     for item in datalist["judged"]:
         found = seen(item)
         write_channels(found["image"], folder / "images" / found["subject"])
+    count = len(datalist["training"]) + len(datalist["validation"])
+    (raw / "dataset.json").write_text(json.dumps(description(config, coding) | {"numTraining": count}))
+    splits = [{name: [item["subject"] for item in datalist[split]] for name, split in SPLITS.items()}]
+    (folder / "nnUNet_preprocessed" / DATASET).mkdir(parents=True)
+    (folder / "nnUNet_preprocessed" / DATASET / "splits_final.json").write_text(json.dumps(splits))
+
+
+def description(config: ConfigParser, coding: RegionCoding) -> dict[str, Any]:
+    """What nnU-Net has to know of the data set; a single region is a label, several are lists of labels."""
     names = [config["regions"][channel] for channel, _ in coding.paint]
     values = [value for _, value in coding.paint]
     labels = {
         name: sorted(1 + values.index(value) for value in coding.values[channel] if value in values)
         for name, (channel, _) in zip(names, coding.paint, strict=True)
     }
-    description = {
+    return {
         "channel_names": {str(i): name for i, name in enumerate(config["modalities"])},
         "labels": {"background": 0} | ({names[0]: 1} if len(names) == 1 else labels),
         "regions_class_order": list(range(1, len(names) + 1)),
-        "numTraining": len(datalist["training"]) + len(datalist["validation"]),
         "file_ending": ".nii.gz",
     }
-    (raw / "dataset.json").write_text(json.dumps(description))
-    splits = [{name: [item["subject"] for item in datalist[split]] for name, split in NNUNET_SPLITS.items()}]
-    (folder / "nnUNet_preprocessed" / DATASET).mkdir(parents=True)
-    (folder / "nnUNet_preprocessed" / DATASET / "splits_final.json").write_text(json.dumps(splits))
-
-
-NNUNET_SPLITS = {"train": "training", "val": "validation"}
-
-
-def majority(config: ConfigParser) -> list:
-    """The transform that makes one truth of those of several annotators."""
-    return [config.get_parsed_content("validate::to_network")[-1]]
 
 
 def numbered(label: torch.Tensor, coding: RegionCoding) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.bundle import ROOT
+from scripts.config import atomic_path
 
 
 class Usage(NamedTuple):
@@ -37,4 +38,5 @@ def run(command: Sequence[str], log: Path, threads: int, **variables: str) -> Us
 def write_cost(folder: Path, minutes: float, epochs: int, training: Usage, judging: Usage, subjects: int) -> None:
     """Write ``cost.json``, which says that the run is finished."""
     cost = {"minutes": minutes, "epochs": epochs, "gib": training.gib, "seconds": 60 * judging.minutes / subjects}
-    (folder / "cost.json").write_text(json.dumps(cost, indent=1), encoding="utf-8")
+    with atomic_path(folder / "cost.json") as path:
+        path.write_text(json.dumps(cost, indent=1), encoding="utf-8")

@@ -137,7 +137,8 @@ class SliceIndicesd(MapTransform):
                 label, image = (mask.flatten(0, 1).any(dim=0) for mask in (label, image))
             else:
                 grid = torch.zeros_like(label)
-                grid[:: self.window // 8, :: self.window // 8] = True
+                step = max(1, self.window // 8)
+                grid[::step, ::step] = True
                 image &= grid
             foreground, background = (voxels[found].numpy() for found in (label, image & ~label))
             d["empty"] = not torch.as_tensor(d[key]).any()
