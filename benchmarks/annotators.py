@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import hardware, markdown  # noqa: E402
+from scripts.calibration.volumes import COVERAGE, conformal_margin  # noqa: E402
 from scripts.diffusion.schedule import GaussianDiffusion  # noqa: E402
 from scripts.net import MedSegDiff  # noqa: E402
 from scripts.networks.unets import ImageUNet  # noqa: E402
 from scripts.report.annotators import crps, energy_distance, mean_distance, quantile_coverage  # noqa: E402
-from scripts.report.calibration import COVERAGE, conformal_margin  # noqa: E402
 from scripts.report.uncertainty import LEVELS, nonconformity  # noqa: E402
 from scripts.sampling.inferer import VolumeInferer  # noqa: E402
 from scripts.tools.phantom_pictures import GREY, KINDS, draw_masks, make_picture  # noqa: E402

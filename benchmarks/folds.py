@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     table = read(args.folders, args.subjects)
     print(f"{len(table)} subjects of {table['patient'].nunique()} patients")
-    scores = subject_scores(table) | quality_ranks(table) | graded_scores(table)
+    scores = subject_scores(table) | quality_scores(table) | graded_scores(table)
     if args.against:
         other = read(args.against, args.subjects).set_index("subject").loc[table["subject"]].reset_index()
         names = [name for name in table if name.startswith("dice_")]
@@ -75,18 +75,24 @@ def subject_scores(table: pd.DataFrame) -> dict:
     )
 
 
-def quality_ranks(table: pd.DataFrame) -> dict:
-    """Spearman's rank correlation of expected and true Dice of each region."""
+def quality_scores(table: pd.DataFrame) -> dict:
+    """How well the expected Dice of each region fits the true one.
+
+    ``quality_rank`` is Spearman's rank correlation, ``quality_error`` the mean absolute difference, and ``missed`` the
+    share of subjects with a Dice below 0.5 that are expected above 0.8.
+    """
     regions = [name.removeprefix("expected_dice_") for name in table if name.startswith("expected_dice_")]
 
-    def ranks(rows: np.ndarray) -> dict[str, float]:
-        return {
-            f"quality_rank_{region}": spearmanr(*(table[f"{name}_{region}"].iloc[rows] for name in pair)).statistic
-            for region in regions
-        }
+    def scores(rows: np.ndarray) -> dict[str, float]:
+        found = {}
+        for region in regions:
+            expected, dice = (table[f"{name}_{region}"].iloc[rows] for name in ("expected_dice", "dice"))
+            found[f"quality_rank_{region}"] = spearmanr(expected, dice).statistic
+            found[f"quality_error_{region}"] = (expected - dice).abs().mean()
+            found[f"missed_{region}"] = ((dice < 0.5) & (expected > 0.8)).mean()
+        return found
 
-    pair = ("expected_dice", "dice")
-    return with_intervals(ranks, table["patient"])
+    return with_intervals(scores, table["patient"])
 
 
 def vote_errors(folders: Sequence[Path]) -> list[dict]:

@@ -2,7 +2,7 @@
 
 Simulates networks that assume equal frequencies of two grades and are off by a constant. Those that learned something
 are too sure or too unsure by a factor; those that learned nothing give random grades. Each network is calibrated with
-few patients by :func:`scripts.training.fits.fit_grades` and judged on 2000 others. Below 0 the grade is worth more
+few patients by :func:`scripts.calibration.grades.fit_grades` and judged on 2000 others. Below 0 the grade is worth more
 than the frequencies.
 
 Example:
@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import markdown  # noqa: E402
+from scripts.calibration.fits import calibrate, fit_temperature, to_classes  # noqa: E402
+from scripts.calibration.grades import fit_grades  # noqa: E402
 from scripts.report.metrics import grade_losses  # noqa: E402
-from scripts.training import fits  # noqa: E402
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def simulate(rng: np.random.Generator, patients: int, learned: bool) -> dict[str
         truth = (rng.random(count) < share).astype(int)
         centre = (2 * truth - 1) * separation / 2 if learned else 0
         evidence = rng.normal(centre, 1, count) * separation  # the log likelihood ratio of what was learned
-        return fits.to_classes(expit(evidence * factor + offset)), truth
+        return to_classes(expit(evidence * factor + offset)), truth
 
     (prob, truth), (new, new_truth) = draw(patients), draw(2000)
     prior_bias = np.log([1 - share, share])
@@ -60,12 +61,12 @@ def simulate(rng: np.random.Generator, patients: int, learned: bool) -> dict[str
     def excess(fitted: np.ndarray) -> float:
         return grade_losses(fitted, new_truth)["log_loss"] - frequencies
 
-    found = {"as it is": excess(new), "prior alone": excess(fits.calibrate(new, 1.0, prior_bias))}
-    found["temperature alone"] = excess(fits.calibrate(new, *fits.fit_temperature(prob, truth)))
+    found = {"as it is": excess(new), "prior alone": excess(calibrate(new, 1.0, prior_bias))}
+    found["temperature alone"] = excess(calibrate(new, *fit_temperature(prob, truth)))
     for slope in ((1.0, 0.3), (1.0, 0.5), (0.7, 0.4), (0.5, 0.5)):
-        fitted = fits.fit_grades(prob, truth, prior_bias, slope)[:2]
+        fitted = fit_grades(prob, truth, prior_bias, slope)[:2]
         name = "slope {:g} +- {:g}".format(*slope)
-        found[name] = excess(fits.calibrate(new, *fitted))
+        found[name] = excess(calibrate(new, *fitted))
     return found
 
 

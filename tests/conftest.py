@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -213,6 +214,8 @@ def item(tmp_path):
         "prob": meta(0.02 + 0.9 * label),
         "uncertainty": meta(0.5 * label),
         "sample_dice": torch.tensor([0.75]),
+        "confidence": torch.tensor([0.92]),
+        "expected_dice": torch.tensor([math.nan]),  # no calibration was fitted
         "volume_temperature": torch.tensor([1.0]),
         "volume_margin": torch.tensor([0.0]),
         "volumes_from": torch.tensor(0),

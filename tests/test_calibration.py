@@ -10,32 +10,20 @@ import torch
 from monai.data import MetaTensor
 from scipy.special import expit
 
+from scripts.calibration.cross_fit import cross_fitted
+from scripts.calibration.fits import calibrate, fit_expected_dice, fit_temperature, to_classes
+from scripts.calibration.grades import SLOPE, Measured, calibrate_grades, evidence, fit_grades
+from scripts.calibration.handler import CalibrationFit
+from scripts.calibration.volumes import COVERAGE, conformal_margin, volume_at, volume_curve
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
+from scripts.networks.calibration import expected_dice
 from scripts.networks.measurements import num_measurements
-from scripts.report.calibration import (
-    COVERAGE,
-    CalibrationFit,
-    conformal_margin,
-    cross_fitted,
-    volume_at,
-    volume_curve,
-)
 from scripts.report.metrics import grade_losses
 from scripts.sampling.inferer import VolumeInferer
 from scripts.sampling.probability import temperature_scaled
 from scripts.training.checkpoints import load_weights, read_checkpoint
-from scripts.training.fits import (
-    SLOPE,
-    Measured,
-    calibrate,
-    calibrate_grades,
-    evidence,
-    fit_grades,
-    fit_temperature,
-    to_classes,
-)
 from scripts.training.losses import MultiTaskLoss
 from test_net import TINY
 
@@ -51,6 +39,28 @@ def overconfident(temperature, num=100_000, seed=0):
 def test_the_temperature_is_found(temperature):
     prob, truth = overconfident(temperature)
     assert fit_temperature(to_classes(prob), truth)[0] == pytest.approx(temperature, rel=0.03)
+
+
+def expected(confidence, fitted):
+    return expected_dice(torch.as_tensor(confidence), *fitted).numpy()
+
+
+def test_the_dice_is_read_from_the_confidence():
+    """A network that is too sure: its masks of confidence 0.6 to 0.99 have a Dice of 0.1 to 0.9."""
+    confidence = np.linspace(0.6, 0.99, 400)
+    dice = expit(1.2 * np.log(confidence / (1 - confidence)) - 2.5) + np.tile([-0.05, 0.05], 200)
+    bias, slope = fit_expected_dice(confidence, dice)
+    assert (bias, slope) == pytest.approx((-2.5, 1.2), abs=0.1)
+    few = fit_expected_dice(confidence[::100], dice[::100])
+    assert 0 < few[1] < slope  # four masks say little of the slope
+    assert expected(confidence[::100], few).mean() == pytest.approx(dice[::100].mean(), abs=0.01)
+
+
+@pytest.mark.parametrize("dice", [0.0, 1.0])
+def test_masks_that_are_all_right_or_all_wrong(dice):
+    fitted = fit_expected_dice(np.array([1.0, 0.9, 0.8]), np.full(3, dice))
+    assert expected(np.array([0.0, 0.5, 1.0]), fitted) == pytest.approx([dice] * 3, abs=0.01)
+    assert np.isnan(expected(np.array([np.nan]), fitted)).all()
 
 
 def test_scaling_keeps_masks_and_orders():
@@ -241,6 +251,7 @@ def items(tmp_path):
                     "prob": prob,
                     "label": label,
                     "pred": pred,
+                    "confidence": (prob * pred).sum(dim=(1, 2, 3)) / pred.sum(dim=(1, 2, 3)),
                     "grade": grades[i % 2],
                     "grade_prob": torch.tensor([0.8 - 0.1 * i, 0.2 + 0.1 * i]),
                 }
@@ -286,11 +297,27 @@ def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items, fit, cap
         assert scores["cross_fitted"]["ece"] == pytest.approx(scores["after"]["ece"], abs=0.02)
         assert scores["subjects"] == scores["patients"] == 6
         assert report[region]["volume_margin"] is None
+        quality = report[region]["expected_dice"]
+        assert quality["subjects"] == 6
+        assert quality["after"]["mean_error"] < 0.02 < quality["before"]["mean_error"]
+        assert quality["cross_fitted"]["mean_error"] < 0.02
     assert calibration.volume_margin.isinf().all()
     assert "6 patients are too few for intervals of the volume" in caplog.text
     assert report["grade"]["after"]["log_loss"] < math.log(2)  # that of the frequencies
     assert read_checkpoint(checkpoint)["settings"] == {"seed": 1}  # the rest of the checkpoint is kept
     assert read_checkpoint(checkpoint)["lineage"]["validation"] == {"d": [f"s{i}" for i in range(6)]}
+
+
+def test_an_empty_mask_says_nothing_of_the_dice(items, fit):
+    found = items()
+    for item in found[1:]:
+        item["confidence"] = torch.tensor([torch.nan, torch.nan])
+    calibration = fit(found)
+    assert calibration.dice_slope.tolist() == pytest.approx([0, 0], abs=1e-6)  # of one mask
+    for item in found:
+        item["confidence"] = torch.tensor([torch.nan, 0.9])
+    calibration = fit(found)
+    assert calibration.dice_bias.isnan().tolist() == calibration.dice_slope.isnan().tolist() == [True, False]
 
 
 def test_volumes_are_calibrated_with_enough_patients(tmp_path, items, fit):

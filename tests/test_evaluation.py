@@ -74,6 +74,8 @@ def test_summary_of_several_regions():
     bins = {key: np.stack([calibration_bins(p, p > 0.5) for p in prob]) for key in keys}
     summary = summarise(table, ["TC", "WT"], ["LGG", "HGG"], bins)
     assert summary["uncertainty"]["TC"]["quality_rank"]["value"] == pytest.approx(1)
+    error = (table["dice_TC"] - table["dice_TC"] ** 2).mean()
+    assert summary["uncertainty"]["TC"]["quality_error"]["value"] == pytest.approx(error)
     assert summary["uncertainty"]["TC"]["ece_foreground"]["value"] == pytest.approx(0.25, abs=0.01)
     assert summary["uncertainty"]["WT"]["volume_coverage"]["value"] == pytest.approx(0.85)
     assert summary["uncertainty"]["TC"]["volume_coverage"] == {"value": None, "low": None, "high": None}

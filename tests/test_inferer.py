@@ -133,6 +133,22 @@ def test_temperatures_are_applied(network, volume):
     assert (after["uncertainty"][filled] > before["uncertainty"][filled]).float().mean() > 0.9
 
 
+def test_the_confidence_is_the_probability_inside_the_mask(network, volume):
+    """It is the mean before temperature scaling, by which the calibration reads the Dice."""
+    raw = VolumeInferer().predict(volume, network)
+    inside = raw["pred"] > 0.5
+    expected = (raw["prob"] * inside).sum(dim=(2, 3, 4)) / inside.sum(dim=(2, 3, 4))
+    assert torch.allclose(raw["confidence"], expected, equal_nan=True)
+    assert raw["expected_dice"].isnan().all()
+    network.calibration.foreground_temperature.fill_(2.0)
+    network.calibration.dice_bias.fill_(-1.0)
+    network.calibration.dice_slope.fill_(0.5)
+    scaled = VolumeInferer().predict(volume, network)
+    assert torch.equal(scaled["confidence"], raw["confidence"])
+    dice = torch.sigmoid(0.5 * torch.logit(raw["confidence"]) - 1)
+    assert torch.allclose(scaled["expected_dice"], dice, equal_nan=True)
+
+
 def test_a_grade_can_be_read_from_the_mask(network, volume):
     before = VolumeInferer().predict(volume, network)
     assert "measurements" not in before

@@ -62,6 +62,14 @@ def test_volumes_can_be_those_of_the_samples(item):
     assert row["expected_dice_WT"] == estimates(item, ["WT"])["expected_dice_WT"]
 
 
+def test_the_calibration_says_which_dice_to_expect(item):
+    """Without one, the level sets of the probability say it."""
+    row = estimates(item, ["WT"])
+    assert row["expected_dice_WT"] == pytest.approx(0.9)
+    calibrated = item | {"expected_dice": torch.tensor([0.25])}
+    assert estimates(calibrated, ["WT"]) == row | {"expected_dice_WT": 0.25}
+
+
 def test_inference_outlines_the_regions_of_its_label_map(tmp_path, item, monkeypatch, evaluate_items):
     """The label values do not matter: here 255 is the background."""
     drawn = []

@@ -14,6 +14,7 @@ VOLUMES_FROM = ("levels", "samples")  # what the volume intervals are read from
 CALIBRATED_FOR = ("foreground", "lesion")  # the voxels on which a temperature of the masks is fitted
 GRADE_FROM = ("head", "measurements", "both")  # what the grade is read from
 MAX_SCORE = 3.0  # of a standardised measurement: beyond, a linear model would be far too sure
+MIN_CONFIDENCE = 1e-3  # of a mask, and 1 minus its maximum: bounds the logit
 MIN_PROBABILITY = 1e-8  # with a larger bound, a high temperature would turn the background into foreground volume
 
 
@@ -39,6 +40,7 @@ class Calibration(nn.Module):
         grade_bias: added to the logits of the grades ``[K]`` (Platt scaling with intercept, for any number of grades).
         grade_prior: frequencies of the grades that the probabilities assume ``[K]``. They are equal before the fit,
             because the loss is weighted by inverse frequency.
+        dice_bias: of the expected Dice ``[R]``, see :func:`expected_dice`; NaN without a fit. So is ``dice_slope``.
         volume_margin: widens the volume interval ``[R]``, in cube roots of ml (or of pixels); infinite without a fit.
         sampling: sampling settings of the fit; empty before the fit.
         volumes_from: one of :data:`VOLUMES_FROM`: the level sets of the probability, or the samples.
@@ -49,6 +51,8 @@ class Calibration(nn.Module):
     grade_temperature: torch.Tensor
     grade_bias: torch.Tensor
     grade_prior: torch.Tensor
+    dice_bias: torch.Tensor
+    dice_slope: torch.Tensor
     volume_margin: torch.Tensor
     measurement_mean: torch.Tensor
     measurement_scale: torch.Tensor
@@ -61,6 +65,8 @@ class Calibration(nn.Module):
         self.register_buffer("grade_temperature", torch.tensor(1.0))
         self.register_buffer("grade_bias", torch.zeros(num_grades))
         self.register_buffer("grade_prior", torch.full((num_grades,), 1 / num_grades))
+        self.register_buffer("dice_bias", torch.full((num_regions,), math.nan))
+        self.register_buffer("dice_slope", torch.full((num_regions,), math.nan))
         self.register_buffer("volume_margin", torch.full((num_regions,), math.inf))
         self.register_buffer("measurement_mean", torch.zeros(num_measurements))
         self.register_buffer("measurement_scale", torch.ones(num_measurements))
@@ -124,6 +130,17 @@ class Calibration(nn.Module):
         if prior is not None:
             logits = logits + (torch.as_tensor(prior).to(logits) / self.grade_prior).log()
         return torch.softmax(logits, dim=-1).to(prob)
+
+
+def expected_dice(confidence: torch.Tensor, bias: torch.Tensor | float, slope: torch.Tensor | float) -> torch.Tensor:
+    """Dice that masks of a confidence had in the fit: sigmoid(bias + slope * logit(confidence)).
+
+    Args:
+        confidence: mean probability inside each mask ``[R]``; NaN for an empty mask, and so is its Dice.
+        bias: ``[R]`` or a number.
+        slope: likewise.
+    """
+    return torch.sigmoid(bias + slope * torch.logit(confidence, eps=MIN_CONFIDENCE))
 
 
 def standardised(measurements: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -236,7 +236,7 @@ def _uncertainty_scores(
 
     ECE is computed over all voxels of these subjects; the other scores are means over subjects. ``volume_coverage`` is
     the share of true volumes inside their 90 % interval; it is undefined if the volumes were not calibrated.
-    ``quality_rank`` is Spearman's rank correlation of expected and true Dice.
+    ``quality_rank`` is Spearman's rank correlation of expected and true Dice, ``quality_error`` their mean difference.
     """
     columns = {name.removesuffix(f"_{region}"): values.to_numpy() for name, values in table.items()}
 
@@ -252,6 +252,7 @@ def _uncertainty_scores(
             "volume_coverage": means.pop("covered"),
             **means,
             "quality_rank": float(spearmanr(expected, dice).statistic) if varied else np.nan,
+            "quality_error": float(np.abs(expected - dice).mean()),
         }
 
     return scores

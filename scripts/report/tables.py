@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,7 @@ def estimates(item: Mapping[str, Any], regions: Sequence[str]) -> dict[str, Any]
     """What is known of each region without the truth: volumes, expected Dice, agreement of the samples.
 
     The calibration decides whether the volumes are those of level sets of the probability or those of the samples.
+    Without a calibration, and for an empty mask, the expected Dice is that of the level sets, too.
 
     Args:
         item: an evaluated item; ``sample_volumes [N * R]`` are needed if the volumes are those of the samples.
@@ -155,6 +157,7 @@ def estimates(item: Mapping[str, Any], regions: Sequence[str]) -> dict[str, Any]
         values = {"expected": found["expected"] * size.voxel, "low": low, "high": high}
         row |= {size.column("", kind, region): value for kind, value in values.items()}
         row[f"{size.name}_from_{region}"] = volumes_from
-        row[f"expected_dice_{region}"] = found["dice"]
+        dice = float(item["expected_dice"][channel])
+        row[f"expected_dice_{region}"] = found["dice"] if math.isnan(dice) else dice
         row[f"sample_dice_{region}"] = float(item["sample_dice"][channel])
     return row

@@ -15,11 +15,11 @@ from scripts.config import InputError
 from scripts.diffusion.samplers import Draw, Pairs, make_sampler
 from scripts.diffusion.schedule import timestep_pairs
 from scripts.networks.base import SegmentationNetwork
-from scripts.networks.calibration import CALIBRATED_FOR, VOLUMES_FROM, Calibration
-from scripts.networks.measurements import measure
+from scripts.networks.calibration import CALIBRATED_FOR, VOLUMES_FROM, Calibration, expected_dice
 from scripts.networks.stochastic import DISTRIBUTION, draw_logits, spread_noise
 from scripts.sampling.ensemble import FUSIONS, fuse, pairwise_dice
 from scripts.sampling.probability import area_weighted_mean, entropy_bits, temperature_scaled
+from scripts.sampling.subject import mask_confidence, measurements_of, subject_grade
 from scripts.sampling.windows import Noise, SampledSlices, sample_in_windows
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,9 @@ class VolumeInferer(Inferer):
             mean Dice of pairs of samples, NaN for one sample; ``volume_temperature [B, R]``, which scales ``prob`` to
             the calibration of the foreground;
             ``volume_margin [B, R]`` and ``volumes_from [B]``, a position in ``VOLUMES_FROM``, see
-            :class:`~scripts.networks.calibration.Calibration`; ``grade_prob [B, K]``, calibrated, and
+            :class:`~scripts.networks.calibration.Calibration`; ``confidence [B, R]``, the mean probability inside the
+            mask before temperature scaling, and ``expected_dice [B, R]``, the Dice that the calibration expects of it,
+            both NaN if unknown; ``grade_prob [B, K]``, calibrated, and
             ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading. If they are needed:
             ``measurements [B, F]`` of the mask (:func:`~scripts.networks.measurements.measure`), and ``grade_reasons
             [B, K, 1 + F]``, what head and measurements add to the logits.
@@ -177,41 +179,31 @@ class VolumeInferer(Inferer):
         calibration = self.calibration_of(network)
         temperature = calibration.get_buffer(f"{self.calibrated_for}_temperature")
         prob[..., filled] = temperature_scaled(raw[..., filled], temperature[:, None, None, None])
+        pred = (prob if raw is mask else mask) if self.fusion == "mean" else fuse(samples, self.fusion)
+        confidence = mask_confidence(raw, pred > 0.5)
         result = {
-            "pred": (prob if raw is mask else mask) if self.fusion == "mean" else fuse(samples, self.fusion),
+            "pred": pred,
             "prob": prob,
             "uncertainty": entropy_bits(prob),
             "sample_dice": pairwise_dice(samples),
+            "confidence": confidence,
+            "expected_dice": expected_dice(confidence, calibration.dice_bias, calibration.dice_slope),
             "volume_temperature": calibration.foreground_temperature / temperature,
             "volume_margin": calibration.volume_margin,
             "volumes_from": torch.tensor(VOLUMES_FROM.index(calibration.volumes_from)),
         }
         if grades:
             area = (mask[..., filled] > 0.5).sum(dim=(0, 1, 2))
-            result |= self._grade(area_weighted_mean(torch.cat(grades), area), calibration, volume, mask, spacing)
+            head = area_weighted_mean(torch.cat(grades), area)
+            measured = None
+            if self.keep_measurements or calibration.measures:
+                measured = measurements_of(volume, mask > 0.5, spacing)
+            result |= subject_grade(head, measured, calibration, self.grade_prior)
         result |= {"variance": samples.var(dim=0)} if self.num_samples > 1 else {}
         if calib_prob is not None:
             result |= {"calib_prob": calib_prob} if raw is mask else {"seg_prob": mask}
         needed = self.keep_samples or calibration.volumes_from == "samples"
         return result | ({"samples": samples.flatten(0, 1)} if needed else {})
-
-    def _grade(
-        self,
-        prob: torch.Tensor,
-        calibration: Calibration,
-        volume: torch.Tensor,
-        mask: torch.Tensor,
-        spacing: Sequence[float],
-    ) -> dict[str, torch.Tensor]:
-        """Grade of a subject from what the head says (``prob [K]``) and, if they are needed, from measurements."""
-        measured, result = None, {}
-        if self.keep_measurements or calibration.measures:
-            found = measure(volume.float().cpu().numpy(), (mask > 0.5).cpu().numpy(), spacing)
-            measured = torch.from_numpy(found).float().to(prob.device)
-            result = {"measurements": measured, "grade_reasons": calibration.contributions(prob, measured)}
-        result["grade_prob"] = calibration.calibrated_grades(prob, self.grade_prior, measured)
-        result["grade_prior"] = torch.tensor(self.grade_prior or calibration.grade_prior.tolist())
-        return result
 
     def calibration_of(self, network: SegmentationNetwork) -> Calibration:
         """The network's calibration, or one without effect if it was fitted with other sampling settings.

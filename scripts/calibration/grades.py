@@ -1,57 +1,24 @@
-"""Fits of the calibration: temperatures of probabilities, and the grade from what head and mask say."""
+"""Fits of grades: what the head and the measurements of the mask say."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
+from scripts.calibration.fits import MAX_TEMPERATURE, MIN_TEMPERATURE, log_softmax
 from scripts.networks.calibration import MIN_PROBABILITY, standardised
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 SLOPE = (0.5, 0.5)  # mean and standard deviation of the prior of the grades' slopes
 BIAS_SD = 0.5  # standard deviation of the prior of the grades' bias
 MEASUREMENT_SD = 0.1  # the same, of what a standardised measurement adds to what the training subjects learned
 MAX_SPREAD = 1.5  # logits are scaled so that the difference of two has at most this standard deviation
 RIDGE = 0.1  # inverse strength C of the regularisation of the regression on the training subjects
-
-
-def to_classes(prob: np.ndarray) -> np.ndarray:
-    """Class probabilities ``[n, 2]`` of foreground probabilities ``[n]``."""
-    prob = prob.astype(np.float64)
-    return np.stack([1 - prob, prob], axis=-1)
-
-
-def calibrate(prob: np.ndarray, temperature: float, bias: Sequence[float] = (0.0,)) -> np.ndarray:
-    """softmax(log(prob) / temperature + bias) of class probabilities ``[n, K]`` (Guo et al., ICML 2017)."""
-    return _log_softmax(prob, temperature, bias).exp().numpy()
-
-
-def _log_softmax(prob: np.ndarray, temperature: float, bias: Sequence[float] = (0.0,)) -> torch.Tensor:
-    logits = torch.as_tensor(prob, dtype=torch.float64).clamp(min=MIN_PROBABILITY).log()
-    return torch.log_softmax(logits / temperature + torch.as_tensor(bias, dtype=torch.float64), dim=-1)
-
-
-def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> tuple[float]:
-    """Temperature between 0.05 and 20 that minimises the log loss.
-
-    Args:
-        prob: class probabilities ``[n, K]``.
-        truth: class indices ``[n]``.
-    """
-    target = torch.as_tensor(truth).long()
-
-    def loss(log_temperature: float) -> float:
-        return float(torch.nn.functional.nll_loss(_log_softmax(prob, np.exp(log_temperature)), target))
-
-    bounds = (np.log(MIN_TEMPERATURE), np.log(MAX_TEMPERATURE))
-    return (float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)),)
 
 
 class GradeFit(NamedTuple):
@@ -168,7 +135,7 @@ def _mean_and_scale(measurements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def calibrate_grades(prob: np.ndarray, measurements: np.ndarray, fitted: GradeFit) -> np.ndarray:
     """Calibrated probabilities ``[n, K]`` of those of the head ``[n, K]`` and measurements ``[n, F]``."""
-    logits = _log_softmax(prob, fitted.temperature, fitted.bias.tolist())
+    logits = log_softmax(prob, fitted.temperature, fitted.bias.tolist())
     if fitted.weight.size:
         scores = standardised(*map(torch.as_tensor, (measurements, fitted.mean, fitted.scale)))
         logits = logits + scores @ torch.as_tensor(fitted.weight).T

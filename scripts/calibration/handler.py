@@ -1,4 +1,4 @@
-"""Calibration: temperatures, prior and volume margin are fitted to validation subjects and saved in the checkpoint."""
+"""Handler that fits the calibration to the subjects of an evaluation, and saves it in the checkpoint."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
-import pandas as pd
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
+from monai.metrics import compute_dice
 from sklearn.metrics import brier_score_loss
-from sklearn.model_selection import GroupKFold
 
+from scripts.calibration.cross_fit import scored_fit
+from scripts.calibration.fits import fit_expected_dice, fit_temperature, to_classes
+from scripts.calibration.grades import GradeFit, Measured, calibrate_grades, fit_grades
+from scripts.calibration.volumes import COVERAGE, Volume, conformal_margin, held_share, volume_curve
 from scripts.config import InputError, atomic_path
 from scripts.data.grades import class_frequencies
 from scripts.data.split import patient
@@ -27,95 +30,25 @@ from scripts.distributed import gather_from_all
 from scripts.networks.calibration import (
     CALIBRATED_FOR,
     GRADE_FROM,
-    MIN_PROBABILITY,
     VOLUMES_FROM,
     Calibration,
+    expected_dice,
 )
 from scripts.report.metrics import grade_losses
 from scripts.report.plots import read_background
 from scripts.report.uncertainty import (
-    LEVELS,
     calibration_bins,
     expected_calibration_error,
-    nonconformity,
     region_of_interest,
     sampled_volume,
     size_unit,
     true_masks,
 )
 from scripts.training.checkpoints import read_checkpoint, store_calibration
-from scripts.training.fits import (
-    GradeFit,
-    Measured,
-    calibrate,
-    calibrate_grades,
-    fit_grades,
-    fit_temperature,
-    to_classes,
-)
 
 logger = logging.getLogger(__name__)
 
 MAX_VOXELS = 200_000  # per subject and region: bounds the memory and the weight of one subject
-COVERAGE = 0.9
-LOGITS = np.linspace(-18.5, 18.5, 741)  # thresholds at which the volume of a probability map is kept
-
-
-def cross_fitted(
-    probs: Sequence[np.ndarray],
-    truths: Sequence[np.ndarray],
-    patients: Sequence[str],
-    fit: Callable[..., tuple],
-    apply: Callable[..., np.ndarray] = calibrate,
-) -> list[np.ndarray]:
-    """Each subject's probabilities, calibrated by a fit to other patients (five folds).
-
-    The probabilities of a single patient are returned unchanged.
-    """
-    calibrated, num_patients = list(probs), len(set(patients))
-    if num_patients > 1:
-        for others, held_out in GroupKFold(min(5, num_patients)).split(calibrated, groups=patients):
-            fitted = fit(*(np.concatenate([values[i] for i in others]) for values in (probs, truths)))
-            for i in held_out:
-                calibrated[i] = apply(probs[i], *fitted)
-    return calibrated
-
-
-def conformal_margin(scores: Sequence[float], patients: Sequence[str]) -> float:
-    """Margin that covers the next patient with a probability of 90 % (split conformal prediction).
-
-    The score of a patient's subjects count together as one (pooled distribution; Dunn et al., JASA 2023).
-
-    Args:
-        scores: :func:`~scripts.report.uncertainty.nonconformity` of each subject.
-        patients: patient of each subject.
-
-    Returns:
-        The margin; infinite for fewer than nine patients, which cannot give 90 %.
-    """
-    counts = {name: list(patients).count(name) for name in patients}
-    if COVERAGE * (len(counts) + 1) > len(counts):
-        return math.inf
-    order = np.argsort(scores)
-    weights = np.array([1 / counts[patients[i]] for i in order]) / (len(counts) + 1)
-    reached = np.cumsum(weights) >= COVERAGE - 1e-9
-    return float(np.asarray(scores)[order][reached][0])
-
-
-class Volume(NamedTuple):
-    """True volume of one mask, in ml or pixels, and what predicts it."""
-
-    curve: np.ndarray  # see volume_curve
-    sampled: dict[str, float]  # see sampled_volume; empty without samples
-    true: float
-    patient: str
-
-    def score(self, volumes_from: str, temperature: float) -> float:
-        """:func:`nonconformity` of the interval that is not corrected; ``temperature`` scales the probability."""
-        if volumes_from == "samples":
-            return nonconformity(self.sampled["low"], self.sampled["high"], self.true)
-        low, high = (volume_at(self.curve, level, temperature) for level in LEVELS)
-        return nonconformity(low, high, self.true)
 
 
 class CalibrationFit:
@@ -182,6 +115,9 @@ class CalibrationFit:
         self.calibration.reset()  # the fit needs probabilities that are not calibrated
         self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
         self.volumes: dict[str, list[Volume]] = defaultdict(list)
+        self.quality: dict[str, list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(
+            list
+        )  # confidence, Dice, patient
         self.grades: list[tuple[list[float], int, str]] = []  # probabilities and measurements, grade, patient
         self.trained: list[tuple[list[float], int]] = []  # measurements and grade of training subjects
         self.rng = np.random.default_rng(0)
@@ -194,6 +130,9 @@ class CalibrationFit:
                 continue
             name = patient(item["subject"], self.patient_pattern)
             foreground = read_background(item) != 0
+            confidence = item["confidence"].cpu().numpy()
+            mask, truth = (torch.as_tensor(item[key])[None] for key in ("pred", "label"))
+            dice = compute_dice(mask, truth, ignore_empty=False)[0].cpu().numpy()
             for channel, region in enumerate(self.regions):
                 prob, pred = (np.asarray(item[key][channel].cpu()) for key in ("prob", "pred"))
                 truths = true_masks(item, channel)
@@ -201,6 +140,8 @@ class CalibrationFit:
                 sampled = {}
                 if "sample_volumes" in item:
                     sampled = sampled_volume(item["sample_volumes"][channel :: len(self.regions)])
+                if not np.isnan(confidence[channel]):
+                    self.quality[region].append((confidence[channel, None], dice[channel, None], name))
                 for label in truths:
                     self._keep(region, "foreground", prob[foreground], label[foreground], name)
                     self._keep(region, "lesion", prob[lesion], label[lesion], name)
@@ -228,10 +169,11 @@ class CalibrationFit:
                 raise InputError(
                     f"region '{region}' has no voxel in any true mask, so it cannot be calibrated; use more subjects"
                 )
-            scores, (temperature,) = _fit(probs, truths, patients, fit_temperature, voxel_scores)
+            scores, (temperature,) = scored_fit(probs, truths, patients, fit_temperature, voxel_scores)
             new.get_buffer(f"{voxels}_temperature")[self.regions.index(region)] = temperature
             report[region][voxels] = {"temperature": temperature, **scores}
         self._fit_volumes(new, report)
+        self._fit_expected_dice(new, report)
         if fitted := self._fit_grades(new):
             report["grade"] = fitted
         if idist.get_rank() == 0:
@@ -270,6 +212,23 @@ class CalibrationFit:
                     "are needed. None will be given; raise validation_share"
                 )
 
+    def _fit_expected_dice(self, new: Calibration, report: dict[str, Any]) -> None:
+        """Fit the expected Dice of the masks that are not empty; the report holds its mean error, cross-fitted."""
+        for channel, region in enumerate(self.regions):
+            if not (found := gather_from_all(self.quality[region])):
+                continue
+            confidence, dice, patients = map(list, zip(*found, strict=True))
+            scores, fitted = scored_fit(
+                confidence,
+                dice,
+                patients,
+                fit_expected_dice,
+                lambda expected, true: {"mean_error": float(np.abs(expected - true).mean())},
+                lambda values, *numbers: expected_dice(torch.as_tensor(values), *numbers).numpy(),
+            )
+            new.dice_bias[channel], new.dice_slope[channel] = fitted
+            report[region]["expected_dice"] = {"bias": fitted[0], "slope": fitted[1], **scores}
+
     def _fit_grades(self, new: Calibration) -> dict[str, Any]:
         """Fit the grades, write the result into ``new``, and return what is reported; empty without grades."""
         grades = gather_from_all(self.grades)
@@ -302,7 +261,7 @@ class CalibrationFit:
         def apply(rows: np.ndarray, fitted: GradeFit) -> np.ndarray:
             return calibrate_grades(rows[:, :count], rows[:, count:], fitted)
 
-        scores, (found,) = _fit(
+        scores, (found,) = scored_fit(
             probs, truths, patients, fit, lambda rows, truth: grade_losses(rows[:, :count], truth), apply
         )
         new.grade_temperature.fill_(found.temperature)
@@ -319,45 +278,6 @@ class CalibrationFit:
 def _trained_on(ckpt_path: str, dataset: str) -> list[str]:
     """Names of the subjects of a data set that the weights were trained on."""
     return read_checkpoint(ckpt_path)["lineage"]["training"].get(dataset, [])
-
-
-def held_share(scores: Sequence[float], patients: Sequence[str]) -> float:
-    """Share of the volumes inside of their intervals (:func:`nonconformity` up to 0); every patient counts equally."""
-    return float(pd.Series(scores).le(1e-6).groupby(list(patients)).mean().mean())
-
-
-def volume_curve(prob: np.ndarray) -> np.ndarray:
-    """Number of voxels whose logit is above each of :data:`LOGITS`."""
-    prob = np.clip(prob.astype(np.float64), MIN_PROBABILITY, 1 - MIN_PROBABILITY)
-    counts = np.histogram(np.log(prob / (1 - prob)), bins=np.append(LOGITS, np.inf))[0]
-    return np.cumsum(counts[::-1])[::-1].astype(float)
-
-
-def volume_at(curve: np.ndarray, level: float, temperature: float) -> float:
-    """Volume of the voxels whose probability is above ``level`` after division of the logits by ``temperature``."""
-    return float(np.interp(temperature * math.log(level / (1 - level)), LOGITS, curve))
-
-
-def _fit(
-    probs: list[np.ndarray],
-    truths: list[np.ndarray],
-    patients: list[str],
-    fit: Callable[..., tuple],
-    scores: Callable[..., dict],
-    apply: Callable[..., np.ndarray] = calibrate,
-) -> tuple[dict[str, Any], tuple]:
-    """The scores before, after and cross-fitted; and what was fitted to all subjects."""
-    prob, truth = np.concatenate(probs), np.concatenate(truths)
-    fitted = fit(prob, truth)
-    held_out = np.concatenate(cross_fitted(probs, truths, patients, fit, apply))
-    report = {
-        "subjects": len(probs),
-        "patients": len(set(patients)),
-        "before": scores(prob, truth),
-        "after": scores(apply(prob, *fitted), truth),
-        "cross_fitted": scores(held_out, truth),
-    }
-    return report, fitted
 
 
 def voxel_scores(prob: np.ndarray, truth: np.ndarray) -> dict[str, float]:

@@ -1,0 +1,69 @@
+"""Fits of masks: the temperature of their probability, and the Dice to expect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import logit
+from sklearn.linear_model import LogisticRegression
+
+from scripts.networks.calibration import MIN_CONFIDENCE, MIN_PROBABILITY
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+
+
+def to_classes(prob: np.ndarray) -> np.ndarray:
+    """Class probabilities ``[n, 2]`` of foreground probabilities ``[n]``."""
+    prob = prob.astype(np.float64)
+    return np.stack([1 - prob, prob], axis=-1)
+
+
+def calibrate(prob: np.ndarray, temperature: float, bias: Sequence[float] = (0.0,)) -> np.ndarray:
+    """softmax(log(prob) / temperature + bias) of class probabilities ``[n, K]`` (Guo et al., ICML 2017)."""
+    return log_softmax(prob, temperature, bias).exp().numpy()
+
+
+def log_softmax(prob: np.ndarray, temperature: float, bias: Sequence[float] = (0.0,)) -> torch.Tensor:
+    logits = torch.as_tensor(prob, dtype=torch.float64).clamp(min=MIN_PROBABILITY).log()
+    return torch.log_softmax(logits / temperature + torch.as_tensor(bias, dtype=torch.float64), dim=-1)
+
+
+def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> tuple[float]:
+    """Temperature between 0.05 and 20 that minimises the log loss.
+
+    Args:
+        prob: class probabilities ``[n, K]``.
+        truth: class indices ``[n]``.
+    """
+    target = torch.as_tensor(truth).long()
+
+    def loss(log_temperature: float) -> float:
+        return float(torch.nn.functional.nll_loss(log_softmax(prob, np.exp(log_temperature)), target))
+
+    bounds = (np.log(MIN_TEMPERATURE), np.log(MAX_TEMPERATURE))
+    return (float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)),)
+
+
+def fit_expected_dice(confidence: np.ndarray, dice: np.ndarray) -> tuple[float, float]:
+    """Bias and slope of the expected Dice of masks ``[n]``; see :class:`~scripts.networks.calibration.Calibration`.
+
+    A logistic regression whose target is a share (Papke and Wooldridge, J. Appl. Econometrics 1996), with the
+    regularisation that is scikit-learn's default: a few masks shift the mean, but hardly change the slope.
+
+    Args:
+        confidence: mean probability inside each mask.
+        dice: of the same masks.
+    """
+    scores = logit(confidence.astype(float).clip(MIN_CONFIDENCE, 1 - MIN_CONFIDENCE))
+    mean, scale = scores.mean(), scores.std() if scores.std() > 1e-6 else 1.0
+    share = dice.clip(MIN_CONFIDENCE, 1 - MIN_CONFIDENCE)  # neither class may be without weight
+    model = LogisticRegression().fit(
+        np.tile((scores - mean) / scale, 2)[:, None],
+        np.repeat([1, 0], len(dice)),
+        sample_weight=np.append(share, 1 - share),
+    )
+    slope = model.coef_.item() / scale
+    return float(model.intercept_.item() - slope * mean), float(slope)
