@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--folds", nargs="+", type=int, default=[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the weights, batches and noise")
     parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument(
+        "--arms_file", type=Path, default=Path(__file__).with_name("arms.yaml"), help="where they are listed"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--nnunet", type=Path, help="Python of nnU-Net's environment")
     args, keys = parser.parse_known_args()
@@ -74,7 +77,7 @@ def check_unchanged(file: Path, settings: dict[str, Any]) -> None:
 def make_arms(args: argparse.Namespace, settings: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """The arms by name."""
     found: dict[str, Any] = {}
-    for name, own in yaml.safe_load(Path(__file__).with_name("arms.yaml").read_text()).items():
+    for name, own in yaml.safe_load(args.arms_file.read_text(encoding="utf-8")).items():
         configs = [*args.configs, *own.pop("configs", ())]
         found[name] = BundleArm(configs, settings | own, args.minutes, args.threads, output_dir / "probes" / name)
     if args.nnunet:

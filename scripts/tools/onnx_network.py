@@ -149,7 +149,7 @@ class OnnxNetwork(SegmentationNetwork):
                     "configs/export_onnx.yaml"
                 )
         calibration = {name: torch.tensor(values) for name, values in metadata["calibration"].items()}
-        self.calibration.load_state_dict(self.calibration.state_dict() | calibration)  # older files measure nothing
+        self.calibration.load_state_dict(self.calibration.state_dict() | calibration)  # older files have fewer numbers
 
     def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """See :meth:`SegmentationNetwork.condition`."""

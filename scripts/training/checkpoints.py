@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # settings that name and paint the outputs; weights may be used under others
 NAMING = ("grade_labels", "background_label")
+# what older checkpoints lack: fitted since version 0.9, and since version 0.11
+FITTED_LATER = ("calibration.measurement_", "calibration.dice_")
 
 
 class SaveCheckpoints:
@@ -240,8 +242,7 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
     weights = checkpoint["model"]
     check_settings(checkpoint["settings"], settings, f"ckpt_path '{ckpt_path}'")
     expected = network.state_dict()
-    # before version 0.9 no grade was read from measurements
-    weights = {name: value for name, value in expected.items() if ".measurement_" in name} | weights
+    weights = {name: value for name, value in expected.items() if name.startswith(FITTED_LATER)} | weights
     for name in sorted(expected.keys() | weights.keys()):
         ours, theirs = (_shape(state.get(name)) for state in (expected, weights))
         text = name.endswith("_extra_state") and isinstance(theirs, tuple)  # that of version 0.7 has another length
