@@ -42,14 +42,14 @@ def test_the_temperature_is_found(temperature):
 
 
 def expected(confidence, fitted):
-    return expected_dice(torch.as_tensor(confidence), *fitted).numpy()
+    return expected_dice(torch.as_tensor(confidence), torch.tensor(fitted)).numpy()
 
 
 def test_the_dice_is_read_from_the_confidence():
     """A network that is too sure: its masks of confidence 0.6 to 0.99 have a Dice of 0.1 to 0.9."""
     confidence = np.linspace(0.6, 0.99, 400)
     dice = expit(1.2 * np.log(confidence / (1 - confidence)) - 2.5) + np.tile([-0.05, 0.05], 200)
-    bias, slope = fit_expected_dice(confidence, dice)
+    bias, slope, _ = fit_expected_dice(confidence, dice)
     assert (bias, slope) == pytest.approx((-2.5, 1.2), abs=0.1)
     few = fit_expected_dice(confidence[::100], dice[::100])
     assert 0 < few[1] < slope  # four masks say little of the slope
@@ -60,7 +60,18 @@ def test_the_dice_is_read_from_the_confidence():
 def test_masks_that_are_all_right_or_all_wrong(dice):
     fitted = fit_expected_dice(np.array([1.0, 0.9, 0.8]), np.full(3, dice))
     assert expected(np.array([0.0, 0.5, 1.0]), fitted) == pytest.approx([dice] * 3, abs=0.01)
-    assert np.isnan(expected(np.array([np.nan]), fitted)).all()
+
+
+def test_empty_masks_are_expected_to_be_as_right_as_those_of_the_fit():
+    confidence = np.array([np.nan, np.nan, np.nan, 0.9])
+    bias, slope, of_empty = fit_expected_dice(confidence, np.array([1.0, 1.0, 0.0, 0.8]))
+    assert of_empty == pytest.approx(2.5 / 4)
+    assert slope == pytest.approx(0, abs=1e-6)  # of one mask
+    assert expected(np.array([np.nan, 0.9]), (bias, slope, of_empty)) == pytest.approx([2.5 / 4, 0.8], abs=1e-3)
+    assert fit_expected_dice(confidence[3:], np.array([0.8]))[2] == 0.5  # none was empty
+    only_empty = fit_expected_dice(confidence[:3], np.zeros(3))
+    assert expected(np.array([np.nan]), only_empty) == pytest.approx([0.5 / 4])
+    assert np.isnan(expected(np.array([0.9]), only_empty)).all()
 
 
 def test_scaling_keeps_masks_and_orders():
@@ -306,18 +317,6 @@ def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items, fit, cap
     assert report["grade"]["after"]["log_loss"] < math.log(2)  # that of the frequencies
     assert read_checkpoint(checkpoint)["settings"] == {"seed": 1}  # the rest of the checkpoint is kept
     assert read_checkpoint(checkpoint)["lineage"]["validation"] == {"d": [f"s{i}" for i in range(6)]}
-
-
-def test_an_empty_mask_says_nothing_of_the_dice(items, fit):
-    found = items()
-    for item in found[1:]:
-        item["confidence"] = torch.tensor([torch.nan, torch.nan])
-    calibration = fit(found)
-    assert calibration.dice_slope.tolist() == pytest.approx([0, 0], abs=1e-6)  # of one mask
-    for item in found:
-        item["confidence"] = torch.tensor([torch.nan, 0.9])
-    calibration = fit(found)
-    assert calibration.dice_bias.isnan().tolist() == calibration.dice_slope.isnan().tolist() == [True, False]
 
 
 def test_volumes_are_calibrated_with_enough_patients(tmp_path, items, fit):

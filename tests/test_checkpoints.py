@@ -179,7 +179,7 @@ def test_an_older_checkpoint_with_fewer_numbers_is_loaded(tmp_path):
     loaded = network()
     load_weights(loaded, str(file), SETTINGS)
     assert not loaded.calibration.measures
-    assert loaded.calibration.dice_bias.isnan().all()
+    assert loaded.calibration.dice_fit.isnan().all()
 
 
 def test_inference_finds_its_settings_in_the_checkpoint(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,23 +48,29 @@ def fit_temperature(prob: np.ndarray, truth: np.ndarray) -> tuple[float]:
     return (float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)),)
 
 
-def fit_expected_dice(confidence: np.ndarray, dice: np.ndarray) -> tuple[float, float]:
-    """Bias and slope of the expected Dice of masks ``[n]``; see :class:`~scripts.networks.calibration.Calibration`.
+def fit_expected_dice(confidence: np.ndarray, dice: np.ndarray) -> tuple[float, float, float]:
+    """Numbers of :func:`~scripts.networks.calibration.expected_dice`: bias, slope, and the Dice of an empty mask.
 
-    A logistic regression whose target is a share (Papke and Wooldridge, J. Appl. Econometrics 1996), with the
-    regularisation that is scikit-learn's default: a few masks shift the mean, but hardly change the slope.
+    Bias and slope are a logistic regression whose target is a share (Papke and Wooldridge, J. Appl. Econometrics 1996),
+    with the regularisation that is scikit-learn's default: a few masks shift the mean, but hardly change the slope.
+    Both are NaN if all masks are empty. An empty mask is expected to have 0.5, which the Dice of those of the fit (0 or
+    1) correct; 0.5 counts as one of them.
 
     Args:
-        confidence: mean probability inside each mask.
-        dice: of the same masks.
+        confidence: mean probability inside each mask ``[n]``, NaN for an empty one.
+        dice: of the same masks ``[n]``.
     """
-    scores = logit(confidence.astype(float).clip(MIN_CONFIDENCE, 1 - MIN_CONFIDENCE))
+    empty = np.isnan(confidence)
+    of_empty = float((dice[empty].sum() + 0.5) / (empty.sum() + 1))
+    if empty.all():
+        return math.nan, math.nan, of_empty
+    scores = logit(confidence[~empty].astype(float).clip(MIN_CONFIDENCE, 1 - MIN_CONFIDENCE))
     mean, scale = scores.mean(), scores.std() if scores.std() > 1e-6 else 1.0
-    share = dice.clip(MIN_CONFIDENCE, 1 - MIN_CONFIDENCE)  # neither class may be without weight
+    share = dice[~empty].clip(MIN_CONFIDENCE, 1 - MIN_CONFIDENCE)  # neither class may be without weight
     model = LogisticRegression().fit(
         np.tile((scores - mean) / scale, 2)[:, None],
-        np.repeat([1, 0], len(dice)),
+        np.repeat([1, 0], len(share)),
         sample_weight=np.append(share, 1 - share),
     )
     slope = model.coef_.item() / scale
-    return float(model.intercept_.item() - slope * mean), float(slope)
+    return float(model.intercept_.item() - slope * mean), float(slope), of_empty

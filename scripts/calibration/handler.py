@@ -140,8 +140,7 @@ class CalibrationFit:
                 sampled = {}
                 if "sample_volumes" in item:
                     sampled = sampled_volume(item["sample_volumes"][channel :: len(self.regions)])
-                if not np.isnan(confidence[channel]):
-                    self.quality[region].append((confidence[channel, None], dice[channel, None], name))
+                self.quality[region].append((confidence[channel, None], dice[channel, None], name))
                 for label in truths:
                     self._keep(region, "foreground", prob[foreground], label[foreground], name)
                     self._keep(region, "lesion", prob[lesion], label[lesion], name)
@@ -213,21 +212,19 @@ class CalibrationFit:
                 )
 
     def _fit_expected_dice(self, new: Calibration, report: dict[str, Any]) -> None:
-        """Fit the expected Dice of the masks that are not empty; the report holds its mean error, cross-fitted."""
+        """Fit what Dice to expect of a mask; the report holds the mean difference to the true one."""
         for channel, region in enumerate(self.regions):
-            if not (found := gather_from_all(self.quality[region])):
-                continue
-            confidence, dice, patients = map(list, zip(*found, strict=True))
-            scores, fitted = scored_fit(
+            confidence, dice, patients = map(list, zip(*gather_from_all(self.quality[region]), strict=True))
+            scores, numbers = scored_fit(
                 confidence,
                 dice,
                 patients,
                 fit_expected_dice,
-                lambda expected, true: {"mean_error": float(np.abs(expected - true).mean())},
-                lambda values, *numbers: expected_dice(torch.as_tensor(values), *numbers).numpy(),
+                lambda expected, true: {"mean_error": float(np.abs(np.nan_to_num(expected) - true).mean())},
+                lambda values, *numbers: expected_dice(torch.as_tensor(values), torch.tensor(numbers)).numpy(),
             )
-            new.dice_bias[channel], new.dice_slope[channel] = fitted
-            report[region]["expected_dice"] = {"bias": fitted[0], "slope": fitted[1], **scores}
+            new.dice_fit[channel] = torch.tensor(numbers)
+            report[region]["expected_dice"] = dict(zip(("bias", "slope", "of_empty"), numbers, strict=True)) | scores
 
     def _fit_grades(self, new: Calibration) -> dict[str, Any]:
         """Fit the grades, write the result into ``new``, and return what is reported; empty without grades."""

@@ -40,7 +40,7 @@ class Calibration(nn.Module):
         grade_bias: added to the logits of the grades ``[K]`` (Platt scaling with intercept, for any number of grades).
         grade_prior: frequencies of the grades that the probabilities assume ``[K]``. They are equal before the fit,
             because the loss is weighted by inverse frequency.
-        dice_bias: of the expected Dice ``[R]``, see :func:`expected_dice`; NaN without a fit. So is ``dice_slope``.
+        dice_fit: numbers of :func:`expected_dice` for each region ``[R, 3]``; NaN without a fit.
         volume_margin: widens the volume interval ``[R]``, in cube roots of ml (or of pixels); infinite without a fit.
         sampling: sampling settings of the fit; empty before the fit.
         volumes_from: one of :data:`VOLUMES_FROM`: the level sets of the probability, or the samples.
@@ -51,8 +51,7 @@ class Calibration(nn.Module):
     grade_temperature: torch.Tensor
     grade_bias: torch.Tensor
     grade_prior: torch.Tensor
-    dice_bias: torch.Tensor
-    dice_slope: torch.Tensor
+    dice_fit: torch.Tensor
     volume_margin: torch.Tensor
     measurement_mean: torch.Tensor
     measurement_scale: torch.Tensor
@@ -65,8 +64,7 @@ class Calibration(nn.Module):
         self.register_buffer("grade_temperature", torch.tensor(1.0))
         self.register_buffer("grade_bias", torch.zeros(num_grades))
         self.register_buffer("grade_prior", torch.full((num_grades,), 1 / num_grades))
-        self.register_buffer("dice_bias", torch.full((num_regions,), math.nan))
-        self.register_buffer("dice_slope", torch.full((num_regions,), math.nan))
+        self.register_buffer("dice_fit", torch.full((num_regions, 3), math.nan))
         self.register_buffer("volume_margin", torch.full((num_regions,), math.inf))
         self.register_buffer("measurement_mean", torch.zeros(num_measurements))
         self.register_buffer("measurement_scale", torch.ones(num_measurements))
@@ -132,15 +130,16 @@ class Calibration(nn.Module):
         return torch.softmax(logits, dim=-1).to(prob)
 
 
-def expected_dice(confidence: torch.Tensor, bias: torch.Tensor | float, slope: torch.Tensor | float) -> torch.Tensor:
+def expected_dice(confidence: torch.Tensor, fit: torch.Tensor) -> torch.Tensor:
     """Dice that masks of a confidence had in the fit: sigmoid(bias + slope * logit(confidence)).
 
     Args:
-        confidence: mean probability inside each mask ``[R]``; NaN for an empty mask, and so is its Dice.
-        bias: ``[R]`` or a number.
-        slope: likewise.
+        confidence: mean probability inside each mask ``[R]``; NaN for an empty mask.
+        fit: bias, slope, and the Dice of an empty mask, ``[3]`` or for each region ``[R, 3]``.
     """
-    return torch.sigmoid(bias + slope * torch.logit(confidence, eps=MIN_CONFIDENCE))
+    bias, slope, empty = fit.unbind(dim=-1)
+    dice = torch.sigmoid(bias + slope * torch.logit(confidence, eps=MIN_CONFIDENCE))
+    return torch.where(confidence.isnan(), empty, dice)
 
 
 def standardised(measurements: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -135,7 +135,7 @@ def estimates(item: Mapping[str, Any], regions: Sequence[str]) -> dict[str, Any]
     """What is known of each region without the truth: volumes, expected Dice, agreement of the samples.
 
     The calibration decides whether the volumes are those of level sets of the probability or those of the samples.
-    Without a calibration, and for an empty mask, the expected Dice is that of the level sets, too.
+    Without a calibration, the expected Dice is that of the level sets, too.
 
     Args:
         item: an evaluated item; ``sample_volumes [N * R]`` are needed if the volumes are those of the samples.

@@ -138,8 +138,8 @@ class VolumeInferer(Inferer):
             the calibration of the foreground;
             ``volume_margin [B, R]`` and ``volumes_from [B]``, a position in ``VOLUMES_FROM``, see
             :class:`~scripts.networks.calibration.Calibration`; ``confidence [B, R]``, the mean probability inside the
-            mask before temperature scaling, and ``expected_dice [B, R]``, the Dice that the calibration expects of it,
-            both NaN if unknown; ``grade_prob [B, K]``, calibrated, and
+            mask before temperature scaling, NaN for an empty one, and ``expected_dice [B, R]``, the Dice that the
+            calibration expects of it, NaN without a calibration; ``grade_prob [B, K]``, calibrated, and
             ``grade_prior [B, K]``, the prior that it assumes; both are absent without grading. If they are needed:
             ``measurements [B, F]`` of the mask (:func:`~scripts.networks.measurements.measure`), and ``grade_reasons
             [B, K, 1 + F]``, what head and measurements add to the logits.
@@ -187,7 +187,7 @@ class VolumeInferer(Inferer):
             "uncertainty": entropy_bits(prob),
             "sample_dice": pairwise_dice(samples),
             "confidence": confidence,
-            "expected_dice": expected_dice(confidence, calibration.dice_bias, calibration.dice_slope),
+            "expected_dice": expected_dice(confidence, calibration.dice_fit),
             "volume_temperature": calibration.foreground_temperature / temperature,
             "volume_margin": calibration.volume_margin,
             "volumes_from": torch.tensor(VOLUMES_FROM.index(calibration.volumes_from)),
