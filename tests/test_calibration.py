@@ -319,6 +319,18 @@ def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items, fit, cap
     assert read_checkpoint(checkpoint)["lineage"]["validation"] == {"d": [f"s{i}" for i in range(6)]}
 
 
+def test_a_network_that_finds_nothing_is_calibrated(tmp_path, items, fit):
+    found = items()
+    for item in found:
+        item["pred"] = torch.zeros_like(item["pred"])
+        item["confidence"] = torch.full((2,), torch.nan)
+    calibration = fit(found)
+    assert calibration.dice_fit[:, :2].isnan().all()
+    assert calibration.dice_fit[:, 2].tolist() == pytest.approx([0.5 / 7] * 2)
+    report = json.loads((tmp_path / "calibration.json").read_text(), parse_constant=pytest.fail)
+    assert report["WT"]["expected_dice"]["slope"] is None
+
+
 def test_volumes_are_calibrated_with_enough_patients(tmp_path, items, fit):
     found = [item | {"subject": f"{name}{item['subject']}"} for name in "ab" for item in items()]
     calibration = fit(found)

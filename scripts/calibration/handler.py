@@ -224,7 +224,10 @@ class CalibrationFit:
                 lambda values, *numbers: expected_dice(torch.as_tensor(values), torch.tensor(numbers)).numpy(),
             )
             new.dice_fit[channel] = torch.tensor(numbers)
-            report[region]["expected_dice"] = dict(zip(("bias", "slope", "of_empty"), numbers, strict=True)) | scores
+            named = zip(("bias", "slope", "of_empty"), numbers, strict=True)
+            report[region]["expected_dice"] = {
+                key: None if math.isnan(value) else value for key, value in named
+            } | scores
 
     def _fit_grades(self, new: Calibration) -> dict[str, Any]:
         """Fit the grades, write the result into ``new``, and return what is reported; empty without grades."""
