@@ -17,7 +17,7 @@ from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.networks.base import Outputs, SegmentationNetwork
 from scripts.networks.baselines import GradingDenseNet, GradingResNet, PlainUNet
-from scripts.networks.conditioning import HIGHWAY, STOCHASTIC
+from scripts.networks.conditioning import HIGHWAY, SELF, STOCHASTIC
 from scripts.networks.grading import GradingHead
 from scripts.networks.stochastic import StochasticUNet
 from scripts.networks.unets import Denoiser, ImageUNet
@@ -50,12 +50,13 @@ class MedSegDiff(SegmentationNetwork):
         num_res_blocks: residual blocks per level of the denoiser; overrides ``variant``.
         conditioning: names of :data:`scripts.networks.conditioning.CONDITIONING`; overrides ``variant``.
         use_cls_head: grade from the denoiser's bottleneck.
-        self_conditioning: the denoiser also sees the estimate of x_0 of the step before (Chen et al. 2023, Analog
-            Bits).
+        denoiser_stride: the denoiser works at 1 / ``denoiser_stride`` of the resolution where it corrects a calibration
+            map. Without one, with the module ``stochastic``, and with another prediction type than the mask, it works
+            at the full resolution.
 
     Raises:
-        InputError: for an unknown variant or module, an unusable list of channels, or a stochastic network with another
-            prediction type than the mask.
+        InputError: for an unknown variant or module, an unusable list of channels, a stride that is no power of 2, or a
+            stochastic network with another prediction type than the mask.
     """
 
     def __init__(
@@ -70,13 +71,17 @@ class MedSegDiff(SegmentationNetwork):
         num_res_blocks: int | None = None,
         conditioning: Sequence[str] | None = None,
         use_cls_head: bool = True,
-        self_conditioning: bool = False,
+        denoiser_stride: int = 1,
     ) -> None:
         resolved = resolve_variant(variant, channels, calib_channels, num_res_blocks, conditioning)
         image_channels = resolved.calib_channels or () if HIGHWAY in resolved.conditioning else ()
-        divisor = 2 ** (max(len(resolved.channels), len(image_channels)) - 1)
-        super().__init__(diffusion, in_channels, out_channels, num_grades, divisor)
-        self.self_conditioning = self_conditioning
+        if denoiser_stride not in (1, 2, 4, 8):
+            raise InputError(f"denoiser_stride={denoiser_stride!r} must be 1, 2, 4 or 8")
+        corrects = bool(image_channels) and STOCHASTIC not in resolved.conditioning
+        stride = denoiser_stride if corrects and diffusion.prediction_type == "sample" else 1
+        divisor = max(stride * 2 ** (len(resolved.channels) - 1), 2 ** (len(image_channels) - 1))
+        super().__init__(diffusion, in_channels, out_channels, num_grades, int(divisor))
+        self.self_conditioning = SELF in resolved.conditioning
         self.has_calib_map = bool(image_channels)
         self.calibrator = ImageUNet(in_channels, out_channels, image_channels) if image_channels else None
         self.is_stochastic = STOCHASTIC in resolved.conditioning
@@ -86,8 +91,9 @@ class MedSegDiff(SegmentationNetwork):
         if self.calibrator is not None and self.is_stochastic:
             self.distribution = StochasticUNet(in_channels, out_channels, image_channels)
             self.project = nn.Conv2d(image_channels[0], width, kernel_size=1)
-        masks = 1 + self.has_calib_map + self_conditioning
-        self.denoiser = Denoiser(in_channels + masks * out_channels + width, out_channels, resolved, image_channels)
+        masks = 1 + self.has_calib_map + self.self_conditioning
+        seen = in_channels + masks * out_channels + width
+        self.denoiser = Denoiser(seen, out_channels, resolved, image_channels, stride)
         self.cls_head = GradingHead(resolved.channels[-1], num_grades) if use_cls_head else None
 
     @property

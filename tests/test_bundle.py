@@ -224,7 +224,11 @@ def test_prediction_lies_where_the_volume_says(trained, phantoms, run_bundle, tm
             "fusion": "staple",
             "num_samples": 2,
         },
-        {"self_conditioning": True, "train::inferer::noised_mask": "truth", "validate::inferer::eta": 1.0},
+        {
+            "conditioning": ["highway", "self_conditioning"],
+            "train::inferer::noised_mask": "truth",
+            "validate::inferer::eta": 1.0,
+        },
         {"conditioning": list(CONDITIONING), "amp": True, "num_samples": 2, "num_inference_steps": 2},
         {"conditioning": [], "loss::task_weighting": "sum"},
         {"conditioning": ["highway", "stochastic"], "num_samples": 3, "num_inference_steps": 2},

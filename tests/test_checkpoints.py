@@ -182,6 +182,27 @@ def test_an_older_checkpoint_with_fewer_numbers_is_loaded(tmp_path):
     assert loaded.calibration.dice_fit.isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("older", "conditioning"),
+    [
+        ({"self_conditioning": False, "conditioning": None}, None),
+        ({"self_conditioning": True, "conditioning": None, "variant": "v2"}, ["highway", "anchor", "ss_former"]),
+        ({"self_conditioning": True, "conditioning": ["highway"]}, ["highway"]),
+    ],
+)
+def test_settings_of_older_checkpoints_get_their_names_of_now(tmp_path, older, conditioning):
+    train(tmp_path, best_epochs=[1])
+    file = tmp_path / "model.pt"
+    content = torch.load(file, weights_only=True)
+    content["settings"] = {"architecture": "MedSegDiff", "variant": "S", **older}
+    torch.save(content, file)
+    settings = trained_settings(str(file))
+    assert (settings["denoiser_stride"], settings["slice_size"]) == (1, None)
+    added = ["self_conditioning"] if older["self_conditioning"] else []
+    assert settings["conditioning"] == (None if conditioning is None else conditioning + added)
+    assert "self_conditioning" not in settings
+
+
 def test_inference_finds_its_settings_in_the_checkpoint(tmp_path):
     train(tmp_path, best_epochs=[1])
     file = tmp_path / "model.pt"

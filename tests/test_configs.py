@@ -131,7 +131,7 @@ def test_both_bases_sample_alike():
 
 def test_the_weights_are_those_of_the_demo_and_inference_needs_no_other_setting():
     checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
-    assert {"slice_size": None, **checkpoint["settings"]} == settings_of("train.yaml", "demo.yaml")
+    assert checkpoint["settings"] == settings_of("train.yaml", "demo.yaml")
     for parser in (parsed("train.yaml", "demo.yaml"), parsed("inference.yaml")):
         parser.get_parsed_content("network_def").load_state_dict(checkpoint["model"])
     assert (ROOT / "models" / "model.pt").stat().st_size < 10e6

@@ -105,7 +105,7 @@ def test_truncated_start_is_the_noised_calibration_map(network, volume):
 
 
 def test_self_conditioning_hands_the_estimate_on(volume):
-    network = randomise(MedSegDiff(GaussianDiffusion(), self_conditioning=True, **TINY))
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=["highway", "self_conditioning"], **TINY))
     seen = []
     forward = network.forward
     network.forward = lambda *args: seen.append(args[4]) or forward(*args)

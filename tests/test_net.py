@@ -37,6 +37,32 @@ def test_forward_shapes(modalities, regions):
     assert cls_logits.shape == (2, 2)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("conditioning", [["highway"], ["highway", *MODULES], ["highway", "self_conditioning"]])
+def test_the_denoiser_corrects_the_map_at_a_part_of_the_resolution(stride, conditioning):
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=conditioning, denoiser_stride=stride, **TINY))
+    seen = []
+    network.denoiser.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.shape[2:]))
+    seg_logits, cls_logits, calib_map = network(*inputs(size=32))
+    assert seg_logits.shape == calib_map.shape == (2, 1, 32, 32)
+    assert seen == [(32 // stride, 32 // stride)]
+    correction = seg_logits - calib_map
+    coarse = torch.nn.functional.avg_pool2d(correction, 8)
+    assert correction.abs().max() > 0 and coarse.abs().max() > 0
+    with pytest.raises(InputError, match=f"divisible by {4 * stride}"):
+        network(*inputs(size=34))
+
+
+@pytest.mark.parametrize(
+    ("settings", "prediction_type"),
+    [({"conditioning": []}, "sample"), ({"conditioning": ["highway", "stochastic"]}, "sample"), ({}, "v_prediction")],
+)
+def test_nothing_else_is_denoised_at_a_part_of_the_resolution(settings, prediction_type):
+    network = MedSegDiff(GaussianDiffusion(prediction_type=prediction_type), denoiser_stride=2, **TINY | settings)
+    assert network.denoiser.stride == 1
+    assert network.divisor == 4
+
+
 def test_without_grading_head():
     network = MedSegDiff(GaussianDiffusion(), use_cls_head=False, **TINY)
     seg_logits, cls_logits, calib_map = network(*inputs())

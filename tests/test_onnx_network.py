@@ -34,12 +34,12 @@ def make(prediction_type="sample", **settings):
 NETWORKS = {
     "all at once": lambda: make(
         prediction_type="v_prediction",
-        self_conditioning=True,
         use_cls_head=False,
         out_channels=2,
-        conditioning=["highway", "dynamic_encoding", "anchor"],
+        conditioning=["highway", "self_conditioning", "dynamic_encoding", "anchor"],
         **TINY,
     ),
+    "half resolution": lambda: make(conditioning=["highway", "anchor"], denoiser_stride=2, **TINY),
     "concatenation": lambda: make(channels=[8, 8, 8], conditioning=[]),
     "stochastic": lambda: make(conditioning=["highway", "stochastic"], **TINY),
 }
@@ -126,7 +126,8 @@ TRAINED_FOR = settings_of("train.yaml", **TINY_TRAINING)
 
 def tiny_network():
     """The network of the tiny configuration with initial weights."""
-    return MedSegDiff(GaussianDiffusion(), **{key: TRAINED_FOR[key] for key in ("channels", "calib_channels")}).eval()
+    keys = ("channels", "calib_channels", "denoiser_stride")
+    return MedSegDiff(GaussianDiffusion(), **{key: TRAINED_FOR[key] for key in keys}).eval()
 
 
 @pytest.fixture(scope="module")

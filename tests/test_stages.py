@@ -111,7 +111,7 @@ ACCUMULATE = "train::trainer::accumulation_steps"
         ([], {ACCUMULATE: 3, "batch_size": 4, "max_epochs": 1}, 2),  # the last batch of an epoch is a step of its own
         (["lr_plateau.yaml"], {"lr_scheduler::patience": 1, "learning_rate": 1e-7, "max_epochs": 3}, 6),
         (["lr_restarts.yaml"], {"lr_scheduler::T_0": 1}, 4),
-        (["lr_constant.yaml"], {"self_conditioning": True, "amp": True}, 4),
+        (["lr_constant.yaml"], {"conditioning": ["highway", "self_conditioning"], "amp": True}, 4),
         (["lr_warmup.yaml"], {"lr_scheduler::warmup_epochs": 1}, 4),
         (["augment.yaml", "augment_mr.yaml"], {"train::early_stopping": 1, "batch_size": 1}, None),
         (["augment.yaml", "augment_pictures.yaml"], {}, 4),

@@ -8,7 +8,6 @@ from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
 from scripts.networks.baselines import PlainUNet
-from scripts.report.metrics import training_grades
 from scripts.training.losses import MultiTaskLoss
 from scripts.training.steps import DenoisingInferer, DrawNoise
 from test_net import TINY, randomise
@@ -94,7 +93,7 @@ def test_the_calibration_map_is_what_is_noised():
 
 def test_self_conditioning_sees_its_own_estimate_in_half_of_the_slices():
     torch.manual_seed(0)
-    network = randomise(MedSegDiff(GaussianDiffusion(), self_conditioning=True, **TINY))
+    network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=["highway", "self_conditioning"], **TINY))
     calls, outputs, _ = seen_by_denoiser(network, "truth", batch(64))
     first, second = calls
     assert len(first) == 3  # the first call gets no estimate
@@ -126,41 +125,6 @@ def test_without_a_calibration_map_the_prediction_is_noised():
     network = randomise(MedSegDiff(GaussianDiffusion(), channels=[8, 8, 8], conditioning=[]))
     calls, _, _ = seen_by_denoiser(network, None, batch(2))
     assert len(calls) == 2
-
-
-def test_the_denoiser_learns_from_a_share_of_the_slices():
-    """The image branch learns from all. The gradients are those of the first slices alone for the denoiser."""
-    torch.manual_seed(0)
-    network = randomise(MedSegDiff(GaussianDiffusion(), **TINY))
-    data = batch(8)
-    image, targets, _, kwargs = DrawNoise(1000)(data)
-    outputs = DenoisingInferer(denoised_share=0.4)(image, network, **kwargs)
-    assert [len(output) for output in outputs] == [3, 3, 8]
-    for output, whole in zip(outputs, DenoisingInferer()(image, network, **kwargs), strict=True):
-        if output is not outputs[1]:  # the head standardises over the slices that it sees
-            assert torch.allclose(output, whole[: len(output)], atol=1e-5)
-    loss = MultiTaskLoss(network.diffusion)
-    loss(outputs, targets)
-    found = dict(loss.components)
-    loss((outputs[0], None, outputs[2][:3]), {"label": targets["label"][:3], "grade": targets["grade"][:3]})
-    assert torch.allclose(found["L_seg"], loss.components["L_seg"])
-    assert torch.allclose(found["L_calib"], loss.mask_loss(outputs[2], targets["label"]))
-    subjects, prob, grade, area = training_grades({"pred": outputs, "label": targets})
-    assert len(subjects) == len(prob) == len(grade) == len(area) == 3
-
-
-@pytest.mark.parametrize(("settings", "denoised"), [({}, 2), ({"conditioning": []}, 4), (STOCHASTIC, 4)])
-def test_what_cannot_learn_from_the_image_alone_denoises_all(settings, denoised):
-    network = MedSegDiff(GaussianDiffusion(), **TINY | settings)
-    image, _, _, kwargs = DrawNoise(1000)(batch(4))
-    outputs = DenoisingInferer(denoised_share=0.1)(image, network, **kwargs)
-    assert [len(output) for output in outputs[:2]] == [denoised] * 2
-
-
-@pytest.mark.parametrize("share", [0, 1.5, "half"])
-def test_impossible_shares(share):
-    with pytest.raises(InputError, match="denoised_share"):
-        DenoisingInferer(denoised_share=share)
 
 
 def test_unknown_noised_mask():

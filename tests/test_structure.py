@@ -76,7 +76,7 @@ def test_bounds(figure, bound):
 def test_settings_of_the_network_are_named_once():
     """Inference does not repeat settings that it reads from the checkpoint."""
     text = (ROOT / "configs" / "inference.yaml").read_text()
-    for name in ("variant", "channels", "conditioning", "use_cls_head", "prediction_type", "self_conditioning"):
+    for name in ("variant", "channels", "conditioning", "use_cls_head", "prediction_type", "denoiser_stride"):
         assert f"{name}:" not in text
 
 

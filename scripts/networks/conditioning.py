@@ -22,6 +22,7 @@ from scripts.config import InputError
 
 HIGHWAY = "highway"  # the image-only U-Net itself
 STOCHASTIC = "stochastic"  # it draws masks (scripts/networks/stochastic.py)
+SELF = "self_conditioning"  # the denoiser also sees its estimate of the step before (Chen et al. 2023, Analog Bits)
 BLUR_RADIUS = 3
 
 
@@ -166,7 +167,7 @@ class UncertainSpatialAttention(ConditioningModule):
         self, x: torch.Tensor, prepared: torch.Tensor, emb: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Multiply the denoiser's first features ``[B, C, H, W]`` by 1 + gate."""
-        return x * prepared + x
+        return x * _resized(prepared, x) + x
 
 
 class BandPassFilter(nn.Module):
@@ -263,7 +264,7 @@ class SSFormer(ConditioningModule):
 
 
 def _resized(features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Features resized to the grid of ``like``: the two U-Nets may differ in depth."""
+    """Features resized to the grid of ``like``: the two U-Nets may differ in depth and resolution."""
     if features.shape[2:] == like.shape[2:]:
         return features
     return interpolate(features, like.shape[2:], mode="bilinear", align_corners=False)
@@ -282,7 +283,7 @@ MODULES: dict[str, type[ConditioningModule]] = {  # in the order in which they a
     "anchor": UncertainSpatialAttention,
     "ss_former": SSFormer,
 }
-CONDITIONING = (HIGHWAY, STOCHASTIC, *MODULES)
+CONDITIONING = (HIGHWAY, STOCHASTIC, SELF, *MODULES)
 
 
 def check_conditioning(conditioning: Sequence[str]) -> list[str]:
@@ -293,7 +294,7 @@ def check_conditioning(conditioning: Sequence[str]) -> list[str]:
     """
     if isinstance(conditioning, str) or not set(conditioning) <= set(CONDITIONING):
         raise InputError(f"conditioning={conditioning!r} must be a list of names from {list(CONDITIONING)}")
-    alone = [HIGHWAY, *(name for name, module in MODULES.items() if not module.needs_highway)]
+    alone = [HIGHWAY, SELF, *(name for name, module in MODULES.items() if not module.needs_highway)]
     needing = [name for name in conditioning if name not in alone]
     if needing and HIGHWAY not in conditioning:
         raise InputError(f"conditioning={list(conditioning)}: {needing} need the features of 'highway'; add it")

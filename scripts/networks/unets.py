@@ -60,9 +60,17 @@ class Denoiser(DiffusionModelUNet):
         out_channels: R, number of target regions.
         variant: width, depth, attention and conditioning.
         image_channels: channels of the image-only U-Net's levels; empty without one.
+        stride: the input is averaged over squares of this side (pixels), and the output is interpolated back.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, variant: Variant, image_channels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        variant: Variant,
+        image_channels: Sequence[int],
+        stride: int = 1,
+    ) -> None:
         channels = variant.channels
         super().__init__(
             spatial_dims=2,
@@ -74,6 +82,7 @@ class Denoiser(DiffusionModelUNet):
             norm_num_groups=math.gcd(*channels, 32),
             num_head_channels=math.gcd(channels[-1], 64),
         )
+        self.stride = stride
         middle, deepest = (len(channels) - 1) // 2, len(image_channels) - 1
         # by place: the denoiser's channels there, and which of the image's features a module sees (-1: the decoded).
         # Features that enter a level have the width of the level above; the image-only U-Net may have fewer levels.
@@ -117,6 +126,9 @@ class Denoiser(DiffusionModelUNet):
                 h = module(h, condition.get(f"{place}_{name}"), emb)
             return h
 
+        size = x.shape[2:]
+        if self.stride > 1:
+            x = nn.functional.avg_pool2d(x, self.stride)
         h = apply("stem", self.conv_in(x))
         skips = [h]
         for level, block in enumerate(self.down_blocks, start=1):
@@ -128,4 +140,7 @@ class Denoiser(DiffusionModelUNet):
             count = len(block.resnets)  # type: ignore[arg-type]
             h = block(hidden_states=h, res_hidden_states_list=skips[-count:], temb=emb)
             del skips[-count:]
-        return self.out(h), middle
+        output = self.out(h)
+        if self.stride > 1:
+            output = nn.functional.interpolate(output, size, mode="bilinear", align_corners=False)
+        return output, middle

@@ -110,9 +110,8 @@ def training_grades(output: Mapping[str, Any]) -> tuple:
     (seg_logits, cls_logits), targets = output["pred"][:2], output["label"]
     if cls_logits is None:
         return [], [], [], []
-    prob, count = cls_logits.detach().float().softmax(dim=1), len(cls_logits)
-    area = (seg_logits.detach() > 0).flatten(1).sum(dim=1)
-    return targets["subject"][:count], prob, graded_slices(targets)[:count], area
+    prob = cls_logits.detach().float().softmax(dim=1)
+    return targets["subject"], prob, graded_slices(targets), (seg_logits.detach() > 0).flatten(1).sum(dim=1)
 
 
 def volume_grades(output: Sequence[Mapping[str, Any]]) -> tuple:

@@ -16,6 +16,8 @@ from monai.engines.workflow import Workflow
 from torch import nn
 
 from scripts.config import InputError, TrainingError, atomic_path, check_plain
+from scripts.networks.conditioning import SELF
+from scripts.networks.variants import VARIANTS
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +178,20 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
         raise InputError(f"ckpt_path '{ckpt_path}' cannot be read as a checkpoint of this bundle: {error!r}") from error
     if not isinstance(checkpoint.get("settings"), dict) or not _is_lineage(checkpoint.get("lineage")):
         raise InputError(f"ckpt_path '{ckpt_path}' is older than version 0.7; train it again")
+    checkpoint["settings"] = _of_this_version(checkpoint["settings"])
     return checkpoint
+
+
+def _of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint, also of an older one, under the names of now; those of other bundles as they are."""
+    if "architecture" not in settings:
+        return settings
+    settings = {"slice_size": None, "denoiser_stride": 1} | settings  # since versions 0.10 and 0.11
+    if settings.pop("self_conditioning", False) is True:  # before version 0.11 a setting of its own
+        given = settings.get("conditioning")
+        named = VARIANTS.get(str(settings.get("variant")), VARIANTS["S"]).conditioning
+        settings["conditioning"] = [*(given if isinstance(given, list) else named), SELF]
+    return settings
 
 
 def _is_text(value: Any) -> bool:
@@ -222,7 +237,7 @@ def store_calibration(
 
 def check_settings(trained: Mapping[str, Any], settings: Mapping[str, Any], source: str) -> None:
     """Raise InputError if ``settings`` differ from those that the weights of ``source`` were ``trained`` with."""
-    for key, value in {"slice_size": None, **trained}.items():  # before version 0.10 there was no slice_size
+    for key, value in trained.items():
         if key not in NAMING and key in settings and settings[key] != value:
             raise InputError(f"{source} was trained with {key}={value}, now it is {settings[key]}")
 

@@ -146,24 +146,22 @@ class MultiTaskLoss(nn.Module):
         """Compute L_total.
 
         Args:
-            outputs: ``(seg_logits [b, R, ...], cls_logits [b, K] or None, calib_map [B, R, ...] or None)`` of the
-                first b slices of the batch and of all; and in the training of a stochastic network the logits that
-                :class:`~scripts.training.steps.DenoisingInferer` adds.
+            outputs: ``(seg_logits [B, R, ...], cls_logits [B, K] or None, calib_map [B, R, ...] or None)``, and in
+                the training of a stochastic network the logits that :class:`~scripts.training.steps.DenoisingInferer`
+                adds.
             targets: ``label [B, R, ...]`` of 0 and 1, ``grade [B]`` with -1 for unknown, and perhaps ``empty [B]``
                 (the subject's whole mask is empty) and, in training, ``timesteps [B]``.
         """
         seg_logits, cls_logits, calib_map, *further = outputs
         assert seg_logits is not None
         seg_logits, label = seg_logits.float(), targets["label"].float()
-        denoised = slice(len(seg_logits))
-        timesteps = targets["timesteps"][denoised] if "timesteps" in targets else None
-        components = {"L_seg": self._segmentation_loss(seg_logits, label[denoised], timesteps)}
+        components = {"L_seg": self._segmentation_loss(seg_logits, label, targets.get("timesteps"))}
         if calib_map is not None:
             calib_loss = nn.functional.binary_cross_entropy_with_logits if self.stochastic else self.mask_loss
             components["L_calib"] = calib_loss(calib_map.float(), label)
         task_losses = {"segmentation": components["L_seg"] + self.calib_weight * components.get("L_calib", 0)}
         if cls_logits is not None:
-            loss_cls = self.grading_loss(cls_logits.float(), graded_slices(targets)[denoised])
+            loss_cls = self.grading_loss(cls_logits.float(), graded_slices(targets))
             if loss_cls is not None:
                 components["L_cls"] = task_losses["grading"] = loss_cls
         components["L_total"] = total = self._total(task_losses, cls_logits)

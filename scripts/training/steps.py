@@ -54,11 +54,6 @@ class DenoisingInferer(AutocastInferer):
     et al., MELBA 2023), which needs one more evaluation per step. ``calibration`` is the calibration map, which is
     computed anyway. The last two are used without gradients.
 
-    A step of the denoiser costs as much as one of the image branch, which learns the mask by itself. In the same time,
-    more epochs in which the denoiser sees a share of the slices give better masks (docs/results.md). ``seg_logits`` and
-    ``cls_logits`` are then those of the first slices of the batch. A network without a calibration map, and a
-    stochastic one, denoise all.
-
     A stochastic network learns its mask from pure noise at T - 1 in every slice. In a random half of the slices, it
     also learns its samples, from the true mask that is noised twice. Its default is ``truth``.
 
@@ -67,28 +62,18 @@ class DenoisingInferer(AutocastInferer):
 
     Args:
         noised_mask: one of :data:`NOISED_MASKS`; None takes the default of the network.
-        denoised_share: share of the slices of a batch that are denoised, 0 to 1; at least two of them are.
         amp: see :class:`~scripts.training.autocast.AutocastInferer`.
         amp_dtype: likewise.
 
     Raises:
-        InputError: for an unknown ``noised_mask`` or ``amp_dtype``, or a share that is not above 0 and up to 1.
+        InputError: for an unknown ``noised_mask`` or ``amp_dtype``.
     """
 
-    def __init__(
-        self,
-        noised_mask: str | None = None,
-        denoised_share: float = 1.0,
-        amp: bool = False,
-        amp_dtype: str = "bfloat16",
-    ) -> None:
+    def __init__(self, noised_mask: str | None = None, amp: bool = False, amp_dtype: str = "bfloat16") -> None:
         super().__init__(amp, amp_dtype)
         if noised_mask not in (None, *NOISED_MASKS):
             raise InputError(f"noised_mask '{noised_mask}' is not one of {list(NOISED_MASKS)}")
-        if not isinstance(denoised_share, (int, float)) or not 0 < denoised_share <= 1:
-            raise InputError(f"denoised_share={denoised_share!r} must be a number above 0 and up to 1")
         self.noised_mask = noised_mask
-        self.denoised_share = denoised_share
 
     def __call__(  # type: ignore[override]
         self,
@@ -106,14 +91,9 @@ class DenoisingInferer(AutocastInferer):
         with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp):
             model = _unwrapped(network)
             condition = model.condition(inputs)
-            calib_map = condition.get("calib_map")
-            if self.denoised_share < 1 and model.has_calib_map and not model.is_stochastic:
-                count = max(2, round(self.denoised_share * len(inputs)))  # the head standardises over the batch
-                inputs, label, noise, timesteps = (part[:count] for part in (inputs, label, noise, timesteps))
-                condition = {name: part[:count] for name, part in condition.items()}
             x_0 = self._mask_to_noise(inputs, model, condition, label)
             if not model.is_stochastic:
-                return *_denoise(inputs, network, condition, x_0, noise, timesteps)[:2], calib_map
+                return _denoise(inputs, network, condition, x_0, noise, timesteps)
             count, device = len(inputs), inputs.device
             common = torch.randn(count, NUM_DRAWS, RANK, device=device)
             draws = draw_logits(condition, common, torch.randn(count, NUM_DRAWS, *label.shape[1:], device=device))
