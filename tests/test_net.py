@@ -43,12 +43,10 @@ def test_the_denoiser_corrects_the_map_at_a_part_of_the_resolution(stride, condi
     network = randomise(MedSegDiff(GaussianDiffusion(), conditioning=conditioning, denoiser_stride=stride, **TINY))
     seen = []
     network.denoiser.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.shape[2:]))
-    seg_logits, cls_logits, calib_map = network(*inputs(size=32))
+    seg_logits, _, calib_map = network(*inputs(size=32))
     assert seg_logits.shape == calib_map.shape == (2, 1, 32, 32)
     assert seen == [(32 // stride, 32 // stride)]
-    correction = seg_logits - calib_map
-    coarse = torch.nn.functional.avg_pool2d(correction, 8)
-    assert correction.abs().max() > 0 and coarse.abs().max() > 0
+    assert (seg_logits != calib_map).all()
     with pytest.raises(InputError, match=f"divisible by {4 * stride}"):
         network(*inputs(size=34))
 
