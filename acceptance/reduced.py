@@ -117,6 +117,8 @@ def reduced(words: list[str]) -> list[str]:
         if "--nnunet" in words:  # its environment is not made for the test of the pages
             words = [word for word in words if word not in ("--nnunet", *values_of(words, "--nnunet"))]
         words = put(words, BENCHMARKS[name], replace=True)
+        if "--arms_file" in words:
+            words = put(words, {"--arms": ["full resolution"]}, replace=True)
         if name == "training.py" and "--subjects" in words:
             words = put(words, {"--subjects": ["8", "10"]}, replace=True)
         options = {"training.py": NETWORK, "inference.py": NETWORK, "sampling.py": TRAINING, "run.py": TRAINING}
