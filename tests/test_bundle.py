@@ -353,7 +353,7 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
     ("override", "message"),
     [
         ({"batch_sizes": 4}, "did you mean 'batch_size'"),
-        ({"image_size": 30}, "image_size .* divisible by 4"),
+        ({"image_size": 30}, "image_size .* divisible by 8"),
         ({"variant": "M", "channels": None}, "variant 'M'"),
         ({"conditioning": ["ff_parsers"]}, "conditioning=.*must be a list of names"),
         ({"conditioning": ["anchor"]}, "conditioning=.*add it"),

@@ -325,7 +325,7 @@ def test_a_network_that_finds_nothing_is_calibrated(tmp_path, items, fit):
         item["pred"] = torch.zeros_like(item["pred"])
         item["confidence"] = torch.full((2,), torch.nan)
     calibration = fit(found)
-    assert calibration.dice_fit[:, :2].isnan().all()
+    assert calibration.dice_fit[:, :2].isinf().all()
     assert calibration.dice_fit[:, 2].tolist() == pytest.approx([0.5 / 7] * 2)
     report = json.loads((tmp_path / "calibration.json").read_text(), parse_constant=pytest.fail)
     assert report["WT"]["expected_dice"]["slope"] is None

@@ -53,8 +53,8 @@ def fit_expected_dice(confidence: np.ndarray, dice: np.ndarray) -> tuple[float, 
 
     Bias and slope are a logistic regression whose target is a share (Papke and Wooldridge, J. Appl. Econometrics 1996),
     with the regularisation that is scikit-learn's default: a few masks shift the mean, but hardly change the slope.
-    Both are NaN if all masks are empty. An empty mask is expected to have 0.5, which the Dice of those of the fit (0 or
-    1) correct; 0.5 counts as one of them.
+    Both are infinite if all masks are empty. An empty mask is expected to have 0.5, which the Dice of those of the fit
+    (0 or 1) correct; 0.5 counts as one of them.
 
     Args:
         confidence: mean probability inside each mask ``[n]``, NaN for an empty one.
@@ -63,7 +63,7 @@ def fit_expected_dice(confidence: np.ndarray, dice: np.ndarray) -> tuple[float, 
     empty = np.isnan(confidence)
     of_empty = float((dice[empty].sum() + 0.5) / (empty.sum() + 1))
     if empty.all():
-        return math.nan, math.nan, of_empty
+        return math.inf, math.inf, of_empty
     scores = logit(confidence[~empty].astype(float).clip(MIN_CONFIDENCE, 1 - MIN_CONFIDENCE))
     mean, scale = scores.mean(), scores.std() if scores.std() > 1e-6 else 1.0
     share = dice[~empty].clip(MIN_CONFIDENCE, 1 - MIN_CONFIDENCE)  # neither class may be without weight

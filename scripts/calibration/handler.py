@@ -226,7 +226,7 @@ class CalibrationFit:
             new.dice_fit[channel] = torch.tensor(numbers)
             named = zip(("bias", "slope", "of_empty"), numbers, strict=True)
             report[region]["expected_dice"] = {
-                key: None if math.isnan(value) else value for key, value in named
+                key: None if math.isinf(value) else value for key, value in named
             } | scores
 
     def _fit_grades(self, new: Calibration) -> dict[str, Any]:

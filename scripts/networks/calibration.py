@@ -40,7 +40,7 @@ class Calibration(nn.Module):
         grade_bias: added to the logits of the grades ``[K]`` (Platt scaling with intercept, for any number of grades).
         grade_prior: frequencies of the grades that the probabilities assume ``[K]``. They are equal before the fit,
             because the loss is weighted by inverse frequency.
-        dice_fit: numbers of :func:`expected_dice` for each region ``[R, 3]``; NaN without a fit.
+        dice_fit: numbers of :func:`expected_dice` for each region ``[R, 3]``; infinite without a fit.
         volume_margin: widens the volume interval ``[R]``, in cube roots of ml (or of pixels); infinite without a fit.
         sampling: sampling settings of the fit; empty before the fit.
         volumes_from: one of :data:`VOLUMES_FROM`: the level sets of the probability, or the samples.
@@ -64,7 +64,7 @@ class Calibration(nn.Module):
         self.register_buffer("grade_temperature", torch.tensor(1.0))
         self.register_buffer("grade_bias", torch.zeros(num_grades))
         self.register_buffer("grade_prior", torch.full((num_grades,), 1 / num_grades))
-        self.register_buffer("dice_fit", torch.full((num_regions, 3), math.nan))
+        self.register_buffer("dice_fit", torch.full((num_regions, 3), math.inf))
         self.register_buffer("volume_margin", torch.full((num_regions,), math.inf))
         self.register_buffer("measurement_mean", torch.zeros(num_measurements))
         self.register_buffer("measurement_scale", torch.ones(num_measurements))
@@ -135,9 +135,10 @@ def expected_dice(confidence: torch.Tensor, fit: torch.Tensor) -> torch.Tensor:
 
     Args:
         confidence: mean probability inside each mask ``[R]``; NaN for an empty mask.
-        fit: bias, slope, and the Dice of an empty mask, ``[3]`` or for each region ``[R, 3]``.
+        fit: bias, slope, and the Dice of an empty mask, ``[3]`` or for each region ``[R, 3]``. Where they are infinite,
+            the result is NaN.
     """
-    bias, slope, empty = fit.unbind(dim=-1)
+    bias, slope, empty = torch.where(fit.isinf(), torch.nan, fit).unbind(dim=-1)
     dice = torch.sigmoid(bias + slope * torch.logit(confidence, eps=MIN_CONFIDENCE))
     return torch.where(confidence.isnan(), empty, dice)
 

@@ -16,8 +16,6 @@ from monai.engines.workflow import Workflow
 from torch import nn
 
 from scripts.config import InputError, TrainingError, atomic_path, check_plain
-from scripts.networks.conditioning import SELF
-from scripts.networks.variants import VARIANTS
 
 logger = logging.getLogger(__name__)
 
@@ -189,8 +187,7 @@ def _of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
     settings = {"slice_size": None, "denoiser_stride": 1} | settings  # since versions 0.10 and 0.11
     if settings.pop("self_conditioning", False) is True:  # before version 0.11 a setting of its own
         given = settings.get("conditioning")
-        named = VARIANTS.get(str(settings.get("variant")), VARIANTS["S"]).conditioning
-        settings["conditioning"] = [*(given if isinstance(given, list) else named), SELF]
+        settings["conditioning"] = [*(given if isinstance(given, list) else ["highway"]), "self_conditioning"]
     return settings
 
 
