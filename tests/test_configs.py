@@ -151,7 +151,7 @@ def test_overlays_build_networks(overlay):
 
 
 def test_seed_settings_train_a_step_and_sample_a_slice():
-    """seed_settings.yaml at full width: a training step on one slice of 128 px, and a sample of one slice of 256 px."""
+    """seed_settings.yaml at full width: a training step on one slice of 64 px, and a sample of one slice of 128 px."""
     parser = parsed("train.yaml", "seed_settings.yaml", alpha=[1.0, 1.0], device="cpu", amp=False)
     content = parser.get_parsed_content
     expected = {"image_size": 256, "num_train_timesteps": 1000, "schedule": "linear", "batch_size": 4}
@@ -161,8 +161,8 @@ def test_seed_settings_train_a_step_and_sample_a_slice():
     assert optimizer.param_groups[0]["lr"] == 1e-4
     assert content("lr_scheduler").get_last_lr()[0] == 1e-4
     batch = {
-        "image": torch.randn(1, 4, 128, 128),
-        "label": (torch.rand(1, 1, 128, 128) > 0.9).float(),
+        "image": torch.randn(1, 4, 64, 64),
+        "label": (torch.rand(1, 1, 64, 64) > 0.9).float(),
         "grade": torch.tensor([1]),
         "empty": torch.tensor([False]),
         "subject": ["s"],
@@ -173,8 +173,8 @@ def test_seed_settings_train_a_step_and_sample_a_slice():
     loss(content("train::inferer")(image, network, **kwargs), targets).backward()
     optimizer.step()
     assert network.denoiser.out[-1].conv.weight.any()  # it is initialised with zeros
-    prob = content("validate::inferer").predict(torch.randn(1, 4, 256, 256, 1), network.eval())["pred"]
-    assert prob.shape == (1, 1, 256, 256, 1)
+    prob = content("validate::inferer").predict(torch.randn(1, 4, 128, 128, 1), network.eval())["pred"]
+    assert prob.shape == (1, 1, 128, 128, 1)
     assert prob.isfinite().all()
 
 
