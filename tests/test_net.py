@@ -314,6 +314,8 @@ def test_the_two_unets_may_differ_in_depth(deeper):
         ({"conditioning": ["anchor", "ff_parser"]}, "'anchor'.*'highway'"),
         ({"num_res_blocks": 0}, "num_res_blocks=0"),
         ({"variant": "XL"}, "variant 'XL'"),
+        ({"denoiser_stride": 3}, "denoiser_stride=3 must be 1, 2, 4 or 8"),
+        ({"denoiser_stride": "2"}, "denoiser_stride='2'"),
     ],
 )
 def test_bad_settings(settings, message):
