@@ -79,7 +79,7 @@ def quality_scores(table: pd.DataFrame) -> dict:
     """How well the expected Dice of each region fits the true one.
 
     ``quality_rank`` is Spearman's rank correlation, ``quality_error`` the mean absolute difference, and ``missed`` the
-    share of subjects with a Dice below 0.5 that are expected above 0.8.
+    share of all subjects whose Dice is below 0.5 although it is expected above 0.8.
     """
     regions = [name.removeprefix("expected_dice_") for name in table if name.startswith("expected_dice_")]
 

@@ -26,15 +26,15 @@ from benchmarks.flops import count  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.diffusion.schedule import GaussianDiffusion  # noqa: E402
 from scripts.net import MedSegDiff  # noqa: E402
-from scripts.networks.conditioning import CONDITIONING as ALL  # noqa: E402
+from scripts.networks.conditioning import MODULES  # noqa: E402
 from scripts.networks.variants import VARIANTS  # noqa: E402
 from scripts.training.losses import MultiTaskLoss  # noqa: E402
 
 CONDITIONING = {
     "concatenation": [],
     "highway (default)": ["highway"],
-    **{f"highway, {name}": ["highway", name] for name in ALL[1:]},
-    "all": list(ALL),
+    **{f"highway, {name}": ["highway", name] for name in MODULES},
+    "all": ["highway", *MODULES],
 }
 MODALITIES = 4
 BATCH = {"train": 4, "infer": 16}

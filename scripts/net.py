@@ -55,7 +55,8 @@ class MedSegDiff(SegmentationNetwork):
             at the full resolution.
 
     Raises:
-        InputError: for an unknown variant or module, an unusable list of channels, a stride that is no power of 2, or a
+        InputError: for an unknown variant or module, an unusable list of channels, a stride other than 1, 2, 4 and
+            8, or a
             stochastic network with another prediction type than the mask.
     """
 
@@ -75,7 +76,7 @@ class MedSegDiff(SegmentationNetwork):
     ) -> None:
         resolved = resolve_variant(variant, channels, calib_channels, num_res_blocks, conditioning)
         image_channels = resolved.calib_channels or () if HIGHWAY in resolved.conditioning else ()
-        if denoiser_stride not in (1, 2, 4, 8):
+        if type(denoiser_stride) is not int or denoiser_stride not in (1, 2, 4, 8):
             raise InputError(f"denoiser_stride={denoiser_stride!r} must be 1, 2, 4 or 8")
         corrects = bool(image_channels) and STOCHASTIC not in resolved.conditioning
         stride = denoiser_stride if corrects and diffusion.prediction_type == "sample" else 1

@@ -51,6 +51,10 @@ def test_the_dice_is_read_from_the_confidence():
     dice = expit(1.2 * np.log(confidence / (1 - confidence)) - 2.5) + np.tile([-0.05, 0.05], 200)
     bias, slope, _ = fit_expected_dice(confidence, dice)
     assert (bias, slope) == pytest.approx((-2.5, 1.2), abs=0.1)
+    assert fit_expected_dice(confidence, dice[::-1])[1] == 0  # never the surer, the worse
+    assert expected(confidence, fit_expected_dice(confidence, dice[::-1])) == pytest.approx(
+        [dice.mean()] * 400, abs=1e-3
+    )
     few = fit_expected_dice(confidence[::100], dice[::100])
     assert 0 < few[1] < slope  # four masks say little of the slope
     assert expected(confidence[::100], few).mean() == pytest.approx(dice[::100].mean(), abs=0.01)

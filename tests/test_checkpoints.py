@@ -8,15 +8,18 @@ from scripts.config import InputError, TrainingError
 from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
 from scripts.training.checkpoints import (
-    FITTED_LATER,
     SaveCheckpoints,
     check_resumable,
+    check_settings,
     load_weights,
+    of_this_version,
     store_calibration,
     trained_settings,
 )
 from scripts.training.lineage import check_unseen, make_lineage
 from scripts.training.losses import MultiTaskLoss
+
+STOCHASTIC = ["highway", "stochastic"]
 
 LINEAGE = {"training": {"brats": ["s1", "BraTS-GLI-00005-100"]}, "validation": {"brats": ["s2"]}}
 SETTINGS = {"modalities": ["t1", "t2"], "image_size": 32, "grade_labels": {"G2": 0, "G3": 1}}
@@ -174,7 +177,8 @@ def test_an_older_checkpoint_with_fewer_numbers_is_loaded(tmp_path):
     train(tmp_path, best_epochs=[1])
     file = tmp_path / "model.pt"
     content = torch.load(file, weights_only=True)
-    content["model"] = {name: value for name, value in content["model"].items() if not name.startswith(FITTED_LATER)}
+    added = ("calibration.dice_fit", "calibration.measurement_")
+    content["model"] = {name: value for name, value in content["model"].items() if not name.startswith(added)}
     torch.save(content, file)
     loaded = network()
     load_weights(loaded, str(file), SETTINGS)
@@ -187,6 +191,7 @@ def test_an_older_checkpoint_with_fewer_numbers_is_loaded(tmp_path):
     [
         ({"self_conditioning": False, "conditioning": None}, None),
         ({"self_conditioning": True, "conditioning": None}, ["highway"]),
+        ({"self_conditioning": True, "conditioning": None, "variant": "v2"}, ["highway", "anchor", "ss_former"]),
         ({"self_conditioning": True, "conditioning": ["highway", "anchor"]}, ["highway", "anchor"]),
     ],
 )
@@ -194,13 +199,24 @@ def test_settings_of_older_checkpoints_get_their_names_of_now(tmp_path, older, c
     train(tmp_path, best_epochs=[1])
     file = tmp_path / "model.pt"
     content = torch.load(file, weights_only=True)
-    content["settings"] = {"architecture": "MedSegDiff", "variant": "S", **older}
+    content["settings"] = {"architecture": "MedSegDiff", "variant": "S", "prediction_type": "sample", **older}
     torch.save(content, file)
     settings = trained_settings(str(file))
     assert (settings["denoiser_stride"], settings["slice_size"]) == (1, None)
     added = ["self_conditioning"] if older["self_conditioning"] else []
     assert settings["conditioning"] == (None if conditioning is None else conditioning + added)
     assert "self_conditioning" not in settings
+
+
+@pytest.mark.parametrize(
+    "older",
+    [{"architecture": "PlainUNet"}, {"conditioning": []}, {"prediction_type": "epsilon"}, {"conditioning": STOCHASTIC}],
+)
+def test_a_stride_without_effect_refuses_no_older_checkpoint(older):
+    newest = {"architecture": "MedSegDiff", "prediction_type": "sample", "conditioning": None}
+    check_settings(of_this_version(newest | older), {"denoiser_stride": 2}, "model.pt")
+    with pytest.raises(InputError, match="denoiser_stride=1, now it is 2"):
+        check_settings(of_this_version(newest), {"denoiser_stride": 2}, "model.pt")
 
 
 def test_inference_finds_its_settings_in_the_checkpoint(tmp_path):

@@ -146,6 +146,9 @@ def test_the_confidence_is_the_probability_inside_the_mask(network, volume):
     assert torch.equal(scaled["confidence"], raw["confidence"])
     dice = torch.sigmoid(0.5 * torch.logit(raw["confidence"]) - 1)
     assert torch.allclose(scaled["expected_dice"], dice.nan_to_num(0.3))
+    for other in ({"fusion": "majority"}, {"num_inference_steps": 0}):  # masks that are made in another way
+        network.calibration.sampling = VolumeInferer(num_inference_steps=1).sampling
+        assert VolumeInferer(**other).predict(volume, network)["expected_dice"].isnan().all()
 
 
 def test_a_grade_can_be_read_from_the_mask(network, volume):

@@ -52,7 +52,8 @@ def fit_expected_dice(confidence: np.ndarray, dice: np.ndarray) -> tuple[float, 
     """Numbers of :func:`~scripts.networks.calibration.expected_dice`: bias, slope, and the Dice of an empty mask.
 
     Bias and slope are a logistic regression whose target is a share (Papke and Wooldridge, J. Appl. Econometrics 1996),
-    with the regularisation that is scikit-learn's default: a few masks shift the mean, but hardly change the slope.
+    with the regularisation that is scikit-learn's default: a few masks shift the mean more than the
+    slope, which is 0 or more.
     Both are infinite if all masks are empty. An empty mask is expected to have 0.5, which the Dice of those of the fit
     (0 or 1) correct; 0.5 counts as one of them.
 
@@ -72,5 +73,6 @@ def fit_expected_dice(confidence: np.ndarray, dice: np.ndarray) -> tuple[float, 
         np.repeat([1, 0], len(share)),
         sample_weight=np.append(share, 1 - share),
     )
-    slope = model.coef_.item() / scale
-    return float(model.intercept_.item() - slope * mean), float(slope), of_empty
+    slope = max(0.0, model.coef_.item() / scale)  # by chance, the surer of a few masks may be the worse
+    bias = model.intercept_.item() if slope else logit(share.mean())
+    return float(bias - slope * mean), float(slope), of_empty

@@ -57,7 +57,8 @@ class CalibrationFit:
     There are two sets of voxels. ``foreground`` are the voxels of the first modality that are not 0. ``lesion`` are the
     voxels of truth or prediction, dilated (:func:`~scripts.report.uncertainty.region_of_interest`). The second set
     contains every missed voxel but little of the background, which is right and certain. Its temperature is therefore
-    much higher, and valid only near the lesion. Of several annotators, each one's mask counts as a truth.
+    much higher, and valid only near the lesion. Of several annotators, each one's mask counts as a truth; for
+    the expected Dice it is that of the majority.
 
     The result is saved in the checkpoint, with the sampling settings. ``calibration.json`` holds the scores before,
     after, and cross-fitted: each subject is calibrated by a fit to other patients. The scores to report are those of

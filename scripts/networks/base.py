@@ -51,7 +51,9 @@ class SegmentationNetwork(nn.Module):
     def check_image_size(self, size: Sequence[int]) -> None:
         """Raise InputError unless both sides of a slice ``(H, W)`` are multiples of :attr:`divisor`."""
         if any(side % self.divisor for side in size):
-            raise InputError(f"image_size {tuple(size)} must be divisible by {self.divisor}: 2 per down-sampling")
+            raise InputError(
+                f"image_size {tuple(size)} must be divisible by {self.divisor}: 2 per down-sampling, times denoiser_stride"
+            )
 
     def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Everything that depends on the image ``[B, M, H, W]`` alone, by name; computed once per slice.

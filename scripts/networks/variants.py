@@ -30,7 +30,7 @@ class Variant:
 
 OFFICIAL_HIGHWAY = (32, 64, 128, 256, 424, 424)  # 15.5 M parameters; the official one has 15.7 M
 
-# 4, 5, 6 and 6 down-samplings as in MedSegDiff V1; attention at 1/16 of the resolution as in guided-diffusion
+# 4, 5, 6 and 6 down-samplings as in MedSegDiff V1; attention at 1/16 of what the denoiser sees, as in guided-diffusion
 VARIANTS: dict[str, Variant] = {
     "S": Variant((16, 32, 32, 64, 64)),  # 1/16 is the resolution of the middle block, which always has attention
     "B": Variant((32, 32, 64, 64, 128, 128), attention=(4,)),

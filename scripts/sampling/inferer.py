@@ -187,7 +187,7 @@ class VolumeInferer(Inferer):
             "uncertainty": entropy_bits(prob),
             "sample_dice": pairwise_dice(samples),
             "confidence": confidence,
-            "expected_dice": expected_dice(confidence, calibration.dice_fit),
+            "expected_dice": expected_dice(confidence, self._dice_fit(calibration)),
             "volume_temperature": calibration.foreground_temperature / temperature,
             "volume_margin": calibration.volume_margin,
             "volumes_from": torch.tensor(VOLUMES_FROM.index(calibration.volumes_from)),
@@ -205,10 +205,17 @@ class VolumeInferer(Inferer):
         needed = self.keep_samples or calibration.volumes_from == "samples"
         return result | ({"samples": samples.flatten(0, 1)} if needed else {})
 
+    def _dice_fit(self, calibration: Calibration) -> torch.Tensor:
+        """Numbers of the expected Dice ``[R, 3]``; infinite for masks that are not made as those of the fit."""
+        denoised = bool(calibration.sampling.get("num_inference_steps", self.num_inference_steps))
+        same = self.fusion == "mean" and denoised == bool(self.num_inference_steps)
+        return calibration.dice_fit if same else torch.full_like(calibration.dice_fit, torch.inf)
+
     def calibration_of(self, network: SegmentationNetwork) -> Calibration:
         """The network's calibration, or one without effect if it was fitted with other sampling settings.
 
-        In a stochastic network only volumes that come from samples depend on them.
+        In a stochastic network only volumes that come from samples depend on them, and the expected Dice on whether
+        the mask is denoised.
         """
         fitted = network.calibration
         independent = network.is_stochastic and fitted.volumes_from == "levels"

@@ -27,6 +27,7 @@ from scripts.networks.base import Outputs, SegmentationNetwork
 from scripts.networks.conditioning import ConditioningModule
 from scripts.networks.stochastic import DISTRIBUTION
 from scripts.tools.onnx_files import check, check_packages, open_file, run, write
+from scripts.training.checkpoints import of_this_version
 
 CONDITION, DENOISER = "condition.onnx", "denoiser.onnx"
 
@@ -131,7 +132,7 @@ class OnnxNetwork(SegmentationNetwork):
 
     def __init__(self, onnx_dir: str, device: str | torch.device = "cpu") -> None:
         denoiser, metadata = open_file(Path(onnx_dir, DENOISER), torch.device(device))
-        settings = check_plain(metadata["settings"], f"onnx_dir '{onnx_dir}'")
+        settings = check_plain(of_this_version(metadata["settings"]), f"onnx_dir '{onnx_dir}'")
         diffusion = {name: settings[name] for name in inspect.signature(GaussianDiffusion).parameters}
         num_grades = len(metadata["calibration"]["grade_prior"])
         sizes = (len(settings["modalities"]), metadata["out_channels"], num_grades, metadata["divisor"])

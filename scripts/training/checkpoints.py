@@ -176,19 +176,28 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
         raise InputError(f"ckpt_path '{ckpt_path}' cannot be read as a checkpoint of this bundle: {error!r}") from error
     if not isinstance(checkpoint.get("settings"), dict) or not _is_lineage(checkpoint.get("lineage")):
         raise InputError(f"ckpt_path '{ckpt_path}' is older than version 0.7; train it again")
-    checkpoint["settings"] = _of_this_version(checkpoint["settings"])
+    checkpoint["settings"] = of_this_version(checkpoint["settings"])
     return checkpoint
 
 
-def _of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
+def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a checkpoint, also of an older one, under the names of now; those of other bundles as they are."""
     if "architecture" not in settings:
         return settings
     settings = {"slice_size": None, "denoiser_stride": 1} | settings  # since versions 0.10 and 0.11
     if settings.pop("self_conditioning", False) is True:  # before version 0.11 a setting of its own
         given = settings.get("conditioning")
-        settings["conditioning"] = [*(given if isinstance(given, list) else ["highway"]), "self_conditioning"]
+        named = ["highway", "anchor", "ss_former"] if settings.get("variant") == "v2" else ["highway"]
+        settings["conditioning"] = [*(given if isinstance(given, list) else named), "self_conditioning"]
     return settings
+
+
+def _has_stride(settings: Mapping[str, Any]) -> bool:
+    """Whether the stride of the denoiser has an effect; see :class:`scripts.net.MedSegDiff`."""
+    conditioning = settings.get("conditioning")
+    if isinstance(conditioning, list) and ("highway" not in conditioning or "stochastic" in conditioning):
+        return False
+    return (settings.get("architecture"), settings.get("prediction_type")) == ("MedSegDiff", "sample")
 
 
 def _is_text(value: Any) -> bool:
@@ -235,6 +244,8 @@ def store_calibration(
 def check_settings(trained: Mapping[str, Any], settings: Mapping[str, Any], source: str) -> None:
     """Raise InputError if ``settings`` differ from those that the weights of ``source`` were ``trained`` with."""
     for key, value in trained.items():
+        if key == "denoiser_stride" and not _has_stride(trained):
+            continue
         if key not in NAMING and key in settings and settings[key] != value:
             raise InputError(f"{source} was trained with {key}={value}, now it is {settings[key]}")
 
