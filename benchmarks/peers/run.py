@@ -57,6 +57,8 @@ def main() -> None:
             for name, arm in arms.items():
                 folder = output_dir / name.replace(" ", "_") / f"seed{seed}_fold{fold}"
                 folders[name].setdefault(seed, []).append(folder)
+                if isinstance(arm, BundleArm):
+                    check_unchanged(folder.parent / "arm.json", {"configs": arm.configs} | arm.settings)
                 if not (folder / "cost.json").is_file():
                     print(f"{name}, seed {seed}, fold {fold}: {folder}", flush=True)
                     arm.run(folder, fold, seed)
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def check_unchanged(file: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of the bench. Stop if the folder holds one with others: its runs would be mixed with these."""
+    """Write the settings of the bench or of an arm. Stop if the file has others: the runs would be mixed."""
     if file.is_file() and (others := json.loads(file.read_text())) != settings:
         raise SystemExit(f"{file} has the settings {others}, now they are {settings}: give another --output_dir")
     file.parent.mkdir(parents=True, exist_ok=True)

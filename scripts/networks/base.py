@@ -52,7 +52,8 @@ class SegmentationNetwork(nn.Module):
         """Raise InputError unless both sides of a slice ``(H, W)`` are multiples of :attr:`divisor`."""
         if any(side % self.divisor for side in size):
             raise InputError(
-                f"image_size {tuple(size)} must be divisible by {self.divisor}: 2 per down-sampling, times denoiser_stride"
+                f"image_size {tuple(size)} must be divisible by {self.divisor}: 2 per down-sampling, "
+                "times denoiser_stride"
             )
 
     def condition(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
