@@ -55,9 +55,8 @@ class MedSegDiff(SegmentationNetwork):
             at the full resolution.
 
     Raises:
-        InputError: for an unknown variant or module, an unusable list of channels, a stride other than 1, 2, 4 and
-            8, or a
-            stochastic network with another prediction type than the mask.
+        InputError: for an unknown variant or module, an unusable list of channels, a stride other than 1, 2, 4 and 8,
+            or a stochastic network with another prediction type than the mask.
     """
 
     def __init__(

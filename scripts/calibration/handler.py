@@ -57,8 +57,8 @@ class CalibrationFit:
     There are two sets of voxels. ``foreground`` are the voxels of the first modality that are not 0. ``lesion`` are the
     voxels of truth or prediction, dilated (:func:`~scripts.report.uncertainty.region_of_interest`). The second set
     contains every missed voxel but little of the background, which is right and certain. Its temperature is therefore
-    much higher, and valid only near the lesion. Of several annotators, each one's mask counts as a truth; for
-    the expected Dice it is that of the majority.
+    much higher, and valid only near the lesion. Of several annotators, each one's mask counts as a truth; for the
+    expected Dice, only that of the majority does.
 
     The result is saved in the checkpoint, with the sampling settings. ``calibration.json`` holds the scores before,
     after, and cross-fitted: each subject is calibrated by a fit to other patients. The scores to report are those of
@@ -116,9 +116,8 @@ class CalibrationFit:
         self.calibration.reset()  # the fit needs probabilities that are not calibrated
         self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
         self.volumes: dict[str, list[Volume]] = defaultdict(list)
-        self.quality: dict[str, list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(
-            list
-        )  # confidence, Dice, patient
+        # confidence and Dice of each mask, and its patient
+        self.quality: dict[str, list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
         self.grades: list[tuple[list[float], int, str]] = []  # probabilities and measurements, grade, patient
         self.trained: list[tuple[list[float], int]] = []  # measurements and grade of training subjects
         self.rng = np.random.default_rng(0)
