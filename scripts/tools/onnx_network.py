@@ -132,7 +132,7 @@ class OnnxNetwork(SegmentationNetwork):
 
     def __init__(self, onnx_dir: str, device: str | torch.device = "cpu") -> None:
         denoiser, metadata = open_file(Path(onnx_dir, DENOISER), torch.device(device))
-        settings = check_plain(of_this_version(metadata["settings"]), f"onnx_dir '{onnx_dir}'")
+        settings = of_this_version(check_plain(metadata["settings"], f"onnx_dir '{onnx_dir}'"))
         diffusion = {name: settings[name] for name in inspect.signature(GaussianDiffusion).parameters}
         num_grades = len(metadata["calibration"]["grade_prior"])
         sizes = (len(settings["modalities"]), metadata["out_channels"], num_grades, metadata["divisor"])
