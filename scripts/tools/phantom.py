@@ -14,6 +14,8 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 
+from scripts.brains.brain import Randomisation
+from scripts.brains.volumes import make_brains
 from scripts.config import atomic_path
 
 # mean intensity of: background, CSF, grey matter, white matter, ventricle, oedema, core, enhancing rim
@@ -183,8 +185,17 @@ def main() -> None:
     parser.add_argument("--lgg_fraction", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--annotators", type=int, default=0, help="segmentations of each subject that differ")
+    parser.add_argument(
+        "--randomise", type=float, default=0.0, help="above 0: random brains (docs/data.md), 1 as a rule"
+    )
+    parser.add_argument("--size", type=int, default=128, help="voxels of each side of the slices of random brains")
     args = vars(parser.parse_args())
-    make_dataset(**args | {"shape": tuple(args["shape"])})
+    strength, size = args.pop("randomise"), args.pop("size")
+    if strength:
+        randomisation = Randomisation.of_strength(strength)
+        make_brains(args["output_dir"], args["num_subjects"], size, args["seed"], randomisation)
+    else:
+        make_dataset(**args | {"shape": tuple(args["shape"])})
     print(f"{args['num_subjects']} subjects written to {args['output_dir']}")
 
 

@@ -1,0 +1,140 @@
+"""A healthy head whose tissue is a function of the place, so that any slice of it can be computed alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from scripts.brains.fields import SmoothField, radius
+from scripts.brains.tissues import Tissue
+
+SEMI_AXES = np.array([68.0, 84.0, 62.0])  # of the brain: right-left, back-front, down-up (mm)
+SIDES = (-1, 1)
+# centres and semi-axes of the deep grey nuclei of the right side (mm): thalamus, lentiform, caudate
+NUCLEI = (((13, -14, 6), (8, 15, 11)), ((26, 6, 3), (6, 16, 11)), ((14, 14, 10), (5, 13, 8)))
+
+
+class Anatomy:
+    """A healthy head. Points are in mm, ``(right, front, up)`` from the middle of the brain.
+
+    The cerebrum is a tapered ellipsoid with a flat underside. Its sulci are the surfaces where a smooth random field is
+    0; the cortex follows them. Everything is warped by further fields.
+
+    Args:
+        rng: draws the head.
+        shape: 0 gives every head the same proportions, 1 those of people and a little more.
+        mimics: 0 leaves out what looks like a tumour and is none, 1 has it as often as in the elderly.
+    """
+
+    def __init__(self, rng: np.random.Generator, shape: float = 1.0, mimics: float = 1.0) -> None:
+        def between(low: float, high: float) -> float:
+            return (low + high) / 2 + shape * (high - low) * (rng.random() - 0.5)
+
+        self.size = 1 + 0.05 * shape * rng.standard_normal()
+        self.semi_axes = SEMI_AXES * self.size * (1 + 0.03 * shape * rng.standard_normal(3))
+        self.warp, self.warp_mm = [SmoothField(rng, 90) for _ in range(3)], between(0, 8) * min(shape, 1)
+        self.folds, self.folia = SmoothField(rng, between(14, 22)), SmoothField(rng, 8)
+        self.sulcus_mm, self.cortex_mm = between(0.15, 1), between(2.2, 3.8)
+        self.ventricles = between(0.6, 1.9)
+        self.gap_mm, self.skull_mm, self.scalp_mm = between(1, 5), between(4, 9), between(3, 10)
+        self.face = SmoothField(rng, 25)
+        self.vessels = [SmoothField(rng, 30) for _ in range(2)] if rng.random() < mimics else None
+        self.white_lesions = SmoothField(rng, 10) if rng.random() < 0.35 * mimics else None
+        self.has_choroid = rng.random() < mimics
+
+    def __call__(self, points: torch.Tensor) -> torch.Tensor:
+        """Tissue ``[...]``, a number of :class:`Tissue`, at points ``[..., 3]``."""
+        warped = points + self.warp_mm * torch.stack([field(points) for field in self.warp], dim=-1)
+        right, front, up = warped.unbind(-1)
+        x, y, z = (axis / length for axis, length in zip((right, front, up), self.semi_axes, strict=True))
+        taper = 1 - 0.12 * y.clamp(0, 1)
+        inside = (1 - torch.stack([x / taper, y, z]).norm(dim=0)) * float(self.semi_axes.mean())  # mm under the surface
+        underside = -0.42 * self.semi_axes[2] + 0.075 * (front + 20).clamp(min=0)
+        tissue = self._head(points, warped, inside, up < underside - 3)
+        depth = torch.minimum(inside, up - underside)
+        tissue = torch.where(depth > 0, self._cortex(warped, depth), tissue)
+        self._deep(tissue, warped, depth)
+        self._mimics(tissue, points, warped, inside, depth)
+        return tissue
+
+    def _head(
+        self, points: torch.Tensor, warped: torch.Tensor, inside: torch.Tensor, low: torch.Tensor
+    ) -> torch.Tensor:
+        """Tissue outside the cerebrum: shells of the head, face, eyes, cerebellum, stem."""
+        tissue = torch.full(inside.shape, int(Tissue.AIR))
+        gap, skull = self.gap_mm, self.gap_mm + self.skull_mm
+        tissue[inside > -skull - self.scalp_mm] = Tissue.SCALP
+        tissue[inside > -skull] = Tissue.SKULL
+        tissue[inside > -gap] = Tissue.MENINGES
+        front, face = warped[..., 1], self.face(points)
+        under = (inside > -skull) & low & (front > -20)
+        tissue[under] = Tissue.MUSCLE
+        tissue[under & (face > 0.9)] = Tissue.AIR
+        tissue[under & (face < -0.8)] = Tissue.SCALP
+        lengths = self.semi_axes
+        for side in SIDES:
+            eye = radius(warped, (32 * side * self.size, 0.82 * lengths[1], -0.55 * lengths[2]), (12, 12, 12))
+            tissue[eye < 1] = Tissue.EYE
+        cerebellum = radius(warped, lengths * (0, -0.52, -0.62), lengths * (0.72, 0.38, 0.34))
+        folia = self.folia(warped * warped.new_tensor([0.6, 1.0, 2.0])).abs() > 0.55
+        tissue[cerebellum < 1] = Tissue.GREY
+        tissue[(cerebellum < 0.93) & folia] = Tissue.WHITE
+        right, _, up = warped.unbind(-1)
+        stem = torch.hypot(right, front + 18 - 0.15 * up) < 15
+        tissue[stem & (up < 0) & (up > -1.3 * lengths[2]) & (inside > -30)] = Tissue.STEM
+        return tissue
+
+    def _cortex(self, warped: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+        """Fluid, grey and white matter of the cerebrum by the distance to its surface and its sulci (mm)."""
+        right, _, up = warped.unbind(-1)
+        sulci = 5 * self.folds(warped).abs() + (depth - 22).clamp(min=0) + 0.5  # they end 22 mm under the surface
+        fissure = right.abs() + 0.35 * (18 - up).clamp(min=0)
+        distance = torch.minimum(torch.minimum(depth, sulci), fissure)
+        tissue = torch.full(depth.shape, int(Tissue.WHITE))
+        tissue[distance < self.sulcus_mm + self.cortex_mm] = Tissue.GREY
+        tissue[distance < self.sulcus_mm] = Tissue.CSF
+        return tissue
+
+    def _deep(self, tissue: torch.Tensor, warped: torch.Tensor, depth: torch.Tensor) -> None:
+        """Add nuclei and ventricles."""
+        inside, wide = depth > 8, self.ventricles
+        for side in SIDES:
+            for centre, semi_axes in NUCLEI:
+                tissue[inside & (radius(warped, (side * centre[0], *centre[1:]), semi_axes) < 1)] = Tissue.NUCLEUS
+        tissue[inside & (self._ventricle(warped) < 1)] = Tissue.VENTRICLE
+        third = radius(warped, (0, -4, 3), (1.5 + 1.5 * wide, 13, 10))
+        tissue[inside & (third < 1)] = Tissue.VENTRICLE
+
+    def _ventricle(self, warped: torch.Tensor) -> torch.Tensor:
+        """Distance ``[...]`` from the lateral ventricles, 1 on their surface: body, posterior and temporal horn."""
+        wide, found = self.ventricles, []
+        for side in SIDES:
+            found += [
+                radius(warped, (side * (7 + 3 * wide), -2, 18), (4.5 * wide + 2, 30, 5 * wide + 3)),
+                radius(warped, (side * (15 + 4 * wide), -38, 8), (5 * wide + 1, 20, 7 * wide + 3)),
+                radius(warped, (side * 32, -15, -16), (3 * wide, 20, 3 * wide)),
+            ]
+        return torch.stack(found).amin(dim=0)
+
+    def _mimics(
+        self,
+        tissue: torch.Tensor,
+        points: torch.Tensor,
+        warped: torch.Tensor,
+        inside: torch.Tensor,
+        depth: torch.Tensor,
+    ) -> None:
+        """Add vessels, choroid plexus, and white-matter lesions beside the ventricles and elsewhere."""
+        if self.vessels is not None:  # two surfaces cross in curves
+            curve = torch.hypot(*(field(points) for field in self.vessels))
+            tissue[(depth > 0) & (curve < 0.12)] = Tissue.VESSEL
+            sinus = (warped[..., 0].abs() < 4) & (inside > -self.gap_mm) & (inside < 6) & (warped[..., 2] > 0)
+            tissue[sinus] = Tissue.VESSEL
+        if self.has_choroid:
+            for side in SIDES:
+                plexus = radius(warped, (side * (15 + 4 * self.ventricles), -32, 9), (3, 7, 3))
+                tissue[(tissue == Tissue.VENTRICLE) & (plexus < 1)] = Tissue.CHOROID
+        if self.white_lesions is not None:
+            spots = self.white_lesions(points)
+            near = (self._ventricle(warped) < 1.6) & (spots > 0.6)
+            tissue[(tissue == Tissue.WHITE) & (near | (spots > 2.1))] = Tissue.WHITE_LESION

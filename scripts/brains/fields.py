@@ -1,0 +1,39 @@
+"""Smooth random functions of a place, and shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+EXTENT = 120.0  # half the side of the cube that a field covers, mm; it is mirrored outside
+MAX_KNOTS = 96  # of each axis, for the memory
+
+
+class SmoothField:
+    """A random function of a place with mean 0 and a standard deviation of about 0.7.
+
+    Args:
+        rng: draws the field.
+        length: values at twice this distance are independent (mm).
+    """
+
+    def __init__(self, rng: np.random.Generator, length: float) -> None:
+        knots = min(MAX_KNOTS, max(4, round(4 * EXTENT / length) + 2))
+        values = torch.from_numpy(rng.standard_normal((1, 1, knots, knots, knots), dtype=np.float32))
+        if knots > 8:  # the linear interpolation between independent knots has edges
+            values = functional.avg_pool3d(functional.pad(values, (1,) * 6, mode="replicate"), 3, 1)
+        self.values = (values - values.mean()) / values.std()
+
+    def __call__(self, points: torch.Tensor) -> torch.Tensor:
+        """Values ``[...]`` at points ``[..., 3]`` (mm)."""
+        grid = (points / EXTENT).reshape(1, 1, 1, -1, 3)
+        found = functional.grid_sample(self.values, grid, padding_mode="reflection", align_corners=True)
+        return found.reshape(points.shape[:-1])
+
+
+def radius(points: torch.Tensor, centre: npt.ArrayLike, semi_axes: npt.ArrayLike) -> torch.Tensor:
+    """Distance ``[...]`` of points ``[..., 3]`` from the centre of an ellipsoid, 1 on its surface."""
+    centre, semi_axes = (torch.from_numpy(np.asarray(value, np.float32)) for value in (centre, semi_axes))
+    return ((points - centre) / semi_axes).norm(dim=-1)

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from scripts.brains.anatomy import Anatomy
+from scripts.brains.brain import Brain, Randomisation
+from scripts.brains.fields import SmoothField, radius
+from scripts.brains.lesions import Lesion
+from scripts.brains.scan import Scan
+from scripts.brains.tissues import BRAIN, LABELS, MODALITIES, TUMOUR, Tissue, random_brightness
+from scripts.brains.transforms import RandBraind, z_scores
+from scripts.brains.volumes import make_brains
+from scripts.data.subjects import load_subjects
+
+NOT_RANDOM, RANDOM = Randomisation.of_strength(0), Randomisation()
+
+
+def scanned(seed: int, randomisation: Randomisation = RANDOM, heights=(-10.0, 10.0, 30.0), size: int = 32):
+    rng = np.random.default_rng(seed)
+    brain = Brain(rng, randomisation)
+    scan = Scan(rng, brain, randomisation)
+    return scan, *scan.slices(heights, size)
+
+
+def grid(step: float = 6.0) -> torch.Tensor:
+    axis = torch.arange(-90, 91, step)
+    return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
+
+
+def test_a_field_is_smooth_and_independent_far_away():
+    for length in (10, 40):
+        points = torch.zeros(3, 3)
+        points[:, 0] = torch.tensor([0.0, 1.0, 2.0 * length])
+        values = torch.stack([SmoothField(np.random.default_rng(seed), length)(points) for seed in range(200)])
+        assert 0.5 < values.std() < 1
+        assert abs(values.mean()) < 0.1
+        near, far = np.corrcoef(values.T)[0, 1:]
+        assert near > 0.9
+        assert abs(far) < 0.2
+
+
+def test_radius_is_one_on_the_surface_of_an_ellipsoid():
+    points = torch.tensor([[5.0, 0, 0], [1, 6, 0], [1, 0, 0]])
+    assert torch.equal(radius(points, (1, 0, 0), (4, 6, 8)), torch.tensor([1.0, 1.0, 0.0]))
+
+
+def test_a_head_has_its_parts_where_they_belong():
+    for seed in range(5):
+        anatomy = Anatomy(np.random.default_rng(seed))
+        points = grid()
+        tissue = anatomy(points)
+        litres = (tissue >= BRAIN).float().mean() * 180**3 / 1e6
+        assert 0.8 < litres < 2.2
+        for part in (Tissue.SCALP, Tissue.SKULL, Tissue.GREY, Tissue.WHITE, Tissue.CSF, Tissue.EYE, Tissue.STEM):
+            assert (tissue == part).any()
+        assert points[tissue == Tissue.EYE][:, 1].min() > 20  # in front
+        assert points[tissue == Tissue.VENTRICLE].norm(dim=-1).max() < 75
+        assert tissue[0, 0, 0] == tissue[-1, -1, -1] == Tissue.AIR
+        assert not (tissue >= TUMOUR).any()
+
+
+def test_without_mimics_there_are_none_and_with_them_there_are():
+    mimics = torch.tensor([Tissue.VESSEL, Tissue.CHOROID, Tissue.WHITE_LESION])
+    points = grid(4.0)
+    plain, full = (
+        [torch.isin(Anatomy(np.random.default_rng(seed), mimics=strength)(points), mimics) for seed in range(4)]
+        for strength in (0, 1)
+    )
+    assert not any(found.any() for found in plain)
+    assert all(found.any() for found in full)
+
+
+def test_a_tumour_grows_in_the_brain_and_pushes_it_aside():
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        anatomy = Anatomy(rng)
+        lesion = Lesion(rng, anatomy)
+        points = grid()
+        before = anatomy(points)
+        after = before.clone()
+        lesion.paint(after, points)
+        changed = after != before
+        assert (after[changed] >= TUMOUR).all()
+        assert (before[changed] >= BRAIN).all()
+        far = (points - lesion.centre).norm(dim=-1) > 4 * lesion.radius
+        moved = (lesion.push(points) - points).norm(dim=-1)
+        assert not far.any() or moved[far].max() < 0.2
+        assert moved.max() < lesion.radius
+
+
+def test_a_resected_tumour_is_a_cavity_that_is_not_labelled():
+    rng = np.random.default_rng(0)
+    lesion = Lesion(rng, Anatomy(rng), resected=True)
+    tissue = torch.full((3,), int(Tissue.WHITE))
+    lesion.rough = []
+    lesion.paint(tissue, lesion.centre + torch.tensor([[0.0, 0, 0], [0, 0, 0.01], [100, 0, 0]]))
+    assert tissue.tolist() == [Tissue.CAVITY, Tissue.CAVITY, Tissue.WHITE]
+    assert Tissue.CAVITY not in LABELS
+
+
+def test_strength_0_keeps_the_brightness_of_the_table():
+    rng = np.random.default_rng(0)
+    assert np.array_equal(random_brightness(rng, 0), random_brightness(rng, 0))
+    table = random_brightness(rng, 1)
+    assert table.shape == (len(Tissue), len(MODALITIES))
+    assert (table >= 0).all()
+    assert not table[Tissue.AIR].any()
+    assert not np.array_equal(table, random_brightness(rng, 1))
+
+
+def test_a_scan_has_the_label_values_of_brats_and_is_stripped_in_half_of_the_cases():
+    stripped = []
+    for seed in range(30):
+        scan, image, label = scanned(seed)
+        assert image.shape == (4, 32, 32, 3)
+        assert label.shape == (32, 32, 3)
+        assert label.dtype == torch.uint8
+        assert set(label.unique().tolist()) <= {0, 1, 2, 4}
+        assert torch.isfinite(image).all()
+        assert (image >= 0).all()
+        if scan.stripped:
+            assert (image[:, :2] == 0).all()
+            assert (image[:, label > 0] > 0).all()
+        stripped.append(scan.stripped)
+    assert 8 < sum(stripped) < 22
+
+
+def test_a_tumour_is_brighter_in_flair_without_randomisation():
+    found = []
+    for seed in range(12):
+        _scan, image, label = scanned(seed, NOT_RANDOM, heights=np.arange(-40, 60, 8.0))
+        brain = (image[0] > 0) & (label == 0)
+        if (label == 2).sum() > 20:
+            found.append((image[3][label == 2].mean() / image[3][brain].mean()).item())
+    assert len(found) > 3
+    assert min(found) > 1.2
+
+
+def test_a_voxel_of_a_thick_slice_is_a_mean():
+    rng = np.random.default_rng(3)
+    brain = Brain(rng, NOT_RANDOM)
+    scan = Scan(rng, brain, NOT_RANDOM)
+    scan.noise[:], scan.moved[:], scan.stripped = 1e-6, False, True
+    thin = [scan.slices([height], 48)[0] for height in np.arange(-5.5, 6)]
+    scan.thickness = 12.0
+    thick = scan.slices([0.0], 48)[0]
+    nearest = min((thick - slices).abs().mean() for slices in thin)
+    assert (thick - torch.stack(thin).mean(dim=0)).abs().mean() < 0.7 * nearest
+
+
+def test_the_seed_fixes_every_voxel(tmp_path):
+    assert torch.equal(scanned(5)[1], scanned(5)[1])
+    assert not torch.equal(scanned(5)[1], scanned(6)[1])
+    for name in ("a", "b"):
+        make_brains(tmp_path / name, 2, 16, seed=3, randomisation=RANDOM)
+    for file in sorted((tmp_path / "a").rglob("*.nii.gz")):
+        again = nib.load(tmp_path / "b" / file.relative_to(tmp_path / "a"))
+        assert np.array_equal(nib.load(file).get_fdata(), again.get_fdata())
+        assert np.array_equal(nib.load(file).affine, again.affine)
+
+
+def test_folders_of_brains_are_read_like_brats(tmp_path):
+    make_brains(tmp_path, 3, 24, seed=1, randomisation=RANDOM)
+    items = load_subjects(str(tmp_path), list(MODALITIES))
+    assert [item["subject"] for item in items] == [f"BraTS20_Training_00{i}" for i in (1, 2, 3)]
+    header = nib.load(items[0]["image"][0])
+    assert header.shape[:2] == (24, 24)
+    assert nib.aff2axcodes(header.affine) == ("R", "A", "S")
+    middle = header.affine @ [11.5, 11.5, 0, 1]
+    assert np.allclose(middle[:2], 0, atol=1e-3)
+    assert 1 <= header.header.get_zooms()[2] <= 6
+
+
+def test_drawn_slices_are_z_scored_and_mostly_through_the_tumour():
+    draw = RandBraind(24, 6, {"LGG": 0, "HGG": 1})
+    draw.set_random_state(1)
+    items = [draw({"subject": "a"}) for _ in range(25)]
+    assert {tuple(item["image"].shape) for item in items} == {(4, 24, 24, 6)}
+    assert {tuple(item["label"].shape) for item in items} == {(1, 24, 24, 6)}
+    assert {item["grade"] for item in items} == {-1, 0, 1}
+    assert all(item["empty"] == (item["grade"] == -1) for item in items)
+    sick = torch.stack([item["label"].flatten(0, 2).any(dim=0) for item in items if not item["empty"]])
+    assert 0.5 < sick.float().mean() < 0.95
+    image = torch.cat([item["image"][item["image"] != 0] for item in items])
+    assert abs(image.mean()) < 0.3
+    assert 0.7 < image.std() < 1.5
+    draw.set_random_state(1)
+    assert torch.equal(draw({})["image"], items[0]["image"])
+    assert not torch.equal(draw({})["image"], items[0]["image"])
+
+
+def test_unknown_randomisation_is_refused():
+    with pytest.raises(TypeError, match="skul"):
+        RandBraind(24, 6, {"LGG": 0, "HGG": 1}, {"skul": 0.0})
+
+
+def test_z_scores_leave_zeros():
+    volume = torch.tensor([[0.0, 1.0, 3.0]])
+    assert torch.allclose(z_scores(torch.tensor([[0.0, 2.0, 4.0]]), volume), torch.tensor([[0.0, 0.0, 2**0.5]]))
