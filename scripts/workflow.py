@@ -21,7 +21,7 @@ from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
 from scripts.tools.monai_label import apply_label_request, option
 from scripts.tools.onnx_network import export_onnx
-from scripts.training.checkpoints import NAMING, check_settings, load_weights
+from scripts.training.checkpoints import NAMING, check_settings, completed, load_weights
 from scripts.training.run import run_training, start
 
 __all__ = ["evaluate", "export", "infer", "option", "settings", "train"]
@@ -36,6 +36,7 @@ def settings() -> dict[str, Any]:
     """
     parser = running_parser()
     found = {name: parser.get_parsed_content(name) for name in SETTINGS}
+    found["modalities"] = parser.get_parsed_content("network_modalities")
     size, window = found["slice_size"], found["image_size"]
     if size is not None and (not isinstance(size, int) or size < window):
         raise InputError(
@@ -74,6 +75,7 @@ def infer(load: bool = True) -> None:
     parser, value = start("inference.yaml", "train.yaml")
     network, trained = value("network_def"), value("settings")
     given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
+    given["modalities"] = completed(given["modalities"], trained["modalities"])
     check_settings(trained, given, "the model")
     for key in NAMING:
         if key in given and given[key] != trained[key]:

@@ -461,7 +461,38 @@ def test_checkpoint_of_another_width_is_refused(trained, phantoms, run_bundle, t
 def test_inference_with_other_settings_is_refused(trained, phantoms, run_bundle, tmp_path):
     common = {"dataset_dir": str(phantoms), "ckpt_dir": str(trained), "output_dir": str(tmp_path / "pred")}
     with pytest.raises(InputError, match="was trained with modalities="):
-        run_bundle(["inference.yaml"], modalities=MODALITIES[::-1], **common)
+        run_bundle(["inference.yaml"], modalities=["t1", "pd"], **common)
+
+
+def test_modalities_may_be_absent_or_in_another_order(trained, copied, run_bundle, tmp_path, capsys):
+    data, files = {"dataset_dir": str(copied), "ckpt_dir": str(trained)}, ["train.yaml", "evaluate.yaml"]
+    run_bundle(["inference.yaml"], output_dir=str(tmp_path / "a"), **data)
+    run_bundle(["inference.yaml"], output_dir=str(tmp_path / "b"), modalities=MODALITIES[::-1], **data)
+    assert "are absent" not in capsys.readouterr().out
+    first, second = (pd.read_csv(tmp_path / name / "grades.csv") for name in ("a", "b"))
+    assert set(first.pop("modalities")) == {"t1 t1ce t2 flair"}
+    assert set(second.pop("modalities")) == {"flair t2 t1ce t1"}
+    assert first.equals(second)
+    for file in copied.rglob("*_t2.nii.gz"):
+        file.unlink()
+    with pytest.raises(InputError, match="no file for modality 't2'"):
+        run_bundle(["inference.yaml"], output_dir=str(tmp_path / "c"), **data)
+    some = ["t1", "t1ce", "flair"]
+    run_bundle(["inference.yaml"], output_dir=str(tmp_path / "c"), modalities=some, **data)
+    assert "modalities ['t2'] are absent" in capsys.readouterr().out
+    assert set(pd.read_csv(tmp_path / "c" / "grades.csv")["modalities"]) == {"t1 t1ce flair"}
+    run_bundle(files, output_dir=str(tmp_path / "d"), modalities=some, **data)
+    run_bundle(files, output_dir=str(tmp_path / "e"), modalities=some[::-1], **data)
+    scores = [(tmp_path / name / "subjects.csv").read_text() for name in ("d", "e")]
+    assert scores[0] == scores[1]
+
+
+def test_training_starts_from_weights_with_more_modalities(trained, phantoms, run_bundle, tmp_path):
+    out = folders(tmp_path / "fine")
+    first = str(trained / "model.pt")
+    run_bundle(["train.yaml"], dataset_dir=str(phantoms), init_ckpt=first, modalities=["flair", "t1"], **out)
+    settings = torch.load(Path(out["ckpt_dir"]) / "model.pt")["settings"]
+    assert settings["modalities"] == MODALITIES
 
 
 def test_inference_does_not_write_among_the_volumes(trained, copied, run_bundle):

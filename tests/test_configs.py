@@ -139,7 +139,8 @@ def test_the_weights_are_those_of_the_demo_and_inference_needs_no_other_setting(
 
 def test_every_setting_is_a_public_key_and_an_argument():
     assert set(SETTINGS) <= load("train.yaml").keys()
-    assert not set(SETTINGS) & load("inference.yaml").keys()  # inference reads them from the checkpoint
+    # inference reads them from the checkpoint, but a folder may have fewer modalities
+    assert set(SETTINGS) & load("inference.yaml").keys() == {"modalities"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,13 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import RandCropByPosNegLabeld, Resized
 
-from scripts.data.transforms import CheckVolumed, LoadVolumesd, RandModalityDropoutd, ResizeSlicesd, SliceIndicesd
+from scripts.data.transforms import (
+    CompleteModalitiesd,
+    LoadVolumesd,
+    RandModalityDropoutd,
+    ResizeSlicesd,
+    SliceIndicesd,
+)
 
 BRATS = {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}
 LABEL = torch.tensor([0, 1, 2, 4, 4, 2, 0, 1]).reshape(1, 2, 2, 2).float()
@@ -56,6 +62,12 @@ def test_modality_dropout_zeroes_one_modality_and_never_the_only_one():
     assert RandModalityDropoutd("image", prob=0.0)({"image": image})["image"].all()
 
 
+def test_modality_dropout_keeps_at_least_one():
+    dropout = RandModalityDropoutd("image", prob=1.0, most=9).set_random_state(0)
+    kept = [dropout({"image": torch.ones(4, 3, 3)})["image"].flatten(1).any(dim=1).sum().item() for _ in range(60)]
+    assert set(kept) == {1, 2, 3}
+
+
 def smooth_volume(size=(3, 96, 80, 5)):
     """A volume of a few long waves, and its affine."""
     grids = torch.meshgrid(*(torch.linspace(0, 3, side) for side in size[1:3]), indexing="ij")
@@ -94,16 +106,30 @@ def test_masks_are_resized_to_the_nearest_voxel():
     assert set(resized["image"].unique().tolist()) != {0.0, 1.0}
 
 
-def test_identical_modalities_give_a_warning(caplog):
+def volumes_of(volume, names, file="a.nii.gz"):
+    return {"image": MetaTensor(volume, meta={"filename_or_obj": file, "modalities": names}), "subject": "s1"}
+
+
+def test_absent_modalities_are_0_and_the_others_in_the_order_of_the_network():
+    volume = torch.rand(2, 4, 4, 2)
+    found = CompleteModalitiesd("image", ["t1", "t2", "flair"])(volumes_of(volume, ["flair", "t1"]))
+    assert torch.equal(found["image"], torch.stack([volume[1], torch.zeros(4, 4, 2), volume[0]]))
+    assert found["modalities"] == "flair t1"
+    whole = CompleteModalitiesd("image", ["t1", "t2"])(volumes_of(volume, ["t1", "t2"]))
+    assert torch.equal(whole["image"], volume)
+
+
+def test_a_copy_of_a_modality_counts_as_absent(caplog):
     volume = torch.rand(3, 4, 4, 2)
-    CheckVolumed("image")({"image": volume, "subject": "s1"})
-    assert not caplog.text
-    volume[2] = volume[0]
-    CheckVolumed("image")({"image": volume, "subject": "s1"})
-    assert "subject 's1': modalities 1 and 3 are identical" in caplog.text
-    caplog.clear()
-    CheckVolumed("image")({"image": MetaTensor(volume, meta={"filename_or_obj": "grey.png"}), "subject": "s1"})
-    assert not caplog.text
+    volume[0] = volume[2]
+    complete, names = CompleteModalitiesd("image", ["t1", "t2", "flair"]), ["t1", "t2", "flair"]
+    found = complete(volumes_of(volume, names))
+    assert not found["image"][0].any()
+    assert torch.equal(found["image"][1:], volume[1:])
+    assert found["modalities"] == "t2 flair"
+    assert "subject 's1': t1 is a copy" in caplog.text
+    grey = complete(volumes_of(volume, names, "grey.png"))  # grey pictures are often saved in colour
+    assert torch.equal(grey["image"], volume)
 
 
 def test_an_empty_mask_is_marked():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import LoadImaged, MapTransform, RandomizableTransform, Resized, ThreadUnsafe
 
 from scripts.config import InputError
@@ -29,7 +30,8 @@ class LoadVolumesd(LoadImaged, ThreadUnsafe):
     each thread a copy of this transform.
 
     A single file name, which MONAI Label gives, is replaced by the files of its subject
-    (:func:`scripts.data.subjects.subject_of`). The metadata holds the name of the subject, by which outputs are named.
+    (:func:`scripts.data.subjects.subject_of`). The metadata holds the name of the subject, by which outputs are named,
+    and the names of the channels.
 
     Args:
         keys: keys of the file names.
@@ -56,14 +58,14 @@ class LoadVolumesd(LoadImaged, ThreadUnsafe):
             if d[key].ndim == 3:  # a 2D NIfTI file
                 d[key] = d[key].unsqueeze(-1)
                 d[key].spatial_ndim = 3  # otherwise MONAI would invert the transforms to 2D
-            d[key].meta["subject"] = d.get("subject", "")
+            d[key].meta |= {"subject": d.get("subject", ""), "modalities": list(self.modalities)}
         return d
 
 
 class CheckVolumed(MapTransform):
     """Refuse volumes that would spoil training: NaN or infinite voxels, or a modality with a single value.
 
-    Each key holds ``[M, H, W, S]``, one channel per modality. Two modalities that are identical give a warning.
+    Each key holds ``[M, H, W, S]``, one channel per modality.
 
     Raises:
         InputError: naming the subject and the modality.
@@ -77,15 +79,47 @@ class CheckVolumed(MapTransform):
                     raise InputError(f"{where} has NaN or infinite voxels; repair or remove the subject")
                 if volume.min() == volume.max():
                     raise InputError(f"{where} is constant ({float(volume.min()):g}); repair or remove the subject")
-            if is_picture(str(getattr(data[key], "meta", {}).get("filename_or_obj", ""))):
-                continue  # grey pictures are often saved in colour
-            for first, second in itertools.combinations(range(len(data[key])), 2):
-                if torch.equal(data[key][first], data[key][second]):
-                    logger.warning(
-                        f"subject '{data.get('subject', '?')}': modalities {first + 1} and {second + 1} are identical; "
-                        "if one is missing and was replaced by the other, the mask may be wrong although it looks sure"
-                    )
         return dict(data)
+
+
+class CompleteModalitiesd(MapTransform):
+    """Give a volume the channels of the network: ``[m, H, W, S]`` to ``[M, H, W, S]``, absent modalities are 0.
+
+    A modality that is identical to a later one is absent, too: some data sets replace what is missing by a copy. The
+    key ``modalities`` names those that are there.
+
+    Args:
+        keys: keys of volumes of :class:`LoadVolumesd`.
+        channels: names of the channels of the network.
+    """
+
+    def __init__(self, keys: KeysCollection, channels: Sequence[str]) -> None:
+        super().__init__(keys)
+        self.channels = list(channels)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        d: dict = dict(data)
+        for key in self.key_iterator(d):
+            volumes = dict(zip(d[key].meta["modalities"], d[key], strict=True))
+            picture = is_picture(str(d[key].meta.get("filename_or_obj", "")))
+            copies = [] if picture else _copies(volumes)  # grey pictures are often saved in colour
+            for name in copies:
+                logger.warning(
+                    f"subject '{d.get('subject', '?')}': {name} is a copy of another modality and is left out"
+                )
+            present = [name for name in volumes if name not in copies]
+            d["modalities"] = " ".join(present)
+            if present != self.channels:
+                nothing = torch.zeros_like(d[key][0])
+                found = torch.stack([volumes[name] if name in present else nothing for name in self.channels])
+                d[key] = MetaTensor(found, meta=d[key].meta, applied_operations=d[key].applied_operations)
+        return d
+
+
+def _copies(volumes: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the volumes that are identical to a later one."""
+    pairs = itertools.combinations(volumes.items(), 2)
+    return [name for (name, first), (_, later) in pairs if torch.equal(first, later)]
 
 
 class CheckHounsfieldd(MapTransform):
@@ -175,24 +209,27 @@ class ResizeSlicesd(Resized):
 
 
 class RandModalityDropoutd(RandomizableTransform, MapTransform):
-    """Set one random modality of ``[M, H, W]``, M > 1, to zero (the mean of its z-scores), as if it were missing.
+    """Set random modalities of ``[M, H, W]`` to zero (the mean of their z-scores), as if they were missing.
 
     Args:
         keys: keys of the images.
         prob: probability of the dropout.
+        most: the largest number of modalities that are dropped at once; one is always kept.
     """
 
-    def __init__(self, keys: KeysCollection, prob: float = 0.1) -> None:
+    def __init__(self, keys: KeysCollection, prob: float = 0.1, most: int = 1) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
+        self.most = most
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
         d = dict(data)
         self.randomize(None)
         for key in self.key_iterator(d):
-            if self._do_transform and len(d[key]) > 1:
+            most = min(self.most, len(d[key]) - 1)
+            if self._do_transform and most > 0:
                 d[key] = d[key].clone()
-                d[key][self.R.randint(len(d[key]))] = 0
+                d[key][self.R.permutation(len(d[key]))[: self.R.randint(1, most + 1)]] = 0
         return d
 
 

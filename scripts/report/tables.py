@@ -27,7 +27,8 @@ from scripts.sampling.rows import RowsHandler
 class GradeTable(RowsHandler):
     """Inference handler: ``grades.csv``, ``grade_reasons.csv`` and one overlay per subject.
 
-    A row holds the probability of each grade, the likeliest grade, and volumes and quality of each region. The reasons
+    A row holds the probability of each grade, the likeliest grade, volumes and quality of each region, and the
+    modalities that were used. The reasons
     are only written if the grade depends on measurements of the mask (:func:`grade_reasons`).
 
     Args:
@@ -99,7 +100,8 @@ def grade_row(item: Mapping[str, Any], regions: Sequence[str], grades: Sequence[
     prob = grade_columns(item, grades)
     grade = "" if any(map(np.isnan, prob.values())) else grades[int(np.argmax(list(prob.values())))]
     prior = grade_columns(item, grades, "prior")
-    return {"subject": item["subject"], **prob, "grade": grade, **prior, **estimates(item, regions)}
+    used = {"modalities": item["modalities"]} if "modalities" in item else {}
+    return {"subject": item["subject"], **prob, "grade": grade, **prior, **estimates(item, regions), **used}
 
 
 def grade_reasons(item: Mapping[str, Any], measured: Sequence[str], grades: Sequence[str]) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ class VolumeEvaluator(SupervisedEvaluator):
     """MONAI's evaluator for an inferer with several outputs.
 
     The output of an iteration holds ``image [B, M, H, W, S]``, the outputs of :meth:`VolumePredictor.predict`, and
-    ``subject``, ``grade`` and (if there are) ``label [B, R, H', W', S']`` and ``annotations`` of the batch, on the
-    input's grid.
+    ``subject`` and (if there are) ``modalities``, ``grade``, ``label [B, R, H', W', S']`` and ``annotations`` of the
+    batch, on the input's grid.
     """
 
     inferer: VolumePredictor  # type: ignore[assignment]
@@ -45,7 +45,7 @@ class VolumeEvaluator(SupervisedEvaluator):
         )
         with engine.mode(engine.network), autocast:
             engine.state.output |= engine.inferer.predict(image, engine.network)  # type: ignore[arg-type]
-        engine.state.output["subject"] = batchdata["subject"]
+        engine.state.output |= {key: batchdata[key] for key in ("subject", "modalities") if key in batchdata}
         for key in ("grade", "label", "annotations"):
             if isinstance(batchdata.get(key), torch.Tensor):  # the label is not loaded in inference
                 engine.state.output[key] = batchdata[key].to(device)

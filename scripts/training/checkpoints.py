@@ -222,6 +222,29 @@ def trained_settings(ckpt_path: str) -> dict[str, Any]:
     return check_plain(read_checkpoint(ckpt_path)["settings"], f"ckpt_path '{ckpt_path}'")
 
 
+def network_modalities(modalities: Sequence[str], ckpt_path: str | None) -> list[str]:
+    """Names of the channels of a network: those of the checkpoint it starts from, if there is one.
+
+    Args:
+        modalities: of the folder.
+        ckpt_path: the checkpoint; None if training starts from random weights.
+    """
+    return completed(modalities, trained_settings(ckpt_path)["modalities"]) if ckpt_path else list(modalities)
+
+
+def completed(modalities: Sequence[str], trained: Sequence[str]) -> list[str]:
+    """The ``trained`` modalities if those of the folder are some of them, with a warning; else those of the folder."""
+    absent = [name for name in trained if name not in modalities]
+    if not set(modalities) <= set(trained):
+        return list(modalities)  # check_settings says what is wrong
+    if absent:
+        logger.warning(
+            f"modalities {absent} are absent, and 0 for the network; masks may be wrong if it was not trained so "
+            "(augment_mr.yaml)"
+        )
+    return list(trained)
+
+
 def store_calibration(
     ckpt_path: str, calibration: Mapping[str, torch.Tensor], subjects: Mapping[str, Sequence[str]]
 ) -> None:
