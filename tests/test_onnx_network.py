@@ -172,7 +172,7 @@ def test_a_wrong_graph_replaces_nothing(trained, tmp_path, monkeypatch):
     assert (tmp_path / CONDITION).read_bytes() == b"of before"
 
 
-@pytest.mark.parametrize("settings", [{"image_size": 64}, {"prediction_type": "epsilon"}, {"modalities": ["t1"]}])
+@pytest.mark.parametrize("settings", [{"image_size": 64}, {"prediction_type": "epsilon"}, {"modalities": ["pd"]}])
 def test_other_settings_are_refused(settings, trained, phantoms, run_bundle, tmp_path):
     (key,) = settings
     with pytest.raises(InputError, match=f"the model was trained with {key}="):

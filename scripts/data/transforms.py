@@ -90,12 +90,12 @@ class CompleteModalitiesd(MapTransform):
 
     Args:
         keys: keys of volumes of :class:`LoadVolumesd`.
-        channels: names of the channels of the network.
+        expected: names of the channels of the network.
     """
 
-    def __init__(self, keys: KeysCollection, channels: Sequence[str]) -> None:
+    def __init__(self, keys: KeysCollection, expected: Sequence[str]) -> None:
         super().__init__(keys)
-        self.channels = list(channels)
+        self.expected = list(expected)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         d: dict = dict(data)
@@ -109,9 +109,9 @@ class CompleteModalitiesd(MapTransform):
                 )
             present = [name for name in volumes if name not in copies]
             d["modalities"] = " ".join(present)
-            if present != self.channels:
+            if present != self.expected:
                 nothing = torch.zeros_like(d[key][0])
-                found = torch.stack([volumes[name] if name in present else nothing for name in self.channels])
+                found = torch.stack([volumes[name] if name in present else nothing for name in self.expected])
                 d[key] = MetaTensor(found, meta=d[key].meta, applied_operations=d[key].applied_operations)
         return d
 
