@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from scripts.brains.fields import SmoothField, radius
+from scripts.brains.fields import SmoothField, length, radius
 from scripts.brains.tissues import Tissue
 
 SEMI_AXES = np.array([68.0, 84.0, 62.0])  # of the brain: right-left, back-front, down-up (mm)
@@ -32,23 +32,25 @@ class Anatomy:
 
         self.size = 1 + 0.05 * shape * rng.standard_normal()
         self.semi_axes = SEMI_AXES * self.size * (1 + 0.03 * shape * rng.standard_normal(3))
-        self.warp, self.warp_mm = [SmoothField(rng, 90) for _ in range(3)], between(0, 8) * min(shape, 1)
+        self.warp, self.warp_mm = SmoothField(rng, 90, count=3), between(0, 8) * min(shape, 1)
         self.folds, self.folia = SmoothField(rng, between(14, 22)), SmoothField(rng, 8)
         self.sulcus_mm, self.cortex_mm = between(0.15, 1), between(2.2, 3.8)
         self.ventricles = between(0.6, 1.9)
         self.gap_mm, self.skull_mm, self.scalp_mm = between(1, 5), between(4, 9), between(3, 10)
         self.face = SmoothField(rng, 25)
-        self.vessels = [SmoothField(rng, 30) for _ in range(2)] if rng.random() < mimics else None
+        self.vessels = SmoothField(rng, 30, count=2) if rng.random() < mimics else None
         self.white_lesions = SmoothField(rng, 10) if rng.random() < 0.35 * mimics else None
         self.has_choroid = rng.random() < mimics
 
     def __call__(self, points: torch.Tensor) -> torch.Tensor:
         """Tissue ``[...]``, a number of :class:`Tissue`, at points ``[..., 3]``."""
-        warped = points + self.warp_mm * torch.stack([field(points) for field in self.warp], dim=-1)
+        warped = points + self.warp_mm * self.warp(points).movedim(0, -1)
         right, front, up = warped.unbind(-1)
-        x, y, z = (axis / length for axis, length in zip((right, front, up), self.semi_axes, strict=True))
+        x, y, z = (axis / half for axis, half in zip((right, front, up), self.semi_axes, strict=True))
         taper = 1 - 0.12 * y.clamp(0, 1)
-        inside = (1 - torch.stack([x / taper, y, z]).norm(dim=0)) * float(self.semi_axes.mean())  # mm under the surface
+        inside = (1 - length(torch.stack([x / taper, y, z], dim=-1))) * float(
+            self.semi_axes.mean()
+        )  # mm under the surface
         underside = -0.42 * self.semi_axes[2] + 0.075 * (front + 20).clamp(min=0)
         tissue = self._head(points, warped, inside, up < underside - 3)
         depth = torch.minimum(inside, up - underside)
@@ -126,7 +128,7 @@ class Anatomy:
     ) -> None:
         """Add vessels, choroid plexus, and white-matter lesions beside the ventricles and elsewhere."""
         if self.vessels is not None:  # two surfaces cross in curves
-            curve = torch.hypot(*(field(points) for field in self.vessels))
+            curve = torch.hypot(*self.vessels(points))
             tissue[(depth > 0) & (curve < 0.12)] = Tissue.VESSEL
             sinus = (warped[..., 0].abs() < 4) & (inside > -self.gap_mm) & (inside < 6) & (warped[..., 2] > 0)
             tissue[sinus] = Tissue.VESSEL

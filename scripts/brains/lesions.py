@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from scripts.brains.anatomy import SEMI_AXES, Anatomy
-from scripts.brains.fields import SmoothField
+from scripts.brains.fields import SmoothField, length
 from scripts.brains.tissues import Tissue
 
 KINDS = {"diffuse": 0.4, "glioblastoma": 0.3, "cystic": 0.15, "solid": 0.15}  # and how often
@@ -44,12 +44,12 @@ class Lesion:
     def push(self, points: torch.Tensor) -> torch.Tensor:
         """Where the tissue at points ``[..., 3]`` was before the tumour grew."""
         offset = points - self.centre
-        near = torch.exp(-((offset.norm(dim=-1, keepdim=True) / (1.6 * self.radius)) ** 2))
+        near = torch.exp(-((length(offset).unsqueeze(-1) / (1.6 * self.radius)) ** 2))
         return points - self.push_share * near * offset
 
     def paint(self, tissue: torch.Tensor, points: torch.Tensor) -> None:
         """Replace the tissue ``[...]`` at points ``[..., 3]`` where the tumour is."""
-        distance = ((points - self.centre) / self.semi_axes).norm(dim=-1)
+        distance = length((points - self.centre) / self.semi_axes)
         if distance.min() > 2.5:
             return
         distance = distance + sum(scale * field(points) for field, scale in self.rough)
