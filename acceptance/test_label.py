@@ -242,6 +242,29 @@ def three_modalities(folder: Path, phantoms: Path) -> bytes:
     return (folder / "three.nii.gz").read_bytes()
 
 
+def test_studies_may_lack_a_modality(phantoms, tmp_path):
+    """With our app: the answer is that of the command line for the same modalities."""
+    data, studies = tmp_path / "data", tmp_path / "studies"
+    shutil.copytree(phantoms / SUBJECT, data)
+    (data / f"{SUBJECT}_t2.nii.gz").unlink()
+    shutil.copytree(data, studies)
+    bundle = unpack_release(tmp_path)
+    options = ["--dataset_dir", str(data), "--output_dir", str(tmp_path), "--modalities", "['t1','t1ce','flair']"]
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", "configs/inference.yaml"]
+    subprocess.run([*command, *options], cwd=bundle, check=True)
+    expected = np.asarray(nib.load(tmp_path / f"{SUBJECT}_seg.nii.gz").dataobj)
+
+    def start(port: str) -> str:
+        return documented("--app label_app", port, tmp_path)[0].rstrip() + " --conf modalities t1,t1ce,flair"
+
+    with serve(start, tmp_path, bundle) as running:
+        server = Server(*running, bundle)
+        found = np.asarray(volume_of(server.infer(f"{SUBJECT}_t1"), tmp_path).dataobj)
+        answer = server.infer(f"{SUBJECT}_t1", output="json").json()["params"]
+    assert answer["modalities"] == "t1 t1ce flair"
+    assert np.array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
