@@ -244,7 +244,7 @@ def three_modalities(folder: Path, phantoms: Path) -> bytes:
 
 def test_studies_may_lack_a_modality(phantoms, tmp_path):
     """With our app: the answer is that of the command line for the same modalities."""
-    data, studies = tmp_path / "data", tmp_path / "studies"
+    data, studies = tmp_path / SUBJECT, tmp_path / "studies"
     shutil.copytree(phantoms / SUBJECT, data)
     (data / f"{SUBJECT}_t2.nii.gz").unlink()
     shutil.copytree(data, studies)
@@ -260,7 +260,7 @@ def test_studies_may_lack_a_modality(phantoms, tmp_path):
     with serve(start, tmp_path, bundle) as running:
         server = Server(*running, bundle)
         found = np.asarray(volume_of(server.infer(f"{SUBJECT}_t1"), tmp_path).dataobj)
-        answer = server.infer(f"{SUBJECT}_t1", output="json").json()["params"]
+        answer = server.infer(f"{SUBJECT}_t1", output="json").json()
     assert answer["modalities"] == "t1 t1ce flair"
     assert np.array_equal(found, expected)
 
