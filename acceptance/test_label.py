@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import requests
 import SimpleITK as sitk
+import torch
 
 from conftest import NAME as MODEL
 from conftest import ORGANS, ROOT, SYNTHESIS, make_phantoms, unpack_release
@@ -249,6 +250,10 @@ def test_studies_may_lack_a_modality(phantoms, tmp_path):
     (data / f"{SUBJECT}_t2.nii.gz").unlink()
     shutil.copytree(data, studies)
     bundle = unpack_release(tmp_path)
+    weights = bundle / "models" / "model.pt"
+    checkpoint = torch.load(weights)
+    checkpoint["settings"]["modality_dropout"] = 0.3  # as if they had been trained with it
+    torch.save(checkpoint, weights)
     options = ["--dataset_dir", str(data), "--output_dir", str(tmp_path), "--modalities", "['t1','t1ce','flair']"]
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", "configs/inference.yaml"]
     subprocess.run([*command, *options], cwd=bundle, check=True)

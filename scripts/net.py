@@ -47,7 +47,6 @@ class MedSegDiff(SegmentationNetwork):
         variant: width, depth and conditioning by name, one of :data:`scripts.networks.variants.VARIANTS`.
         channels: channels of the denoiser's levels; overrides ``variant``. Attention is then in the middle block only.
         calib_channels: channels of the image-only U-Net's levels; overrides ``variant``. Default: twice ``channels``.
-        num_res_blocks: residual blocks per level of the denoiser; overrides ``variant``.
         conditioning: names of :data:`scripts.networks.conditioning.CONDITIONING`; overrides ``variant``.
         use_cls_head: grade from the denoiser's bottleneck.
         denoiser_stride: the denoiser works at 1 / ``denoiser_stride`` of the resolution where it corrects a calibration
@@ -68,12 +67,11 @@ class MedSegDiff(SegmentationNetwork):
         variant: str = "S",
         channels: Sequence[int] | None = None,
         calib_channels: Sequence[int] | None = None,
-        num_res_blocks: int | None = None,
         conditioning: Sequence[str] | None = None,
         use_cls_head: bool = True,
         denoiser_stride: int = 1,
     ) -> None:
-        resolved = resolve_variant(variant, channels, calib_channels, num_res_blocks, conditioning)
+        resolved = resolve_variant(variant, channels, calib_channels, conditioning)
         image_channels = resolved.calib_channels or () if HIGHWAY in resolved.conditioning else ()
         if type(denoiser_stride) is not int or denoiser_stride not in (1, 2, 4, 8):
             raise InputError(f"denoiser_stride={denoiser_stride!r} must be 1, 2, 4 or 8")
@@ -158,6 +156,7 @@ ARCHITECTURES: dict[str, type[SegmentationNetwork]] = {
 }
 DATA_SETTINGS = (
     "modalities",
+    "modality_dropout",
     "regions",
     "region_labels",
     "background_label",

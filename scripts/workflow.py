@@ -21,22 +21,31 @@ from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
 from scripts.tools.monai_label import apply_label_request, option
 from scripts.tools.onnx_network import export_onnx
-from scripts.training.checkpoints import NAMING, check_settings, completed, load_weights
+from scripts.training.checkpoints import NAMING, check_settings, completed, load_weights, trained_settings
 from scripts.training.run import run_training, start
 
 __all__ = ["evaluate", "export", "infer", "option", "settings", "train"]
 logger = logging.getLogger(__name__)
 
 
-def settings() -> dict[str, Any]:
+def settings(ckpt_path: str | None) -> dict[str, Any]:
     """The settings that give the weights their meaning, read from the public keys of the running configuration.
 
+    Args:
+        ckpt_path: checkpoint whose weights are judged or are the start; its network may have more modalities.
+
     Raises:
-        InputError: for a ``slice_size`` that is no number of at least ``image_size``.
+        InputError: for a ``slice_size`` that is no number of at least ``image_size``, a ``modality_dropout`` outside
+            0 to 1, or modalities that the checkpoint does not do without.
     """
     parser = running_parser()
     found = {name: parser.get_parsed_content(name) for name in SETTINGS}
-    found["modalities"] = parser.get_parsed_content("network_modalities")
+    if ckpt_path:
+        trained = trained_settings(ckpt_path)
+        found["modalities"] = completed(found["modalities"], trained)
+        found["modality_dropout"] = max(found["modality_dropout"], trained["modality_dropout"])
+    if not isinstance(share := found["modality_dropout"], (int, float)) or not 0 <= share <= 1:
+        raise InputError(f"modality_dropout={share!r} must be a number from 0 to 1")
     size, window = found["slice_size"], found["image_size"]
     if size is not None and (not isinstance(size, int) or size < window):
         raise InputError(
@@ -75,7 +84,7 @@ def infer(load: bool = True) -> None:
     parser, value = start("inference.yaml", "train.yaml")
     network, trained = value("network_def"), value("settings")
     given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
-    given["modalities"] = completed(given["modalities"], trained["modalities"])
+    given["modalities"] = completed(given["modalities"], trained)
     check_settings(trained, given, "the model")
     for key in NAMING:
         if key in given and given[key] != trained[key]:

@@ -367,7 +367,7 @@ def test_bad_data_stops_before_anything_is_written(spoil, message, copied, run_b
             "noised_mask='calibration' needs 'highway'",
         ),
         ({"conditioning": [], "num_inference_steps": 0}, "need a calibration map"),
-        ({"num_res_blocks": 0}, "num_res_blocks=0"),
+        ({"modality_dropout": 1.5}, "modality_dropout=1.5"),
         ({"loss::task_weighting": "mean"}, "task_weighting 'mean'"),
         ({"regions": ["WTT"]}, "regions="),
         ({"modalities": "t1"}, "modalities='t1' must be a list"),
@@ -464,35 +464,54 @@ def test_inference_with_other_settings_is_refused(trained, phantoms, run_bundle,
         run_bundle(["inference.yaml"], modalities=["t1", "pd"], **common)
 
 
-def test_modalities_may_be_absent_or_in_another_order(trained, copied, run_bundle, tmp_path, capsys):
-    data, files = {"dataset_dir": str(copied), "ckpt_dir": str(trained)}, ["train.yaml", "evaluate.yaml"]
-    run_bundle(["inference.yaml"], output_dir=str(tmp_path / "a"), **data)
-    run_bundle(["inference.yaml"], output_dir=str(tmp_path / "b"), modalities=MODALITIES[::-1], **data)
-    assert "are absent" not in capsys.readouterr().out
-    first, second = (pd.read_csv(tmp_path / name / "grades.csv") for name in ("a", "b"))
-    assert set(first.pop("modalities")) == {"t1 t1ce t2 flair"}
-    assert set(second.pop("modalities")) == {"flair t2 t1ce t1"}
-    assert first.equals(second)
+def trained_with_dropout(folder: Path) -> dict[str, str]:
+    """The weights of a folder, as if they had been trained with modality_dropout."""
+    checkpoint = torch.load(folder / "model.pt")
+    checkpoint["settings"]["modality_dropout"] = 0.3
+    torch.save(checkpoint, folder / "model.pt")
+    return {"ckpt_dir": str(folder)}
+
+
+def test_modalities_in_another_order_are_put_in_that_of_the_network(trained, phantoms, run_bundle, tmp_path):
+    tables = []
+    for order in (MODALITIES, MODALITIES[::-1]):
+        out = str(tmp_path / order[0])
+        run_bundle(
+            ["inference.yaml"], dataset_dir=str(phantoms), ckpt_dir=str(trained), output_dir=out, modalities=order
+        )
+        tables.append(pd.read_csv(Path(out) / "grades.csv"))
+        assert set(tables[-1].pop("modalities")) == {" ".join(order)}
+    assert tables[0].equals(tables[1])
+
+
+def test_modalities_may_be_absent(trained, copied, run_bundle, tmp_path, capsys):
     for file in copied.rglob("*_t2.nii.gz"):
         file.unlink()
-    with pytest.raises(InputError, match="no file for modality 't2'"):
-        run_bundle(["inference.yaml"], output_dir=str(tmp_path / "c"), **data)
     some = ["t1", "t1ce", "flair"]
-    run_bundle(["inference.yaml"], output_dir=str(tmp_path / "c"), modalities=some, **data)
+    data = {"dataset_dir": str(copied), "ckpt_dir": str(trained)}
+    with pytest.raises(InputError, match="no file for modality 't2'"):
+        run_bundle(["inference.yaml"], output_dir=str(tmp_path / "a"), **data)
+    with pytest.raises(InputError, match=r"lacks \['t2'\], which the network was trained with"):
+        run_bundle(["inference.yaml"], output_dir=str(tmp_path / "a"), modalities=some, **data)
+    assert not (tmp_path / "a").exists()
+    data |= trained_with_dropout(trained)
+    run_bundle(["inference.yaml"], output_dir=str(tmp_path / "a"), modalities=some, **data)
     assert "modalities ['t2'] are absent" in capsys.readouterr().out
-    assert set(pd.read_csv(tmp_path / "c" / "grades.csv")["modalities"]) == {"t1 t1ce flair"}
-    run_bundle(files, output_dir=str(tmp_path / "d"), modalities=some, **data)
-    run_bundle(files, output_dir=str(tmp_path / "e"), modalities=some[::-1], **data)
-    scores = [(tmp_path / name / "subjects.csv").read_text() for name in ("d", "e")]
+    assert set(pd.read_csv(tmp_path / "a" / "grades.csv")["modalities"]) == {"t1 t1ce flair"}
+    for name, order in (("b", some), ("c", some[::-1])):
+        run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / name), modalities=order, **data)
+    scores = [(tmp_path / name / "subjects.csv").read_text() for name in ("b", "c")]
     assert scores[0] == scores[1]
 
 
 def test_training_starts_from_weights_with_more_modalities(trained, phantoms, run_bundle, tmp_path):
-    out = folders(tmp_path / "fine")
-    first = str(trained / "model.pt")
-    run_bundle(["train.yaml"], dataset_dir=str(phantoms), init_ckpt=first, modalities=["flair", "t1"], **out)
+    out = folders(tmp_path / "fine") | {"dataset_dir": str(phantoms), "init_ckpt": str(trained / "model.pt")}
+    with pytest.raises(InputError, match="lacks"):
+        run_bundle(["train.yaml"], modalities=["flair", "t1"], **out)
+    trained_with_dropout(trained)
+    run_bundle(["train.yaml"], modalities=["flair", "t1"], **out)
     settings = torch.load(Path(out["ckpt_dir"]) / "model.pt")["settings"]
-    assert settings["modalities"] == MODALITIES
+    assert (settings["modalities"], settings["modality_dropout"]) == (MODALITIES, 0.3)
 
 
 def test_inference_does_not_write_among_the_volumes(trained, copied, run_bundle):

@@ -209,6 +209,17 @@ def test_settings_of_older_checkpoints_get_their_names_of_now(tmp_path, older, c
 
 
 @pytest.mark.parametrize(
+    ("conditioning", "named"), [(None, ["highway"]), ([], []), (["highway", "anchor"], ["highway", "anchor"])]
+)
+def test_two_residual_blocks_of_older_checkpoints_are_those_of_v2(conditioning, named):
+    older = {"variant": "S", "channels": [8, 8, 16], "conditioning": conditioning, "num_res_blocks": 2}
+    settings = of_this_version({"architecture": "MedSegDiff", **older})
+    assert (settings["variant"], settings["conditioning"]) == ("v2", named)
+    assert "num_res_blocks" not in settings
+    assert of_this_version({"architecture": "MedSegDiff", **older, "num_res_blocks": None})["variant"] == "S"
+
+
+@pytest.mark.parametrize(
     "older",
     [{"architecture": "PlainUNet"}, {"conditioning": []}, {"prediction_type": "epsilon"}, {"conditioning": STOCHASTIC}],
 )

@@ -15,6 +15,7 @@ from conftest import ROOT, settings_of
 from scripts.net import SETTINGS
 from scripts.organs.workflow import SETTINGS as ORGAN_SETTINGS
 from scripts.synthesis.workflow import SETTINGS as SYNTHESIS_SETTINGS
+from scripts.training.checkpoints import read_checkpoint
 
 CONFIGS = ROOT / "configs"
 ORGANS, SYNTHESIS = (ROOT / "bundles" / name / "configs" for name in ("organs", "synthesis"))
@@ -130,7 +131,7 @@ def test_both_bases_sample_alike():
 
 
 def test_the_weights_are_those_of_the_demo_and_inference_needs_no_other_setting():
-    checkpoint = torch.load(ROOT / "models" / "model.pt", weights_only=True)
+    checkpoint = read_checkpoint(str(ROOT / "models" / "model.pt"))
     assert checkpoint["settings"] == settings_of("train.yaml", "demo.yaml")
     for parser in (parsed("train.yaml", "demo.yaml"), parsed("inference.yaml")):
         parser.get_parsed_content("network_def").load_state_dict(checkpoint["model"])

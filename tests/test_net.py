@@ -128,7 +128,7 @@ def test_channels_override_all_of_the_variant_but_its_conditioning():
 def test_seed_settings_build():
     """The network of seed_settings.yaml: 128 channels in the first level, 2 residual blocks per level."""
     with torch.device("meta"):
-        network = MedSegDiff(GaussianDiffusion(), channels=[128, 128, 256, 256, 512], num_res_blocks=2)
+        network = MedSegDiff(GaussianDiffusion(), variant="v2", channels=[128, 128, 256, 256, 512])
     assert network.denoiser.num_res_blocks == (2, 2, 2, 2, 2)
 
 
@@ -150,8 +150,8 @@ def test_denoiser_is_monais_network():
         spatial_dims=2,
         in_channels=3,
         out_channels=1,
-        num_res_blocks=1,
         channels=[8, 8, 16],
+        num_res_blocks=1,
         attention_levels=[False, False, True],
         norm_num_groups=8,
         num_head_channels=16,
@@ -312,7 +312,6 @@ def test_the_two_unets_may_differ_in_depth(deeper):
         ({"conditioning": ["highways"]}, "list of names"),
         ({"conditioning": "highway"}, "list of names"),
         ({"conditioning": ["anchor", "ff_parser"]}, "'anchor'.*'highway'"),
-        ({"num_res_blocks": 0}, "num_res_blocks=0"),
         ({"variant": "XL"}, "variant 'XL'"),
         ({"denoiser_stride": 3}, "denoiser_stride=3 must be 1, 2, 4 or 8"),
         ({"denoiser_stride": "2"}, "denoiser_stride='2'"),

@@ -85,17 +85,18 @@ class CheckVolumed(MapTransform):
 class CompleteModalitiesd(MapTransform):
     """Give a volume the channels of the network: ``[m, H, W, S]`` to ``[M, H, W, S]``, absent modalities are 0.
 
-    A modality that is identical to a later one is absent, too: some data sets replace what is missing by a copy. The
-    key ``modalities`` names those that are there.
+    The key ``modalities`` names those that are there. A modality that is identical to a later one gives a warning: some
+    data sets replace what is missing by a copy.
 
     Args:
         keys: keys of volumes of :class:`LoadVolumesd`.
         expected: names of the channels of the network.
+        leave_out_copies: a modality that is identical to a later one counts as absent.
     """
 
-    def __init__(self, keys: KeysCollection, expected: Sequence[str]) -> None:
+    def __init__(self, keys: KeysCollection, expected: Sequence[str], leave_out_copies: bool) -> None:
         super().__init__(keys)
-        self.expected = list(expected)
+        self.expected, self.leave_out_copies = list(expected), leave_out_copies
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         d: dict = dict(data)
@@ -105,9 +106,10 @@ class CompleteModalitiesd(MapTransform):
             copies = [] if picture else _copies(volumes)  # grey pictures are often saved in colour
             for name in copies:
                 logger.warning(
-                    f"subject '{d.get('subject', '?')}': {name} is a copy of another modality and is left out"
+                    f"subject '{d.get('subject', '?')}': {name} is a copy of another modality and "
+                    + ("is left out" if self.leave_out_copies else "may be missing; the mask may be wrong")
                 )
-            present = [name for name in volumes if name not in copies]
+            present = [name for name in volumes if not (self.leave_out_copies and name in copies)]
             d["modalities"] = " ".join(present)
             if present != self.expected:
                 nothing = torch.zeros_like(d[key][0])
@@ -211,25 +213,24 @@ class ResizeSlicesd(Resized):
 class RandModalityDropoutd(RandomizableTransform, MapTransform):
     """Set random modalities of ``[M, H, W]`` to zero (the mean of their z-scores), as if they were missing.
 
+    From one to all but one are dropped, each number as often.
+
     Args:
         keys: keys of the images.
         prob: probability of the dropout.
-        most: the largest number of modalities that are dropped at once; one is always kept.
     """
 
-    def __init__(self, keys: KeysCollection, prob: float = 0.1, most: int = 1) -> None:
+    def __init__(self, keys: KeysCollection, prob: float = 0.1) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
-        self.most = most
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
         d = dict(data)
         self.randomize(None)
         for key in self.key_iterator(d):
-            most = min(self.most, len(d[key]) - 1)
-            if self._do_transform and most > 0:
+            if self._do_transform and (count := len(d[key])) > 1:
                 d[key] = d[key].clone()
-                d[key][self.R.permutation(len(d[key]))[: self.R.randint(1, most + 1)]] = 0
+                d[key][self.R.permutation(count)[: self.R.randint(1, count)]] = 0
         return d
 
 

@@ -50,7 +50,6 @@ def resolve_variant(
     variant: str,
     channels: Sequence[int] | None,
     calib_channels: Sequence[int] | None,
-    num_res_blocks: int | None,
     conditioning: Sequence[str] | None,
 ) -> Variant:
     """The named variant, with its settings replaced by the arguments that are not None.
@@ -62,14 +61,12 @@ def resolve_variant(
     """
     if variant not in VARIANTS:
         raise InputError(f"variant '{variant}' is not one of {list(VARIANTS)}")
-    if num_res_blocks is not None and (not isinstance(num_res_blocks, int) or num_res_blocks < 1):
-        raise InputError(f"num_res_blocks={num_res_blocks!r} must be a whole number, 1 or more")
     named = VARIANTS[variant]
     widths = check_channels("channels", channels or named.channels)
     calib = calib_channels or (None if channels else named.calib_channels) or [2 * width for width in widths]
     return Variant(
         channels=widths,
-        num_res_blocks=num_res_blocks or named.num_res_blocks,
+        num_res_blocks=named.num_res_blocks,
         conditioning=tuple(check_conditioning(named.conditioning if conditioning is None else conditioning)),
         attention=() if channels else named.attention,
         calib_channels=check_channels("calib_channels", calib),

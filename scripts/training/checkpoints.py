@@ -19,8 +19,8 @@ from scripts.config import InputError, TrainingError, atomic_path, check_plain
 
 logger = logging.getLogger(__name__)
 
-# settings that name and paint the outputs; weights may be used under others
-NAMING = ("grade_labels", "background_label")
+# settings that name and paint the outputs, or say how weights were trained; weights may be used under others
+NAMING = ("grade_labels", "background_label", "modality_dropout")
 # what older checkpoints lack: fitted since version 0.9, and since version 0.11
 FITTED_LATER = ("calibration.measurement_", "calibration.dice_")
 
@@ -184,11 +184,16 @@ def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a checkpoint, also of an older one, under the names of now; those of other bundles as they are."""
     if "architecture" not in settings:
         return settings
-    settings = {"slice_size": None, "denoiser_stride": 1} | settings  # since versions 0.10 and 0.11
+    # since versions 0.10, 0.11 and 0.12
+    settings = {"slice_size": None, "denoiser_stride": 1, "modality_dropout": 0.0} | settings
     if settings.pop("self_conditioning", False) is True:  # before version 0.11 a setting of its own
         given = settings.get("conditioning")
         named = ["highway", "anchor", "ss_former"] if settings.get("variant") == "v2" else ["highway"]
         settings["conditioning"] = [*(given if isinstance(given, list) else named), "self_conditioning"]
+    blocks, variant = settings.pop("num_res_blocks", None), settings.get("variant")  # until version 0.11
+    if blocks == 2 and variant != "v2" and settings.get("channels"):
+        named = ["highway"] if settings.get("conditioning") is None else settings["conditioning"]
+        settings |= {"variant": "v2", "conditioning": named}  # the same network
     return settings
 
 
@@ -222,27 +227,26 @@ def trained_settings(ckpt_path: str) -> dict[str, Any]:
     return check_plain(read_checkpoint(ckpt_path)["settings"], f"ckpt_path '{ckpt_path}'")
 
 
-def network_modalities(modalities: Sequence[str], ckpt_path: str | None) -> list[str]:
-    """Names of the channels of a network: those of the checkpoint it starts from, if there is one.
+def completed(modalities: Sequence[str], trained: Mapping[str, Any]) -> list[str]:
+    """Modalities of the network if those of the folder are some of them, with a warning; else those of the folder.
 
     Args:
         modalities: of the folder.
-        ckpt_path: the checkpoint; None if training starts from random weights.
+        trained: settings of the network.
+
+    Raises:
+        InputError: if some are absent and the network was trained without ``modality_dropout``.
     """
-    return completed(modalities, trained_settings(ckpt_path)["modalities"]) if ckpt_path else list(modalities)
-
-
-def completed(modalities: Sequence[str], trained: Sequence[str]) -> list[str]:
-    """The ``trained`` modalities if those of the folder are some of them, with a warning; else those of the folder."""
-    absent = [name for name in trained if name not in modalities]
-    if not set(modalities) <= set(trained):
+    if not set(modalities) <= set(trained["modalities"]):
         return list(modalities)  # check_settings says what is wrong
-    if absent:
-        logger.warning(
-            f"modalities {absent} are absent, and 0 for the network; masks may be wrong if it was not trained so "
-            "(augment_mr.yaml)"
-        )
-    return list(trained)
+    if absent := [name for name in trained["modalities"] if name not in modalities]:
+        if not trained["modality_dropout"]:
+            raise InputError(
+                f"modalities={list(modalities)} lacks {absent}, which the network was trained with: add these files, "
+                "or train with modality_dropout, such as 0.3, so that modalities may be absent"
+            )
+        logger.warning(f"modalities {absent} are absent: they are 0 for the network, which was trained for that")
+    return list(trained["modalities"])
 
 
 def store_calibration(
