@@ -186,7 +186,7 @@ def test_inference_saves_a_mask_where_the_picture_shows_it(tmp_path):
     parser = ConfigParser()
     parser.read_config([str(ROOT / "configs" / name) for name in ("inference.yaml", "data_images.yaml")])
     settings = settings_of("train.yaml", "data_images.yaml", image_size=32, modalities=["grey"])
-    parser.update({"settings": settings, "output_dir": str(tmp_path / "out")})
+    parser.update({"settings": settings, "modalities": ["grey"], "output_dir": str(tmp_path / "out")})
     item = parser.get_parsed_content("preprocessing")({"image": [str(file)], "subject": "a"})
     bright = (item["image"] > 0).float()
     predicted = {key: bright.clone() for key in ("pred", "prob", "uncertainty")}
