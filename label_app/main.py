@@ -49,7 +49,7 @@ class Infer(BundleInferTask):
     def __init__(self, bundle: Path, volumes: dict[str, str], conf: dict[str, str], studies: str) -> None:
         super().__init__(str(bundle), conf)
         if "modalities" in conf and "modalities" in self.bundle_config.config:
-            self.bundle_config["modalities"] = conf["modalities"].split(",")
+            self.bundle_config["modalities"] = [name.strip() for name in conf["modalities"].split(",")]
         self.volumes = volumes
         self._config["volume"] = list(volumes)
         own = (settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_DATASTORE_CACHE_PATH)

@@ -6,7 +6,7 @@ The functions read the running configuration. Everything that can be wrong is ch
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,27 @@ from scripts.config import InputError, running_parser, save_config
 from scripts.data.datalist import describe
 from scripts.data.grades import check_alpha
 from scripts.data.subjects import check_output_dir
+from scripts.data.transforms import check_modalities
 from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
 from scripts.tools.monai_label import apply_label_request, option
 from scripts.tools.onnx_network import export_onnx
-from scripts.training.checkpoints import NAMING, check_settings, completed, load_weights, trained_settings
+from scripts.training.checkpoints import NAMING, check_settings, load_weights, trained_settings
 from scripts.training.run import run_training, start
 
 __all__ = ["evaluate", "export", "infer", "option", "settings", "train"]
 logger = logging.getLogger(__name__)
 
 
-def settings(ckpt_path: str | None) -> dict[str, Any]:
+def settings(init_ckpt: str | None, judged: str | None) -> dict[str, Any]:
     """The settings that give the weights their meaning, read from the public keys of the running configuration.
 
+    The modalities and their dropout are those of the checkpoint, if there is one. A training that starts from weights
+    with dropout keeps it.
+
     Args:
-        ckpt_path: checkpoint whose weights are judged or are the start; its network may have more modalities.
+        init_ckpt: checkpoint from which training starts.
+        judged: checkpoint that is evaluated.
 
     Raises:
         InputError: for a ``slice_size`` that is no number of at least ``image_size``, a ``modality_dropout`` outside
@@ -40,10 +45,13 @@ def settings(ckpt_path: str | None) -> dict[str, Any]:
     """
     parser = running_parser()
     found = {name: parser.get_parsed_content(name) for name in SETTINGS}
-    if ckpt_path:
+    if ckpt_path := judged or init_ckpt:
         trained = trained_settings(ckpt_path)
-        found["modalities"] = completed(found["modalities"], trained)
-        found["modality_dropout"] = max(found["modality_dropout"], trained["modality_dropout"])
+        if "architecture" not in trained:
+            raise InputError(f"'{ckpt_path}' holds weights of another bundle")
+        found["modalities"] = _completed(found["modalities"], trained, parser.get_parsed_content("image_dir"))
+        share = 0.0 if judged else found["modality_dropout"]
+        found["modality_dropout"] = max(share, trained["modality_dropout"])
     if not isinstance(share := found["modality_dropout"], (int, float)) or not 0 <= share <= 1:
         raise InputError(f"modality_dropout={share!r} must be a number from 0 to 1")
     size, window = found["slice_size"], found["image_size"]
@@ -84,7 +92,7 @@ def infer(load: bool = True) -> None:
     parser, value = start("inference.yaml", "train.yaml")
     network, trained = value("network_def"), value("settings")
     given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
-    given["modalities"] = completed(given["modalities"], trained)
+    given["modalities"] = _completed(given["modalities"], trained, value("image_dir"))
     check_settings(trained, given, "the model")
     for key in NAMING:
         if key in given and given[key] != trained[key]:
@@ -103,6 +111,19 @@ def export() -> None:
     network = value("network_def")
     load_weights(network, value("ckpt_path"), value("settings"))
     export_onnx(network, value("onnx_dir"), value("settings"))
+
+
+def _completed(modalities: Sequence[str], trained: Mapping[str, Any], image_dir: str | None) -> list[str]:
+    """Modalities of the network, of which the folder may have some, in any order; a warning names those it lacks.
+
+    A file with all modalities does not name its channels, so that a wrong order would not be noticed: with
+    ``image_dir`` they are those of the folder, which :func:`check_settings` compares.
+    """
+    if image_dir is not None or not set(modalities) <= set(trained["modalities"]):
+        return list(modalities)
+    if absent := check_modalities(modalities, trained["modalities"], trained["modality_dropout"] > 0):
+        logger.warning(f"modalities {absent} are absent: they are 0 for the network, which was trained for that")
+    return list(trained["modalities"])
 
 
 def _check_training(value: Callable[[str], Any]) -> tuple[SegmentationNetwork, dict[str, list]]:

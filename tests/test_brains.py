@@ -10,10 +10,12 @@ from scripts.brains.brain import Brain, Randomisation
 from scripts.brains.fields import SmoothField, radius
 from scripts.brains.lesions import Lesion
 from scripts.brains.scan import Scan
-from scripts.brains.tissues import BRAIN, LABELS, MODALITIES, TUMOUR, Tissue, random_brightness
+from scripts.brains.tissues import BRAIN, BRIGHTNESS, LABELS, MODALITIES, TUMOUR, Tissue, random_brightness
 from scripts.brains.transforms import RandBraind, z_scores
 from scripts.brains.volumes import make_brains
+from scripts.config import InputError
 from scripts.data.subjects import load_subjects
+from scripts.tools.phantom import main
 
 NOT_RANDOM, RANDOM = Randomisation.of_strength(0), Randomisation()
 
@@ -103,7 +105,7 @@ def test_a_resected_tumour_is_a_cavity_that_is_not_labelled():
 
 def test_strength_0_keeps_the_brightness_of_the_table():
     rng = np.random.default_rng(0)
-    assert np.array_equal(random_brightness(rng, 0), random_brightness(rng, 0))
+    assert np.allclose(random_brightness(rng, 0), [BRIGHTNESS[tissue] for tissue in Tissue])
     table = random_brightness(rng, 1)
     assert table.shape == (len(Tissue), len(MODALITIES))
     assert (table >= 0).all()
@@ -143,12 +145,37 @@ def test_a_voxel_of_a_thick_slice_is_a_mean():
     rng = np.random.default_rng(3)
     brain = Brain(rng, NOT_RANDOM)
     scan = Scan(rng, brain, NOT_RANDOM)
-    scan.noise[:], scan.moved[:], scan.stripped = 1e-6, False, True
+    scan.noise[:], scan.moved_mm[:], scan.stripped = 1e-6, 0, True
     thin = [scan.slices([height], 48)[0] for height in np.arange(-5.5, 6)]
     scan.thickness = 12.0
     thick = scan.slices([0.0], 48)[0]
     nearest = min((thick - slices).abs().mean() for slices in thin)
     assert (thick - torch.stack(thin).mean(dim=0)).abs().mean() < 0.7 * nearest
+
+
+def test_a_label_is_that_of_the_centre_of_its_voxel():
+    for thickness in (1.0, 3.0, 5.0, 6.0):
+        scan, _, _ = scanned(2)
+        scan.brain.tissue = lambda points: torch.where(points[..., 2] > 0, int(Tissue.OEDEMA), int(Tissue.WHITE))
+        scan.thickness, scan.rotation, scan.offset = thickness, torch.eye(3), torch.zeros(3)
+        heights = thickness * np.array([-0.6, -0.1, 0.1, 0.6])
+        _, label = scan.slices(heights, 8)
+        assert label[4, 4].tolist() == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
+def test_strengths_lie_between_0_and_1(strength):
+    with pytest.raises(InputError, match="must lie between 0 and 1"):
+        Randomisation(contrast=strength)
+
+
+def test_the_command_refuses_what_it_would_not_do(tmp_path, monkeypatch, capsys):
+    for arguments in (["--randomise", "-1"], ["--randomise", "1", "--annotators", "3"]):
+        monkeypatch.setattr("sys.argv", ["phantom", "--output_dir", str(tmp_path / "out"), *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        assert "--randomise" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_seed_fixes_every_voxel(tmp_path):

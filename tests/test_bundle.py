@@ -480,8 +480,23 @@ def test_modalities_in_another_order_are_put_in_that_of_the_network(trained, pha
             ["inference.yaml"], dataset_dir=str(phantoms), ckpt_dir=str(trained), output_dir=out, modalities=order
         )
         tables.append(pd.read_csv(Path(out) / "grades.csv"))
-        assert set(tables[-1].pop("modalities")) == {" ".join(order)}
+    assert set(tables[0]["modalities"]) == {" ".join(MODALITIES)}
     assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize("config", [["inference.yaml"], ["train.yaml", "evaluate.yaml"]])
+def test_channels_of_one_file_keep_their_order(trained, phantoms, run_bundle, tmp_path, config):
+    """A file with all modalities does not name them: a wrong order would not be noticed."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for folder in phantoms.glob("*/"):
+        files = [nib.load(folder / f"{folder.name}_{name}.nii.gz") for name in MODALITIES]
+        stack = nib.Nifti1Image(np.stack([np.asarray(file.dataobj) for file in files], axis=-1), files[0].affine)
+        nib.save(stack, tmp_path / "images" / f"{folder.name}.nii.gz")
+        shutil.copy(folder / f"{folder.name}_seg.nii.gz", tmp_path / "masks" / f"{folder.name}.nii.gz")
+    where = {"dataset_dir": str(tmp_path), "image_dir": "images", "mask_dir": "masks", "ckpt_dir": str(trained)}
+    with pytest.raises(InputError, match="was trained with modalities="):
+        run_bundle(config, modalities=MODALITIES[::-1], output_dir=str(tmp_path / "out"), **where)
 
 
 def test_modalities_may_be_absent(trained, copied, run_bundle, tmp_path, capsys):
@@ -491,7 +506,7 @@ def test_modalities_may_be_absent(trained, copied, run_bundle, tmp_path, capsys)
     data = {"dataset_dir": str(copied), "ckpt_dir": str(trained)}
     with pytest.raises(InputError, match="no file for modality 't2'"):
         run_bundle(["inference.yaml"], output_dir=str(tmp_path / "a"), **data)
-    with pytest.raises(InputError, match=r"lacks \['t2'\], which the network was trained with"):
+    with pytest.raises(InputError, match=r"lacks \['t2'\]: the network was not trained for that"):
         run_bundle(["inference.yaml"], output_dir=str(tmp_path / "a"), modalities=some, **data)
     assert not (tmp_path / "a").exists()
     data |= trained_with_dropout(trained)
@@ -502,6 +517,12 @@ def test_modalities_may_be_absent(trained, copied, run_bundle, tmp_path, capsys)
         run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / name), modalities=order, **data)
     scores = [(tmp_path / name / "subjects.csv").read_text() for name in ("b", "c")]
     assert scores[0] == scores[1]
+
+
+def test_weights_of_another_bundle_are_named(phantoms, run_bundle, tmp_path):
+    first = str(ROOT / "bundles" / "organs" / "models" / "model.pt")
+    with pytest.raises(InputError, match="holds weights of another bundle"):
+        run_bundle(["train.yaml"], dataset_dir=str(phantoms), init_ckpt=first, **folders(tmp_path))
 
 
 def test_training_starts_from_weights_with_more_modalities(trained, phantoms, run_bundle, tmp_path):

@@ -217,6 +217,8 @@ def test_two_residual_blocks_of_older_checkpoints_are_those_of_v2(conditioning, 
     assert (settings["variant"], settings["conditioning"]) == ("v2", named)
     assert "num_res_blocks" not in settings
     assert of_this_version({"architecture": "MedSegDiff", **older, "num_res_blocks": None})["variant"] == "S"
+    with pytest.raises(InputError, match="num_res_blocks=3"):
+        of_this_version({"architecture": "MedSegDiff", **older, "num_res_blocks": 3})
 
 
 @pytest.mark.parametrize(

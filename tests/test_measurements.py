@@ -55,6 +55,13 @@ def test_intensities_of_each_modality_against_the_rim():
     assert found["TC flair contrast"] == pytest.approx(0, abs=0.05)
 
 
+def test_an_absent_modality_has_no_intensities():
+    mask = ellipsoid((8, 8, 8))
+    found = measured(np.concatenate([np.zeros(mask.shape), mask * 3.0 - 1]), mask)
+    assert all(math.isnan(found[f"TC t1 {name}"]) for name in ("mean", "deviation", "contrast"))
+    assert found["TC flair mean"] == 2
+
+
 def test_parts_are_counted():
     mask = ellipsoid((6, 6, 6))
     assert measured(np.zeros((1, 40, 40, 40)), mask)["TC parts"] == 0
@@ -64,7 +71,7 @@ def test_parts_are_counted():
 
 def test_an_empty_region_is_absent_and_the_other_is_measured():
     mask = ellipsoid((6, 6, 6))
-    found = measured(np.zeros((1, 40, 40, 40)), np.concatenate([np.zeros_like(mask), mask]))
+    found = measured(np.ones((1, 40, 40, 40)), np.concatenate([np.zeros_like(mask), mask]))
     assert found.pop("TC present") == 0
     assert all(np.isnan(value) for name, value in found.items() if name.startswith("TC"))
     assert np.isfinite([value for name, value in found.items() if name.startswith("WT")]).all()

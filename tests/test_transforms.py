@@ -7,6 +7,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import RandCropByPosNegLabeld, Resized
 
+from scripts.config import InputError
 from scripts.data.transforms import (
     CompleteModalitiesd,
     LoadVolumesd,
@@ -52,16 +53,31 @@ def test_one_file_of_four_dimensions_is_read_channel_first(tmp_path):
     assert LoadVolumesd("image", ["t1", "t2"])({"image": str(tmp_path / "a.nii.gz")})["image"].shape == (2, 5, 4, 3)
 
 
+NAMES = ["t1", "t1ce", "t2", "flair"]
+
+
+def network_of(names, dropout):
+    return {"modalities": names, "modality_dropout": dropout}
+
+
 def test_modality_dropout_zeroes_some_modalities_and_never_all():
-    dropout = RandModalityDropoutd("image", prob=1.0).set_random_state(0)
+    dropout = RandModalityDropoutd("image", network_of(NAMES, 1.0)).set_random_state(0)
     image = torch.ones(4, 3, 3)
-    kept = [dropout({"image": image})["image"].flatten(1).any(dim=1) for _ in range(90)]
-    assert {int(found.sum()) for found in kept} == {1, 2, 3}
-    assert torch.stack(kept).any(dim=0).all()
-    assert not torch.stack(kept).all(dim=0).any()
+    kept = torch.stack([dropout({"image": image})["image"].flatten(1).any(dim=1) for _ in range(90)])
+    assert set(kept.sum(dim=1).tolist()) == {1, 2, 3}
+    assert kept.any(dim=0).all()
+    assert not kept.all(dim=0).any()
     assert image.all()
-    assert dropout({"image": image[:1]})["image"].all()
-    assert RandModalityDropoutd("image", prob=0.0)({"image": image})["image"].all()
+    assert RandModalityDropoutd("image", network_of(["t1"], 1.0))({"image": image[:1]})["image"].all()
+    assert RandModalityDropoutd("image", network_of(NAMES, 0.0))({"image": image})["image"].all()
+
+
+def test_modality_dropout_keeps_one_that_is_there_and_zeroes_what_augmentation_made_of_absent_ones():
+    dropout = RandModalityDropoutd("image", network_of(NAMES, 0.5)).set_random_state(0)
+    item = {"image": torch.ones(4, 3, 3), "modalities": "t1 flair"}
+    kept = torch.stack([dropout(item)["image"].flatten(1).any(dim=1) for _ in range(90)])
+    assert not kept[:, 1:3].any()
+    assert set(kept.sum(dim=1).tolist()) == {1, 2}
 
 
 def smooth_volume(size=(3, 96, 80, 5)):
@@ -107,30 +123,47 @@ def volumes_of(volume, names, file="a.nii.gz"):
 
 
 def test_absent_modalities_are_0_and_the_others_in_the_order_of_the_network():
+    complete = CompleteModalitiesd("image", network_of(["t1", "t2", "flair"], 0.1))
     volume = torch.rand(2, 4, 4, 2)
-    found = CompleteModalitiesd("image", ["t1", "t2", "flair"], False)(volumes_of(volume, ["flair", "t1"]))
-    assert torch.equal(found["image"], torch.stack([volume[1], torch.zeros(4, 4, 2), volume[0]]))
-    assert found["modalities"] == "flair t1"
-    whole = CompleteModalitiesd("image", ["t1", "t2"], True)(volumes_of(volume, ["t1", "t2"]))
-    assert torch.equal(whole["image"], volume)
+    for names, order in ((["flair", "t1"], [1, 0]), (["t1", "flair"], [0, 1])):
+        found = complete(volumes_of(volume, names))
+        first, last = (volume[index] for index in order)
+        assert torch.equal(found["image"], torch.stack([first, torch.zeros(4, 4, 2), last]))
+        assert found["modalities"] == "t1 flair"
+    whole = torch.rand(3, 4, 4, 2)
+    assert torch.equal(complete(volumes_of(whole, ["t1", "t2", "flair"]))["image"], whole)
+    assert torch.equal(complete(volumes_of(whole, ["flair", "t2", "t1"]))["image"], whole.flip(0))
 
 
-def test_a_copy_of_a_modality_counts_as_absent(caplog):
-    volume = torch.rand(3, 4, 4, 2)
+@pytest.mark.parametrize(
+    ("names", "dropout", "message"), [(["t1", "FLAIR"], 0.1, r"\['FLAIR'\] are not among"), (["t1"], 0.0, "lacks")]
+)
+def test_unknown_modalities_and_those_that_may_not_be_absent(names, dropout, message):
+    complete = CompleteModalitiesd("image", network_of(["t1", "flair"], dropout))
+    with pytest.raises(InputError, match=message):
+        complete(volumes_of(torch.rand(len(names), 4, 4, 2), names))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_a_copy_of_a_modality_counts_as_absent(caplog, order):
+    volume, names = torch.rand(3, 4, 4, 2), ["t1", "t2", "flair"]
     volume[0] = volume[2]
-    names = ["t1", "t2", "flair"]
-    complete = CompleteModalitiesd("image", names, leave_out_copies=True)
-    found = complete(volumes_of(volume, names))
+    given = volume[order], [names[index] for index in order]
+    found = CompleteModalitiesd("image", network_of(names, 0.1))(volumes_of(*given))
     assert not found["image"][0].any()
     assert torch.equal(found["image"][1:], volume[1:])
     assert found["modalities"] == "t2 flair"
-    assert "subject 's1': t1 is a copy" in caplog.text
-    caplog.clear()
-    kept = CompleteModalitiesd("image", names, leave_out_copies=False)(volumes_of(volume, names))
+    assert "subject 's1': t1 is a copy of another modality and is left out" in caplog.text
+    kept = CompleteModalitiesd("image", network_of(names, 0.0))(volumes_of(*given))
     assert torch.equal(kept["image"], volume)
     assert "t1 is a copy of another modality and may be missing" in caplog.text
-    grey = complete(volumes_of(volume, names, "grey.png"))  # grey pictures are often saved in colour
+
+
+def test_grey_pictures_saved_in_colour_have_no_copies(caplog):
+    volume, names = torch.rand(1, 4, 4, 1).repeat(3, 1, 1, 1), ["red", "green", "blue"]
+    grey = CompleteModalitiesd("image", network_of(names, 0.1))(volumes_of(volume, names, "grey.png"))
     assert torch.equal(grey["image"], volume)
+    assert not caplog.text
 
 
 def test_an_empty_mask_is_marked():

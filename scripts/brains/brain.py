@@ -10,6 +10,7 @@ import torch
 from scripts.brains.anatomy import Anatomy
 from scripts.brains.fields import SmoothField
 from scripts.brains.lesions import Lesion
+from scripts.config import InputError
 
 HEALTHY, RESECTED = 0.12, 0.08  # share of heads without a tumour, and of tumours with a cavity
 COUNTS = (1, 1, 1, 2, 3)  # tumours of a head
@@ -17,14 +18,18 @@ COUNTS = (1, 1, 1, 2, 3)  # tumours of a head
 
 @dataclass(frozen=True)
 class Randomisation:
-    """How random each part is: 0 not at all, 1 as a rule.
+    """How random each part is, from 0 to 1. Place, kind and number of the tumours, noise and motion are always random.
 
     Attributes:
-        contrast: brightness of the tissues.
-        shape: anatomy and tumours.
-        mimics: what looks like a tumour and is none: white-matter lesions, vessels, choroid plexus, cavities.
-        resolution: slices of several mm, blur.
-        skull: share of heads, doubled, that have scalp, skull and face.
+        contrast: brightness of the tissues, gamma, bias field.
+        shape: proportions of the head, outline and size of the tumours, tilt, position and field of view of the scan.
+        mimics: how often there is what looks like a tumour and is none: white-matter lesions, vessels, choroid plexus,
+            cavities.
+        resolution: how often slices are thicker than 1 mm, and how strong the blur is.
+        skull: 0 strips every head; with 1, half of them have scalp, skull and face.
+
+    Raises:
+        InputError: for a value outside 0 to 1.
     """
 
     contrast: float = 1.0
@@ -32,6 +37,10 @@ class Randomisation:
     mimics: float = 1.0
     resolution: float = 1.0
     skull: float = 1.0
+
+    def __post_init__(self) -> None:
+        if wrong := {name: value for name, value in vars(self).items() if not 0 <= value <= 1}:
+            raise InputError(f"randomisation {wrong} must lie between 0 and 1")
 
     @classmethod
     def of_strength(cls, strength: float) -> Randomisation:

@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional
 
 EXTENT = 120.0  # half the side of the cube that a field covers, mm; it is mirrored outside
-MAX_KNOTS = 96  # of each axis, for the memory
 
 
 class SmoothField:
@@ -21,7 +20,7 @@ class SmoothField:
     """
 
     def __init__(self, rng: np.random.Generator, length: float, count: int = 1) -> None:
-        knots = min(MAX_KNOTS, max(4, round(4 * EXTENT / length) + 2))
+        knots = max(4, round(4 * EXTENT / length) + 2)
         values = torch.from_numpy(rng.standard_normal((1, count, knots, knots, knots), dtype=np.float32))
         if knots > 8:  # the linear interpolation between independent knots has edges
             values = functional.avg_pool3d(functional.pad(values, (1,) * 6, mode="replicate"), 3, 1)

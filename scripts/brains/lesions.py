@@ -18,7 +18,7 @@ SOLID = (Tissue.GREY, Tissue.WHITE, Tissue.NUCLEUS, Tissue.STEM, Tissue.WHITE_LE
 
 
 class Lesion:
-    """A tumour: a rough ellipsoid that pushes the brain away and grows along white matter.
+    """A tumour: a rough ellipsoid that pushes all tissue away, bone a little, too, and grows along white matter.
 
     Args:
         rng: draws it.

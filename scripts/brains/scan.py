@@ -14,7 +14,8 @@ from scripts.brains.tissues import BRAIN, LABELS, MODALITIES, TUMOUR, Tissue, ra
 THICKNESSES = (1.0, 3.0, 5.0, 6.0)  # mm
 TILTS = (12, 6, 8)  # standard deviations of the angles about the three axes, degrees
 TEXTURE = (0.025, 0.1)  # standard deviation of the brightness of healthy tissue and of tumours
-FADED = 0.3  # bound of the mean share of the phase-encoding lines that a moved head spoils
+SPOILT = 0.3  # largest share of the phase-encoding lines that a moved head spoils
+VOXEL = 3.0  # largest side of the square over which a pixel is a mean, mm
 
 
 class Scan:
@@ -44,7 +45,8 @@ class Scan:
         self.bias_square = torch.from_numpy(contrast * rng.normal(0, 0.12, count)).float()
         self.noise = rng.uniform(0.005, 0.06, count)
         self.masked = bool(rng.random() < 0.5)  # no noise outside the head
-        self.moved = rng.random(count) < 0.15
+        self.moved_mm = (rng.random(count) < 0.15) * rng.uniform(2, 10, count)
+        self.spoilt = rng.uniform(0, SPOILT, count)
         self.generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         self.low, self.high = -62 + shape * rng.uniform(-8, 15), 75 + shape * rng.uniform(-8, 8)
 
@@ -67,12 +69,12 @@ class Scan:
         """
         centres = self.points(heights, size)
         pixel, up = self.field_of_view / size, self.rotation[:, 2]
-        samples = max(2, round(self.thickness / 2))  # in a voxel, along a diagonal
+        samples = 1 + 2 * max(1, round(self.thickness / 4))  # in a voxel, along a diagonal; the label is the middle one
         steps = (torch.arange(samples) + 0.5) / samples - 0.5
         image = torch.zeros(*centres.shape[:3], len(MODALITIES))
         tissues = []
         for step in steps:
-            aside = self.rotation @ torch.tensor([step * pixel, -step * pixel, 0.0])
+            aside = self.rotation @ (torch.tensor([1.0, -1.0, 0.0]) * step * min(pixel, VOXEL))
             tissue = self.brain.tissue(centres + step * self.thickness * up + aside)
             if self.stripped:
                 tissue = torch.where(tissue < BRAIN, int(Tissue.AIR), tissue)
@@ -98,19 +100,19 @@ class Scan:
             sharp = float(self.blur_mm[modality]) / pixel < 0.2
             if not sharp:
                 channel = GaussianFilter(2, float(self.blur_mm[modality]) / pixel)(channel[:, None])[:, 0]
-            if self.moved[modality]:
-                channel = self._ghosts(channel)
+            if self.moved_mm[modality]:
+                shift = max(1, round(self.moved_mm[modality] / pixel))
+                channel = self._ghosts(channel, shift, self.spoilt[modality])
             noise = float(self.noise[modality]) * torch.randn(2, *channel.shape, generator=self.generator)
             found.append(torch.hypot(channel + noise[0], noise[1]).permute(1, 2, 0))
         if self.stripped or self.masked:
             found = [channel * head for channel in found]
         return torch.stack(found)
 
-    def _ghosts(self, slices: torch.Tensor) -> torch.Tensor:
-        """Slices ``[S, H, W]`` of a head that moved by some pixels while a part of the lines was measured."""
-        shift, share = torch.rand(2, generator=self.generator)
+    def _ghosts(self, slices: torch.Tensor, shift: int, share: float) -> torch.Tensor:
+        """Slices ``[S, H, W]`` of a head that moved by ``shift`` pixels while a ``share`` of the lines was measured."""
         lines = torch.fft.fft2(slices)
-        other = torch.fft.fft2(slices.roll(1 + int(4 * shift), dims=1))
-        spoilt = torch.rand(slices.shape[1], generator=self.generator) < FADED * share
+        other = torch.fft.fft2(slices.roll(shift, dims=1))
+        spoilt = torch.rand(slices.shape[1], generator=self.generator) < share
         spoilt[0] = False  # the mean brightness
         return torch.fft.ifft2(torch.where(spoilt[None, :, None], other, lines)).abs()

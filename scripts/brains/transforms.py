@@ -20,7 +20,8 @@ class RandBraind(Randomizable, Transform):
     """Draw slices of a new brain: ``image [M, H, W, S]`` and ``label [1, H, W, S]`` of BraTS.
 
     Two of three slices are drawn where the tumour is, if there is one. The modalities are z-scored with mean and
-    standard deviation of the whole volume (voxels that are not 0), which are those of a coarse one.
+    standard deviation of the whole volume (voxels that are not 0), which are those of a coarse one. ``empty`` says that
+    the head has no tumour.
 
     Args:
         size: pixels of each side.
@@ -44,14 +45,14 @@ class RandBraind(Randomizable, Transform):
         brain = Brain(rng, self.randomisation)
         scan = Scan(rng, brain, self.randomisation)
         heights = scan.heights()
-        coarse, _ = scan.slices(rng.choice(heights, COARSE_SLICES), COARSE_SIZE)
+        coarse, _ = scan.slices(np.linspace(heights[0], heights[-1], COARSE_SLICES), COARSE_SIZE)
         image, label = scan.slices(self._chosen(rng, scan, heights), self.size)
         grade = self.grade_labels.get(brain.grade, UNKNOWN_GRADE)
         found = {"image": z_scores(image, coarse), "label": label[None].float()}
         return {**data, **found, "grade": grade, "empty": not brain.lesions}
 
     def _chosen(self, rng: np.random.Generator, scan: Scan, heights: np.ndarray) -> np.ndarray:
-        """Heights ``[S]`` of the slices to draw, some of them more than once if there are few."""
+        """Heights ``[S]`` of the slices to draw, with replacement."""
         odds = np.full(len(heights), 1 / len(heights))
         lesions = scan.brain.lesions
         if lesions:

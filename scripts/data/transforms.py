@@ -85,43 +85,64 @@ class CheckVolumed(MapTransform):
 class CompleteModalitiesd(MapTransform):
     """Give a volume the channels of the network: ``[m, H, W, S]`` to ``[M, H, W, S]``, absent modalities are 0.
 
-    The key ``modalities`` names those that are there. A modality that is identical to a later one gives a warning: some
-    data sets replace what is missing by a copy.
+    The key ``modalities`` names those that are there. A modality that is identical to a later one of the network gives
+    a warning: some data sets replace what is missing by a copy. It counts as absent if modalities may be absent.
 
     Args:
         keys: keys of volumes of :class:`LoadVolumesd`.
-        expected: names of the channels of the network.
-        leave_out_copies: a modality that is identical to a later one counts as absent.
+        settings: of the network; its ``modalities``, which may be absent if its ``modality_dropout`` is above 0.
+
+    Raises:
+        InputError: for a modality that the network does not know, or one that is absent and may not be.
     """
 
-    def __init__(self, keys: KeysCollection, expected: Sequence[str], leave_out_copies: bool) -> None:
+    def __init__(self, keys: KeysCollection, settings: Mapping[str, Any]) -> None:
         super().__init__(keys)
-        self.expected, self.leave_out_copies = list(expected), leave_out_copies
+        self.expected, self.may_be_absent = list(settings["modalities"]), settings["modality_dropout"] > 0
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         d: dict = dict(data)
         for key in self.key_iterator(d):
-            volumes = dict(zip(d[key].meta["modalities"], d[key], strict=True))
-            picture = is_picture(str(d[key].meta.get("filename_or_obj", "")))
-            copies = [] if picture else _copies(volumes)  # grey pictures are often saved in colour
-            for name in copies:
-                logger.warning(
-                    f"subject '{d.get('subject', '?')}': {name} is a copy of another modality and "
-                    + ("is left out" if self.leave_out_copies else "may be missing; the mask may be wrong")
-                )
-            present = [name for name in volumes if not (self.leave_out_copies and name in copies)]
+            given = dict(zip(d[key].meta["modalities"], d[key], strict=True))
+            check_modalities(list(given), self.expected, self.may_be_absent)
+            volumes = {name: given[name] for name in self.expected if name in given}
+            present = [name for name in volumes if name not in self._left_out(d, key, volumes)]
             d["modalities"] = " ".join(present)
-            if present != self.expected:
+            if not present == self.expected == list(given):
                 nothing = torch.zeros_like(d[key][0])
                 found = torch.stack([volumes[name] if name in present else nothing for name in self.expected])
                 d[key] = MetaTensor(found, meta=d[key].meta, applied_operations=d[key].applied_operations)
         return d
 
+    def _left_out(self, d: Mapping[str, Any], key: str, volumes: Mapping[str, torch.Tensor]) -> set[str]:
+        """Copies of other modalities that count as absent. Grey pictures, often saved in colour, have none."""
+        if is_picture(str(d[key].meta.get("filename_or_obj", ""))):
+            return set()
+        pairs = itertools.combinations(volumes.items(), 2)
+        copies = {name for (name, first), (_, later) in pairs if torch.equal(first, later)}
+        for name in sorted(copies):
+            logger.warning(
+                f"subject '{d.get('subject', '?')}': {name} is a copy of another modality and "
+                + ("is left out" if self.may_be_absent else "may be missing; the mask may be wrong")
+            )
+        return copies if self.may_be_absent else set()
 
-def _copies(volumes: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the volumes that are identical to a later one."""
-    pairs = itertools.combinations(volumes.items(), 2)
-    return [name for (name, first), (_, later) in pairs if torch.equal(first, later)]
+
+def check_modalities(given: Sequence[str], expected: Sequence[str], may_be_absent: bool) -> list[str]:
+    """The ``expected`` modalities that are not ``given``.
+
+    Raises:
+        InputError: for a modality that is not expected, or one that is absent and may not be.
+    """
+    if unknown := [name for name in given if name not in expected]:
+        raise InputError(f"modalities {unknown} are not among those of the network, {list(expected)}")
+    absent = [name for name in expected if name not in given]
+    if absent and not may_be_absent:
+        raise InputError(
+            f"modalities={list(given)} lacks {absent}: the network was not trained for that. Add these files, or use "
+            "weights that were trained with modality_dropout"
+        )
+    return absent
 
 
 class CheckHounsfieldd(MapTransform):
@@ -213,24 +234,31 @@ class ResizeSlicesd(Resized):
 class RandModalityDropoutd(RandomizableTransform, MapTransform):
     """Set random modalities of ``[M, H, W]`` to zero (the mean of their z-scores), as if they were missing.
 
-    From one to all but one are dropped, each number as often.
+    From one to all but one of those that are there are dropped, each number as often. Those that are absent are set to
+    zero again, because augmentations may have changed them.
 
     Args:
         keys: keys of the images.
-        prob: probability of the dropout.
+        settings: of the network; the names of its ``modalities``, and the probability ``modality_dropout``.
     """
 
-    def __init__(self, keys: KeysCollection, prob: float = 0.1) -> None:
+    def __init__(self, keys: KeysCollection, settings: Mapping[str, Any]) -> None:
         MapTransform.__init__(self, keys)
-        RandomizableTransform.__init__(self, prob)
+        RandomizableTransform.__init__(self, settings["modality_dropout"])
+        self.names = list(settings["modalities"])
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict:
-        d = dict(data)
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        d: dict = dict(data)
         self.randomize(None)
+        there = d["modalities"].split() if "modalities" in d else self.names
+        present = [index for index, name in enumerate(self.names) if name in there]
         for key in self.key_iterator(d):
-            if self._do_transform and (count := len(d[key])) > 1:
+            kept = present
+            if self._do_transform and len(present) > 1:
+                kept = self.R.permutation(present)[self.R.randint(1, len(present)) :].tolist()
+            if dropped := [index for index in range(len(self.names)) if index not in kept]:
                 d[key] = d[key].clone()
-                d[key][self.R.permutation(count)[: self.R.randint(1, count)]] = 0
+                d[key][dropped] = 0
         return d
 
 

@@ -70,8 +70,9 @@ def _intensities(image: np.ndarray, mask: np.ndarray) -> list[float]:
     rim = binary_dilation(mask, cross, iterations=RIM) & ~mask
     if not mask.any() or not rim.any():
         return [np.nan] * (len(image) * len(INTENSITIES))
-    return [
-        float(value)
-        for channel in image
-        for value in (channel[mask].mean(), channel[mask].std(), channel[mask].mean() - channel[rim].mean())
-    ]
+    found: list[float] = []
+    for channel in image:
+        inside, outside = channel[mask], channel[rim]
+        values = inside.mean(), inside.std(), inside.mean() - outside.mean()
+        found += map(float, values) if channel.any() else [np.nan] * len(INTENSITIES)  # the modality is absent
+    return found

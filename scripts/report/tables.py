@@ -28,8 +28,8 @@ class GradeTable(RowsHandler):
     """Inference handler: ``grades.csv``, ``grade_reasons.csv`` and one overlay per subject.
 
     A row holds the probability of each grade, the likeliest grade, volumes and quality of each region, and the
-    modalities that were used. The reasons
-    are only written if the grade depends on measurements of the mask (:func:`grade_reasons`).
+    modalities that were used. The reasons are only written if the grade depends on measurements of the mask
+    (:func:`grade_reasons`).
 
     Args:
         output_dir: folder of the files.

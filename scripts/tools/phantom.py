@@ -185,13 +185,17 @@ def main() -> None:
     parser.add_argument("--lgg_fraction", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--annotators", type=int, default=0, help="segmentations of each subject that differ")
-    parser.add_argument(
-        "--randomise", type=float, default=0.0, help="above 0: random brains (docs/data.md), 1 as a rule"
-    )
+    parser.add_argument("--randomise", type=float, default=0.0, help="0 to 1; above 0: random brains (docs/data.md)")
     parser.add_argument("--size", type=int, default=128, help="voxels of each side of the slices of random brains")
     args = vars(parser.parse_args())
     strength, size = args.pop("randomise"), args.pop("size")
+    if not 0 <= strength <= 1:
+        parser.error(f"--randomise {strength:g} must lie between 0 and 1")
     if strength:
+        if other := [
+            name for name in ("shape", "lgg_fraction", "annotators") if args[name] != parser.get_default(name)
+        ]:
+            parser.error(f"--randomise does not go with {other}")
         randomisation = Randomisation.of_strength(strength)
         make_brains(args["output_dir"], args["num_subjects"], size, args["seed"], randomisation)
     else:

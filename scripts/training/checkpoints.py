@@ -194,6 +194,8 @@ def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
     if blocks == 2 and variant != "v2" and settings.get("channels"):
         named = ["highway"] if settings.get("conditioning") is None else settings["conditioning"]
         settings |= {"variant": "v2", "conditioning": named}  # the same network
+    elif blocks not in (None, 2 if variant == "v2" else 1):
+        raise InputError(f"the checkpoint has num_res_blocks={blocks}, a setting until version 0.11; train it again")
     return settings
 
 
@@ -225,28 +227,6 @@ def trained_settings(ckpt_path: str) -> dict[str, Any]:
         InputError: if the file is missing, damaged or too old, or holds text that a configuration would evaluate.
     """
     return check_plain(read_checkpoint(ckpt_path)["settings"], f"ckpt_path '{ckpt_path}'")
-
-
-def completed(modalities: Sequence[str], trained: Mapping[str, Any]) -> list[str]:
-    """Modalities of the network if those of the folder are some of them, with a warning; else those of the folder.
-
-    Args:
-        modalities: of the folder.
-        trained: settings of the network.
-
-    Raises:
-        InputError: if some are absent and the network was trained without ``modality_dropout``.
-    """
-    if not set(modalities) <= set(trained["modalities"]):
-        return list(modalities)  # check_settings says what is wrong
-    if absent := [name for name in trained["modalities"] if name not in modalities]:
-        if not trained["modality_dropout"]:
-            raise InputError(
-                f"modalities={list(modalities)} lacks {absent}, which the network was trained with: add these files, "
-                "or train with modality_dropout, such as 0.3, so that modalities may be absent"
-            )
-        logger.warning(f"modalities {absent} are absent: they are 0 for the network, which was trained for that")
-    return list(trained["modalities"])
 
 
 def store_calibration(
