@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from conftest import run_configs
 from scripts.brains.anatomy import Anatomy
 from scripts.brains.brain import Brain, Randomisation
 from scripts.brains.fields import SmoothField, radius
@@ -227,3 +229,18 @@ def test_unknown_randomisation_is_refused():
 def test_z_scores_leave_zeros():
     volume = torch.tensor([[0.0, 1.0, 3.0]])
     assert torch.allclose(z_scores(torch.tensor([[0.0, 2.0, 4.0]]), volume), torch.tensor([[0.0, 0.0, 2**0.5]]))
+
+
+def test_weights_are_trained_on_brains_that_are_drawn(tmp_path):
+    make_brains(tmp_path / "brains", 8, 24, seed=4, randomisation=RANDOM)
+    out = {name: str(tmp_path / "out") for name in ("output_dir", "ckpt_dir")}
+    brains = "$[{'subject': f'random brain {number}'} for number in range(6)]"
+    run_configs(
+        ["train.yaml", "augment_mr.yaml", "weights.yaml"],
+        **out | {"dataset_dir": str(tmp_path / "brains"), "train::dataset::data": brains, "max_epochs": 1},
+    )
+    checkpoint = torch.load(tmp_path / "out" / "model.pt")
+    assert checkpoint["settings"]["regions"] == ["TC", "WT", "ET"]
+    assert checkpoint["settings"]["modality_dropout"] == 0.5
+    table = pd.read_csv(tmp_path / "out" / "metrics.csv")
+    assert np.isfinite(table["L_total"]).all()
