@@ -109,6 +109,8 @@ def reduced(words: list[str]) -> list[str]:
     if words[:2] == ["-m", "scripts.tools.phantom"]:
         count = min(10, int((values_of(words, "--num_subjects") or ["10"])[0]))
         words = put(words, {"--num_subjects": [str(count)]}, replace=True)
+        if "--randomise" in words:
+            return put(words, {"--size": ["32"]}, replace=True)
         return put(words, {"--shape": ["32", "32", "8"]}, replace=False)
     if words[:3] == ["-m", "pip", "install"]:
         return [*words, "--dry-run"]
