@@ -266,7 +266,7 @@ def test_studies_may_lack_a_modality(phantoms, tmp_path):
         server = Server(*running, bundle)
         found = np.asarray(volume_of(server.infer(f"{SUBJECT}_t1"), tmp_path).dataobj)
         answer = server.infer(f"{SUBJECT}_t1", output="json").json()
-    assert answer["modalities"] == "t1 t1ce flair"
+    assert answer["modalities"] == "t1;t1ce;flair"
     assert np.array_equal(found, expected)
 
 

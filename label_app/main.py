@@ -49,7 +49,10 @@ class Infer(BundleInferTask):
     def __init__(self, bundle: Path, volumes: dict[str, str], conf: dict[str, str], studies: str) -> None:
         super().__init__(str(bundle), conf)
         if "modalities" in conf and "modalities" in self.bundle_config.config:
-            self.bundle_config["modalities"] = [name.strip() for name in conf["modalities"].split(",")]
+            names = [name.strip() for name in conf["modalities"].split(",")]
+            if wrong := [name for name in names if name.startswith(("$", "@", "%"))]:
+                raise ValueError(f"--conf modalities: {wrong} start with '$', '@' or '%', which is refused")
+            self.bundle_config["modalities"] = names
         self.volumes = volumes
         self._config["volume"] = list(volumes)
         own = (settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_DATASTORE_CACHE_PATH)

@@ -480,7 +480,7 @@ def test_modalities_in_another_order_are_put_in_that_of_the_network(trained, pha
             ["inference.yaml"], dataset_dir=str(phantoms), ckpt_dir=str(trained), output_dir=out, modalities=order
         )
         tables.append(pd.read_csv(Path(out) / "grades.csv"))
-    assert set(tables[0]["modalities"]) == {" ".join(MODALITIES)}
+    assert set(tables[0]["modalities"]) == {";".join(MODALITIES)}
     assert tables[0].equals(tables[1])
 
 
@@ -512,7 +512,7 @@ def test_modalities_may_be_absent(trained, copied, run_bundle, tmp_path, capsys)
     data |= trained_with_dropout(trained)
     run_bundle(["inference.yaml"], output_dir=str(tmp_path / "a"), modalities=some, **data)
     assert "modalities ['t2'] are absent" in capsys.readouterr().out
-    assert set(pd.read_csv(tmp_path / "a" / "grades.csv")["modalities"]) == {"t1 t1ce flair"}
+    assert set(pd.read_csv(tmp_path / "a" / "grades.csv")["modalities"]) == {"t1;t1ce;flair"}
     for name, order in (("b", some), ("c", some[::-1])):
         run_bundle(["train.yaml", "evaluate.yaml"], output_dir=str(tmp_path / name), modalities=order, **data)
     scores = [(tmp_path / name / "subjects.csv").read_text() for name in ("b", "c")]

@@ -208,6 +208,16 @@ def test_settings_of_older_checkpoints_get_their_names_of_now(tmp_path, older, c
     assert "self_conditioning" not in settings
 
 
+def test_a_dropout_that_is_no_number_is_refused(tmp_path):
+    train(tmp_path, best_epochs=[1])
+    file = tmp_path / "model.pt"
+    content = torch.load(file, weights_only=True)
+    content["settings"] |= {"architecture": "MedSegDiff", "modality_dropout": "$print(1)"}
+    torch.save(content, file)
+    with pytest.raises(InputError, match="modality_dropout that is no number"):
+        trained_settings(str(file))
+
+
 @pytest.mark.parametrize(
     ("conditioning", "named"), [(None, ["highway"]), ([], []), (["highway", "anchor"], ["highway", "anchor"])]
 )

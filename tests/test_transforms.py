@@ -74,10 +74,16 @@ def test_modality_dropout_zeroes_some_modalities_and_never_all():
 
 def test_modality_dropout_keeps_one_that_is_there_and_zeroes_what_augmentation_made_of_absent_ones():
     dropout = RandModalityDropoutd("image", network_of(NAMES, 0.5)).set_random_state(0)
-    item = {"image": torch.ones(4, 3, 3), "modalities": "t1 flair"}
+    item = {"image": torch.ones(4, 3, 3), "modalities": "t1;flair"}
     kept = torch.stack([dropout(item)["image"].flatten(1).any(dim=1) for _ in range(90)])
     assert not kept[:, 1:3].any()
     assert set(kept.sum(dim=1).tolist()) == {1, 2}
+
+
+def test_names_of_modalities_may_hold_spaces():
+    settings = network_of(["t1 post", "flair"], 0.0)
+    found = CompleteModalitiesd("image", settings)(volumes_of(torch.rand(2, 4, 4, 2), ["t1 post", "flair"]))
+    assert RandModalityDropoutd("image", settings)(found)["image"].flatten(1).any(dim=1).all()
 
 
 def smooth_volume(size=(3, 96, 80, 5)):
@@ -129,7 +135,7 @@ def test_absent_modalities_are_0_and_the_others_in_the_order_of_the_network():
         found = complete(volumes_of(volume, names))
         first, last = (volume[index] for index in order)
         assert torch.equal(found["image"], torch.stack([first, torch.zeros(4, 4, 2), last]))
-        assert found["modalities"] == "t1 flair"
+        assert found["modalities"] == "t1;flair"
     whole = torch.rand(3, 4, 4, 2)
     assert torch.equal(complete(volumes_of(whole, ["t1", "t2", "flair"]))["image"], whole)
     assert torch.equal(complete(volumes_of(whole, ["flair", "t2", "t1"]))["image"], whole.flip(0))
@@ -152,7 +158,7 @@ def test_a_copy_of_a_modality_counts_as_absent(caplog, order):
     found = CompleteModalitiesd("image", network_of(names, 0.1))(volumes_of(*given))
     assert not found["image"][0].any()
     assert torch.equal(found["image"][1:], volume[1:])
-    assert found["modalities"] == "t2 flair"
+    assert found["modalities"] == "t2;flair"
     assert "subject 's1': t1 is a copy of another modality and is left out" in caplog.text
     kept = CompleteModalitiesd("image", network_of(names, 0.0))(volumes_of(*given))
     assert torch.equal(kept["image"], volume)

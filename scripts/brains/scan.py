@@ -52,7 +52,7 @@ class Scan:
 
     def heights(self) -> np.ndarray:
         """Heights of all slices, from below (mm)."""
-        return np.arange(self.low, self.high, max(self.thickness, 1.0))
+        return np.arange(self.low, self.high, self.thickness)
 
     def points(self, heights: npt.ArrayLike, size: int) -> torch.Tensor:
         """Centres ``[size, size, S, 3]`` of the voxels of slices, in mm from the middle of the brain."""

@@ -19,6 +19,7 @@ from scripts.data.subjects import subject_of
 
 logger = logging.getLogger(__name__)
 
+SEPARATOR = ";"  # between the names of modalities, which may hold spaces
 NO_AIR = -500  # HU; a CT has darker voxels, an image of another kind or raw values do not
 
 
@@ -107,7 +108,7 @@ class CompleteModalitiesd(MapTransform):
             check_modalities(list(given), self.expected, self.may_be_absent)
             volumes = {name: given[name] for name in self.expected if name in given}
             present = [name for name in volumes if name not in self._left_out(d, key, volumes)]
-            d["modalities"] = " ".join(present)
+            d["modalities"] = SEPARATOR.join(present)
             if not present == self.expected == list(given):
                 nothing = torch.zeros_like(d[key][0])
                 found = torch.stack([volumes[name] if name in present else nothing for name in self.expected])
@@ -250,7 +251,7 @@ class RandModalityDropoutd(RandomizableTransform, MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         d: dict = dict(data)
         self.randomize(None)
-        there = d["modalities"].split() if "modalities" in d else self.names
+        there = d["modalities"].split(SEPARATOR) if "modalities" in d else self.names
         present = [index for index, name in enumerate(self.names) if name in there]
         for key in self.key_iterator(d):
             kept = present

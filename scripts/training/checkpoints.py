@@ -177,6 +177,8 @@ def read_checkpoint(ckpt_path: str) -> dict[str, Any]:
     if not isinstance(checkpoint.get("settings"), dict) or not _is_lineage(checkpoint.get("lineage")):
         raise InputError(f"ckpt_path '{ckpt_path}' is older than version 0.7; train it again")
     checkpoint["settings"] = of_this_version(checkpoint["settings"])
+    if type(checkpoint["settings"].get("modality_dropout", 0)) not in (int, float):
+        raise InputError(f"ckpt_path '{ckpt_path}' has a modality_dropout that is no number; train it again")
     return checkpoint
 
 
