@@ -185,7 +185,7 @@ def test_our_app_grades_and_returns_the_uncertainty(server, inferred, tmp_path):
         return
     (expected,) = csv.DictReader((inferred / "grades.csv").read_text().splitlines())
     for key, value in expected.items():
-        text = key in ("subject", "grade") or "_from_" in key
+        text = key in ("subject", "grade", "modalities") or "_from_" in key
         assert str(row[key] or "") == value if text else close(row[key], value), key
     for name, ending in (("uncertainty", "uncertainty"), ("probability", "prob")):
         volume = volume_of(server.infer(f"{SUBJECT}_t1", volume=name), tmp_path)
