@@ -22,6 +22,8 @@ TRAINING = {
     "--batch_size": ["8"],
     "--val_interval": ["1"],
 }
+NETWORK = {key: TRAINING[key] for key in ("--image_size", "--channels", "--calib_channels")}
+FINE_TUNING = {key: TRAINING[key] for key in TRAINING.keys() - NETWORK.keys()}  # the network is that of the weights
 ORGANS = {
     "--image_size": ["32"],
     "--features": ["[8,8,8,8,8,8]"],
@@ -58,7 +60,6 @@ BENCHMARKS = {
     "training.py": {"--steps": ["1"], "--repeats": ["1"]},
     "windows.py": {},
 }
-NETWORK = {key: TRAINING[key] for key in ("--image_size", "--channels", "--calib_channels")}
 
 
 def values_of(words: list[str], option: str) -> list[str] | None:
@@ -97,7 +98,8 @@ def reduced(words: list[str]) -> list[str]:
         if "ablation.yaml" in bases:
             return reduced_ablation(words, names)
         if "train.yaml" in bases:
-            words = put(put(words, sizes_of(names[0]), replace=False), EPOCHS, replace=True)
+            sizes = FINE_TUNING if "fine_tune.yaml" in bases else sizes_of(names[0])
+            words = put(put(words, sizes, replace=False), EPOCHS, replace=True)
         if "--nproc_per_node" in words:
             words = put(words, {"--nproc_per_node": ["2"]}, replace=True)
             if "train.yaml" in bases:  # one of ten subjects could not be shared by two processes
@@ -119,8 +121,11 @@ def reduced(words: list[str]) -> list[str]:
         if "--nnunet" in words:  # its environment is not made for the test of the pages
             words = [word for word in words if word not in ("--nnunet", *values_of(words, "--nnunet"))]
         words = put(words, BENCHMARKS[name], replace=True)
-        if "--arms_file" in words:
-            words = put(words, {"--arms": ["full resolution"]}, replace=True)
+        for file in values_of(words, "--arms_file") or []:
+            fine_tuning = Path(file).name == "fine_tuning.yaml"
+            words = put(words, {"--arms": ["these weights" if fine_tuning else "full resolution"]}, replace=True)
+            if fine_tuning:
+                return put(words, FINE_TUNING | {"--training_patients": ["2"]}, replace=True)
         if name == "training.py" and "--subjects" in words:
             words = put(words, {"--subjects": ["8", "10"]}, replace=True)
         options = {"training.py": NETWORK, "inference.py": NETWORK, "sampling.py": TRAINING, "run.py": TRAINING}

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from monai.bundle import ConfigParser
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -19,6 +21,14 @@ def command(configs: Sequence[str], settings: Sequence[object]) -> list[str]:
 def options(keys: Mapping[str, object]) -> list[str]:
     """Keys and values as options of the command line."""
     return [part for key, value in keys.items() for part in (f"--{key}", "$None" if value is None else str(value))]
+
+
+def read_configs(configs: Sequence[str], settings: Mapping[str, object]) -> ConfigParser:
+    """The configuration of files of ``configs/`` with settings, to read parts of it here."""
+    config = ConfigParser()
+    config.read_config([str(ROOT / "configs" / name) for name in configs])
+    config.update({**settings, "bundle_root": str(ROOT)})
+    return config
 
 
 def run_bundle(configs: Sequence[str], settings: Sequence[object], folder: Path = ROOT) -> None:

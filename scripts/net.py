@@ -163,7 +163,7 @@ DATA_SETTINGS = (
     "grade_labels",
     "image_size",
     "slice_size",
-    "normalise_nonzero",
+    "normalisation",
 )
 DERIVED = ("diffusion", "in_channels", "out_channels", "num_grades")
 # names of the settings that give the weights their meaning; each is a public key of train.yaml

@@ -13,7 +13,7 @@ from scripts.brains.fields import SmoothField, radius
 from scripts.brains.lesions import Lesion
 from scripts.brains.scan import Scan
 from scripts.brains.tissues import BRAIN, BRIGHTNESS, LABELS, MODALITIES, TUMOUR, Tissue, random_brightness
-from scripts.brains.transforms import RandBraind, z_scores
+from scripts.brains.transforms import RandBraind
 from scripts.brains.volumes import make_brains
 from scripts.config import InputError
 from scripts.data.subjects import load_subjects
@@ -223,12 +223,7 @@ def test_drawn_slices_are_z_scored_and_mostly_through_the_tumour():
 
 def test_unknown_randomisation_is_refused():
     with pytest.raises(TypeError, match="skul"):
-        RandBraind(24, 6, {"LGG": 0, "HGG": 1}, {"skul": 0.0})
-
-
-def test_z_scores_leave_zeros():
-    volume = torch.tensor([[0.0, 1.0, 3.0]])
-    assert torch.allclose(z_scores(torch.tensor([[0.0, 2.0, 4.0]]), volume), torch.tensor([[0.0, 0.0, 2**0.5]]))
+        RandBraind(24, 6, {"LGG": 0, "HGG": 1}, randomisation={"skul": 0.0})
 
 
 def test_weights_are_trained_on_brains_that_are_drawn(tmp_path):

@@ -535,6 +535,25 @@ def test_training_starts_from_weights_with_more_modalities(trained, phantoms, ru
     assert (settings["modalities"], settings["modality_dropout"]) == (MODALITIES, 0.3)
 
 
+def test_training_starts_from_weights_with_other_regions(trained, phantoms, run_bundle, tmp_path, capsys):
+    """Layers of the same shape are taken over: without a step of the optimiser they stay as they are."""
+    out = folders(tmp_path / "fine") | {"dataset_dir": str(phantoms), "init_ckpt": str(trained / "model.pt")}
+    own = {"regions": ["TC", "WT", "ET"], "image_size": 24, "use_cls_head": False}
+    run_bundle(["train.yaml"], max_epochs=1, learning_rate=0.0, **own, **out)
+    printed = capsys.readouterr().out
+    assert "['image_size', 'regions', 'use_cls_head'] differ from" in printed
+    old, new = (torch.load(path)["model"] for path in (out["init_ckpt"], Path(out["ckpt_dir"]) / "model.pt"))
+    own_shape = {name for name in new if name in old and old[name].shape != new[name].shape}
+    assert own_shape
+    assert not any(name.startswith("cls_head") for name in new)
+    for name in new.keys() - own_shape:
+        if not name.startswith("calibration.") and "running" not in name and "num_batches" not in name:
+            assert torch.equal(new[name], old[name]), name
+    for name in own_shape:
+        layer = name.rpartition(".")[0]
+        assert name.startswith("calibration.") or f"'{layer}'" in printed, name
+
+
 def test_inference_does_not_write_among_the_volumes(trained, copied, run_bundle):
     folder = str(copied / "BraTS20_Training_001")
     with pytest.raises(InputError, match="choose another"):

@@ -208,6 +208,13 @@ def test_settings_of_older_checkpoints_get_their_names_of_now(tmp_path, older, c
     assert "self_conditioning" not in settings
 
 
+@pytest.mark.parametrize(("nonzero", "named"), [(True, "nonzero"), (False, "all")])
+def test_the_normalisation_of_older_checkpoints_has_a_name(nonzero, named):
+    settings = of_this_version({"architecture": "MedSegDiff", "normalise_nonzero": nonzero})
+    assert settings["normalisation"] == named
+    assert "normalise_nonzero" not in settings
+
+
 def test_a_dropout_that_is_no_number_is_refused(tmp_path):
     train(tmp_path, best_epochs=[1])
     file = tmp_path / "model.pt"

@@ -138,6 +138,13 @@ def test_the_weights_are_those_of_the_demo_and_inference_needs_no_other_setting(
     assert (ROOT / "models" / "model.pt").stat().st_size < 10e6
 
 
+def test_fine_tuning_has_the_network_of_the_weights():
+    settings = settings_of("train.yaml", "small.yaml", "fine_tune.yaml")
+    own = {"learning_rate", "regions", "region_labels", "grade_labels", "modalities"}
+    trained = read_checkpoint(str(ROOT / "models" / "model.pt"))["settings"]
+    assert {key: settings[key] for key in trained.keys() - own} == {key: trained[key] for key in trained.keys() - own}
+
+
 def test_every_setting_is_a_public_key_and_an_argument():
     assert set(SETTINGS) <= load("train.yaml").keys()
     # inference reads them from the checkpoint, but a folder may have fewer modalities

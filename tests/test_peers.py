@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from benchmarks.peers import nnunet
+from benchmarks.peers.bundle_arm import BundleArm
 from benchmarks.peers.process import run
 from benchmarks.peers.run import check_unchanged
 from benchmarks.peers.table import compare
@@ -74,6 +76,27 @@ def test_probabilities_of_one_region_are_those_of_the_foreground(config, tmp_pat
     np.savez(tmp_path / "a.npz", probabilities=np.concatenate([1 - prob, prob]).transpose(0, 3, 2, 1))
     found = nnunet.region_probabilities(tmp_path / "a.npz", config.get_parsed_content("region_coding"))
     assert np.allclose(found, prob)
+
+
+def test_some_patients_of_a_fold_are_chosen_by_the_seed(phantoms, tmp_path):
+    """More patients contain the fewer, and validation and test stay."""
+    settings = {"dataset_dir": str(phantoms), "validation_share": 0.25}
+
+    def chosen(count, seed):
+        arm = BundleArm(["train.yaml"], settings, 1, 1, tmp_path, count)
+        (file,) = arm._chosen(tmp_path, 0, seed).values()
+        found = json.loads(Path(file).read_text())
+        return {name: [item["subject"] for item in items] for name, items in found.items()}
+
+    few, more, other = chosen(2, 0), chosen(4, 0), chosen(2, 1)
+    assert (len(few["training"]), len(more["training"])) == (2, 4)
+    assert set(few["training"]) < set(more["training"])
+    assert few["training"] != other["training"]
+    for name in ("validation", "test"):
+        assert few[name] == more[name] == other[name] != []
+    assert BundleArm(["train.yaml"], settings, 1, 1, tmp_path)._chosen(tmp_path, 0, 0) == {}
+    with pytest.raises(SystemExit, match="there are 6 in fold 0"):
+        chosen(7, 0)
 
 
 def write_run(folder, dice, prob=None, area=1.0):

@@ -5,15 +5,18 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import RandCropByPosNegLabeld, Resized
+from monai.transforms import NormalizeIntensity, RandCropByPosNegLabeld, Resized
 
 from scripts.config import InputError
 from scripts.data.transforms import (
+    NORMALISATIONS,
     CompleteModalitiesd,
     LoadVolumesd,
+    NormaliseModalitiesd,
     RandModalityDropoutd,
     ResizeSlicesd,
     SliceIndicesd,
+    normalised,
 )
 
 BRATS = {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}
@@ -178,3 +181,36 @@ def test_an_empty_mask_is_marked():
     assert SliceIndicesd("label")({"image": image, "label": label})["empty"] is True
     label[0, 1, 1, 1] = 1
     assert SliceIndicesd("label")({"image": image, "label": label})["empty"] is False
+
+
+@pytest.mark.parametrize("normalisation", ["nonzero", "all"])
+def test_z_scores_are_those_of_monai(normalisation):
+    volume = torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(0)).clamp(min=0) * 100
+    found = NormaliseModalitiesd("image", normalisation)({"image": volume})["image"]
+    expected = NormalizeIntensity(nonzero=normalisation == "nonzero", channel_wise=True)(volume)
+    assert torch.allclose(found, torch.as_tensor(expected), atol=1e-5)
+
+
+def test_the_foreground_hardly_depends_on_air_and_scalp():
+    """A brain alone, and the same brain with a bright scalp in noisy air: its voxels get similar values."""
+    generator = torch.Generator().manual_seed(0)
+    brain = 100 + 20 * torch.randn(20, 20, 10, generator=generator)
+    alone, head = torch.zeros(40, 40, 10), 2 * torch.rand(40, 40, 10, generator=generator)
+    head[7:33, 7:33] = 300
+    head[8:32, 8:32] = 1  # the skull
+    for volume in (alone, head):
+        volume[10:30, 10:30] = brain
+    found = {how: [normalised(volume, volume, how)[10:30, 10:30] for volume in (alone, head)] for how in NORMALISATIONS}
+    gap = {how: (one - other).abs().mean() for how, (one, other) in found.items()}
+    assert gap["foreground"] < 0.5 * min(gap["nonzero"], gap["all"])
+    middle = normalised(alone, alone, "foreground")[10:30, 10:30]
+    assert abs(middle.median()) < 0.02
+    assert abs(middle.std() - 1) < 0.05
+
+
+def test_slices_are_normalised_with_the_statistics_of_the_volume():
+    volume = torch.tensor([0.0, 1.0, 3.0])
+    assert torch.allclose(normalised(torch.tensor([0.0, 2.0, 4.0]), volume, "nonzero"), torch.tensor([0.0, 0.0, 2.0]))
+    assert torch.equal(normalised(torch.zeros(3), torch.zeros(3), "foreground"), torch.zeros(3))  # an absent modality
+    with pytest.raises(InputError, match="normalisation='z' is not one of"):
+        normalised(volume, volume, "z")

@@ -17,7 +17,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from benchmarks.bundle import ROOT
+from benchmarks.bundle import read_configs
 from benchmarks.peers.process import Usage, run, write_cost
 from scripts.data.regions import RegionCoding
 from scripts.data.split import patient
@@ -50,9 +50,7 @@ class NnUNetArm:
     def run(self, folder: Path, fold: int, seed: int) -> None:
         """Write ``subjects.csv`` and ``cost.json`` into ``folder``."""
         shutil.rmtree(folder, ignore_errors=True)
-        config = ConfigParser()
-        config.read_config([str(ROOT / "configs" / name) for name in (*self.configs, "evaluate.yaml")])
-        config.update(self.settings | {"fold": fold, "datalist::seed": 0, "bundle_root": str(ROOT)})
+        config = read_configs([*self.configs, "evaluate.yaml"], self.settings | {"fold": fold, "datalist::seed": 0})
         export(config, folder)
         places = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         driver = [str(self.python), str(Path(__file__).with_name("nnunet_driver.py"))]

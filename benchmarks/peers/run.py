@@ -43,13 +43,17 @@ def main() -> None:
     parser.add_argument(
         "--arms_file", type=Path, default=Path(__file__).with_name("arms.yaml"), help="where they are listed"
     )
+    parser.add_argument("--training_patients", type=int, help="of each fold, drawn by the seed; not for nnU-Net")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--nnunet", type=Path, help="Python of nnU-Net's environment")
     args, keys = parser.parse_known_args()
     settings = {key.removeprefix("--"): yaml.safe_load(text) for key, text in zip(*[iter(keys)] * 2, strict=True)}
     settings["dataset_dir"] = str(args.dataset_dir.resolve())
     output_dir = args.output_dir.resolve()
-    check_unchanged(output_dir / "bench.json", settings | {"configs": args.configs, "minutes": args.minutes})
+    check_unchanged(
+        output_dir / "bench.json",
+        settings | {"configs": args.configs, "minutes": args.minutes, "training_patients": args.training_patients},
+    )
     arms = make_arms(args, settings, output_dir)
     folders: dict[str, dict[int, list[Path]]] = {name: {} for name in arms}  # of each arm and seed
     for seed in args.seeds:
@@ -81,7 +85,10 @@ def make_arms(args: argparse.Namespace, settings: dict[str, Any], output_dir: Pa
     found: dict[str, Any] = {}
     for name, own in yaml.safe_load(args.arms_file.read_text(encoding="utf-8")).items():
         configs = [*args.configs, *own.pop("configs", ())]
-        found[name] = BundleArm(configs, settings | own, args.minutes, args.threads, output_dir / "probes" / name)
+        probe = output_dir / "probes" / name
+        found[name] = BundleArm(configs, settings | own, args.minutes, args.threads, probe, args.training_patients)
+    if args.nnunet and args.training_patients:
+        raise SystemExit("--training_patients is not for nnU-Net: leave --nnunet out")
     if args.nnunet:
         python = args.nnunet.absolute()  # not resolved: a link would lead out of the environment
         found["nnU-Net"] = NnUNetArm(args.configs, settings, args.minutes, args.threads, python)

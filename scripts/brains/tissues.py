@@ -84,7 +84,7 @@ def random_brightness(rng: np.random.Generator, strength: float = 1.0) -> np.nda
             found[brain, modality] = (1 - share) * found[brain, modality] + share * other[brain]
             found[tumour, modality] = contrast * found[Tissue.WHITE, modality]
     faint = [Tissue.OEDEMA, Tissue.CORE]
-    clear = 1 + strength * (rng.uniform(0.25, 1.2) - 1)
+    clear = 1 + strength * (rng.uniform(0.5, 1.4) - 1)
     found[faint] = found[Tissue.WHITE] + clear * (found[faint] - found[Tissue.WHITE])
     if rng.random() < 0.3 * strength:  # FLAIR does not suppress every cyst
         found[Tissue.CYST, 3] = found[Tissue.CSF, 3] * rng.uniform(1, 3)

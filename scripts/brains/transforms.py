@@ -12,21 +12,22 @@ from monai.transforms import Randomizable, Transform
 from scripts.brains.brain import Brain, Randomisation
 from scripts.brains.scan import Scan
 from scripts.data.grades import UNKNOWN_GRADE
+from scripts.data.transforms import normalised
 
-COARSE_SLICES, COARSE_SIZE = 24, 24  # of the volume that is z-scored
+COARSE_SLICES, COARSE_SIZE = 24, 24  # of the volume whose statistics normalise the slices
 
 
 class RandBraind(Randomizable, Transform):
     """Draw slices of a new brain: ``image [M, H, W, S]`` and ``label [1, H, W, S]`` of BraTS.
 
-    Two of three slices are drawn where the tumour is, if there is one. The modalities are z-scored with mean and
-    standard deviation of the whole volume (voxels that are not 0), which are those of a coarse one. ``empty`` says that
-    the head has no tumour.
+    Two of three slices are drawn where the tumour is, if there is one. The modalities are normalised with the
+    statistics of a coarse volume. ``empty`` says that the head has no tumour.
 
     Args:
         size: pixels of each side.
         num_slices: S.
         grade_labels: class index of each grade.
+        normalisation: see :func:`scripts.data.transforms.normalised`.
         randomisation: strengths of :class:`~scripts.brains.brain.Randomisation` by name; those not named are 1.
     """
 
@@ -35,9 +36,11 @@ class RandBraind(Randomizable, Transform):
         size: int,
         num_slices: int,
         grade_labels: Mapping[str, int],
+        normalisation: str = "nonzero",
         randomisation: Mapping[str, float] | None = None,
     ) -> None:
         self.size, self.num_slices, self.grade_labels = size, num_slices, dict(grade_labels)
+        self.normalisation = normalisation
         self.randomisation = Randomisation(**(randomisation or {}))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
@@ -48,7 +51,8 @@ class RandBraind(Randomizable, Transform):
         coarse, _ = scan.slices(np.linspace(heights[0], heights[-1], COARSE_SLICES), COARSE_SIZE)
         image, label = scan.slices(self._chosen(rng, scan, heights), self.size)
         grade = self.grade_labels.get(brain.grade, UNKNOWN_GRADE)
-        found = {"image": z_scores(image, coarse), "label": label[None].float()}
+        channels = [normalised(*pair, self.normalisation) for pair in zip(image, coarse, strict=True)]
+        found = {"image": torch.stack(channels), "label": label[None].float()}
         return {**data, **found, "grade": grade, "empty": not brain.lesions}
 
     def _chosen(self, rng: np.random.Generator, scan: Scan, heights: np.ndarray) -> np.ndarray:
@@ -63,12 +67,3 @@ class RandBraind(Randomizable, Transform):
             if near.any():
                 odds = odds / 3 + near / near.sum() * 2 / 3
         return rng.choice(heights, self.num_slices, p=odds)
-
-
-def z_scores(image: torch.Tensor, volume: torch.Tensor) -> torch.Tensor:
-    """Z-scores of slices ``[M, ...]`` with the statistics of a volume ``[M, ...]``; voxels that are 0 stay 0."""
-    found = torch.zeros_like(image)
-    for channel, (slices, whole) in enumerate(zip(image, volume, strict=True)):
-        values = whole[whole != 0]
-        found[channel] = torch.where(slices != 0, (slices - values.mean()) / values.std().clamp(min=1e-6), 0.0)
-    return found

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -19,6 +20,9 @@ from scripts.data.subjects import subject_of
 
 logger = logging.getLogger(__name__)
 
+NORMALISATIONS = ("nonzero", "all", "foreground")
+IQR_OF_NORMAL = 1.349  # interquartile range of normal values with a standard deviation of 1
+TINY = 1e-6
 SEPARATOR = ";"  # between the names of modalities, which may hold spaces
 NO_AIR = -500  # HU; a CT has darker voxels, an image of another kind or raw values do not
 
@@ -157,6 +161,61 @@ class CheckHounsfieldd(MapTransform):
                     f"has air below {NO_AIR}. MR images and raw values give wrong results"
                 )
         return dict(data)
+
+
+class NormaliseModalitiesd(MapTransform):
+    """Normalise each channel of a volume ``[M, ...]``; see :func:`normalised`. An empty channel stays as it is.
+
+    Args:
+        keys: keys of volumes.
+        normalisation: one of :data:`NORMALISATIONS`.
+    """
+
+    def __init__(self, keys: KeysCollection, normalisation: str) -> None:
+        super().__init__(keys)
+        self.normalisation = normalisation
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            volume = result[key].float()
+            for channel, values in enumerate(volume):
+                volume[channel] = normalised(values, values, self.normalisation)
+            result[key] = volume
+        return result
+
+
+def normalised(image: torch.Tensor, volume: torch.Tensor, normalisation: str) -> torch.Tensor:
+    """The image ``[...]`` of a modality, normalised with the statistics of the whole volume ``[...]``.
+
+    ``nonzero`` gives z-scores of the voxels that are not 0, which stay 0, and ``all`` of all voxels. ``foreground``
+    subtracts the median of the voxels above the mean of the volume, and divides by their interquartile range and 1.349,
+    so that normal values get a standard deviation of 1. Air and a bright scalp hardly change it: heads with and without
+    a skull get a similar contrast.
+
+    Args:
+        image: to be normalised: the volume, or slices of it.
+        volume: of the modality.
+        normalisation: one of :data:`NORMALISATIONS`.
+
+    Raises:
+        InputError: for another one.
+    """
+    if normalisation not in NORMALISATIONS:
+        raise InputError(f"normalisation='{normalisation}' is not one of {list(NORMALISATIONS)}")
+    if normalisation == "foreground":
+        values = volume[volume > volume.mean()]
+    else:
+        values = volume[volume != 0] if normalisation == "nonzero" else volume
+    if not values.numel():
+        return image
+    if normalisation == "foreground":
+        low, centre, high = np.percentile(np.asarray(values), (25, 50, 75)).tolist()
+        scale = (high - low) / IQR_OF_NORMAL
+    else:
+        centre, scale = float(values.mean()), float(values.std(unbiased=False))
+    scaled = (image - centre) / max(scale, TINY)
+    return torch.where(image != 0, scaled, 0) if normalisation == "nonzero" else scaled
 
 
 class SliceIndicesd(MapTransform):

@@ -13,6 +13,7 @@ import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from monai.engines.workflow import Workflow
+from monai.networks.utils import copy_model_state
 from torch import nn
 
 from scripts.config import InputError, TrainingError, atomic_path, check_plain
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # settings that name and paint the outputs, or say how weights were trained; weights may be used under others
 NAMING = ("grade_labels", "background_label", "modality_dropout")
+# settings that may differ from those of the weights from which a training starts
+OWN = ("regions", "region_labels", "grade_labels", "use_cls_head", "image_size", "slice_size")
 # what older checkpoints lack: fitted since version 0.9, and since version 0.11
 FITTED_LATER = ("calibration.measurement_", "calibration.dice_")
 
@@ -192,6 +195,8 @@ def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
         given = settings.get("conditioning")
         named = ["highway", "anchor", "ss_former"] if settings.get("variant") == "v2" else ["highway"]
         settings["conditioning"] = [*(given if isinstance(given, list) else named), "self_conditioning"]
+    if "normalise_nonzero" in settings:  # until version 0.12
+        settings["normalisation"] = "nonzero" if settings.pop("normalise_nonzero") else "all"
     blocks, variant = settings.pop("num_res_blocks", None), settings.get("variant")  # until version 0.11
     if blocks == 2 and variant != "v2" and settings.get("channels"):
         named = ["highway"] if settings.get("conditioning") is None else settings["conditioning"]
@@ -283,12 +288,44 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
                 f"ckpt_path '{ckpt_path}' does not fit the configured network: '{name}' is {theirs} in the file and "
                 f"{ours} in the network; set the keys of data and network as in training (its config.yaml has them)"
             )
-    if not all(torch.isfinite(weights[name]).all() for name, _ in network.named_parameters()):
-        raise InputError(f"ckpt_path '{ckpt_path}' holds NaN or infinite weights; train it again")
+    _check_finite(weights, network, ckpt_path)
     try:
         network.load_state_dict(weights)
     except (TypeError, ValueError) as error:  # the text of the calibration
         raise InputError(f"ckpt_path '{ckpt_path}' does not fit the configured network: {error}") from error
+
+
+def start_from(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) -> None:
+    """Load the weights from which a training starts.
+
+    The settings :data:`OWN` may differ from those of the checkpoint. Layers that have another shape for that reason, as
+    the last one with another number of regions, keep their first weights, and a warning names them.
+
+    Args:
+        network: takes the weights.
+        ckpt_path: the checkpoint.
+        settings: of the network.
+
+    Raises:
+        InputError: as :func:`load_weights`, for all other settings.
+    """
+    checkpoint = read_checkpoint(ckpt_path)
+    trained, weights = checkpoint["settings"], checkpoint["model"]
+    own = {key for key in OWN if key in settings and settings[key] != trained.get(key)}
+    if not own:
+        return load_weights(network, ckpt_path, settings)
+    others = {key: value for key, value in settings.items() if key not in own}
+    check_settings(trained, others, f"ckpt_path '{ckpt_path}'")
+    _check_finite(weights, network, ckpt_path)
+    _, _, kept = copy_model_state(network, weights, exclude_vars=r"^calibration\.")
+    layers = sorted({name.rpartition(".")[0] for name in kept if not name.startswith("calibration.")})
+    logger.warning(f"{sorted(own)} differ from '{ckpt_path}': layers that are not taken from it: {layers}")
+
+
+def _check_finite(weights: Mapping[str, Any], network: nn.Module, ckpt_path: str) -> None:
+    names = [name for name, _ in network.named_parameters() if isinstance(weights.get(name), torch.Tensor)]
+    if not all(torch.isfinite(weights[name]).all() for name in names):
+        raise InputError(f"ckpt_path '{ckpt_path}' holds NaN or infinite weights; train it again")
 
 
 def _shape(value: Any) -> str | tuple[int, ...]:

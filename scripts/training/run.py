@@ -17,7 +17,7 @@ from scripts.config import InputError, resumable_config, save_config, start_run
 from scripts.data.datalist import write_datalist
 from scripts.data.subjects import Item
 from scripts.distributed import join_processes
-from scripts.training.checkpoints import check_resumable, load_weights
+from scripts.training.checkpoints import check_resumable, start_from
 from scripts.training.lineage import check_unseen
 
 
@@ -54,7 +54,7 @@ def run_training(
     value = parser.get_parsed_content
     if first := value("init_ckpt"):
         check_unseen(first, datalist["validation"] + datalist["test"], value("dataset_name"), value("patient_pattern"))
-        load_weights(network, first, value("settings"))
+        start_from(network, first, value("settings"))
     checkpoints = value("checkpoints")
     checkpoints.config = resumable_config()
     if value("resume"):
