@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scripts.config import InputError
-from scripts.training.autocast import AutocastInferer
+from scripts.training.autocast import AutocastInferer, warn_of_slow_amp
 
 
 def test_autocast_on_a_processor():
@@ -19,3 +19,20 @@ def test_autocast_on_a_processor():
 def test_unknown_amp_dtype():
     with pytest.raises(InputError, match="amp_dtype 'half'"):
         AutocastInferer(True, "half")
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "known", "warns"),
+    [
+        (True, "cpu", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        (False, "cpu", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, False),
+        (True, "cuda", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, False),
+        (True, "cpu", {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, False),
+        (True, "cpu", {"architecture": "aarch64"}, False),
+    ],
+)
+def test_processors_without_bfloat16_are_told(amp, device, known, warns, monkeypatch, caplog):
+    assert {"architecture"} <= torch.cpu.get_capabilities().keys()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    warn_of_slow_amp(amp, torch.device(device))
+    assert ("amp=True is very slow" in caplog.text) == warns

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from monai.inferers import Inferer
 from torch import nn
 
 from scripts.config import InputError
 
+logger = logging.getLogger(__name__)
 AMP_DTYPES = ("bfloat16", "float16")
 
 
@@ -33,3 +36,14 @@ class AutocastInferer(Inferer):
         """Output of the network in float32."""
         with torch.autocast(inputs.device.type, self.amp_dtype, enabled=self.amp):
             return network(inputs, *args, **kwargs).float()
+
+
+def warn_of_slow_amp(amp: bool, device: torch.device) -> None:
+    """Warn if the processor computes in half precision but has no instructions for it.
+
+    A convolution was then 30 times slower than in float32 (docs/performance.md).
+    """
+    known = torch.cpu.get_capabilities()
+    has_none = known.get("architecture") == "x86_64" and not (known["avx512_bf16"] or known["amx_bf16"])
+    if amp and device.type == "cpu" and has_none:
+        logger.warning("amp=True is very slow on this processor, which has no bfloat16: leave it out, or use a GPU")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Events
 from ignite.handlers import EarlyStopping
 from monai.bundle import ConfigParser
@@ -17,12 +18,13 @@ from scripts.config import InputError, resumable_config, save_config, start_run
 from scripts.data.datalist import write_datalist
 from scripts.data.subjects import Item
 from scripts.distributed import join_processes
+from scripts.training.autocast import warn_of_slow_amp
 from scripts.training.checkpoints import check_resumable, start_from
 from scripts.training.lineage import check_unseen
 
 
 def start(*bases: str) -> tuple[ConfigParser, Callable[[str], Any]]:
-    """Check the keys, join the other processes, seed everything.
+    """Check the keys, join the other processes, seed everything, warn of slow settings.
 
     Args:
         bases: see :func:`scripts.config.start_run`.
@@ -34,6 +36,7 @@ def start(*bases: str) -> tuple[ConfigParser, Callable[[str], Any]]:
     value = parser.get_parsed_content
     join_processes(value("distributed"))
     set_determinism(value("seed"))
+    warn_of_slow_amp(value("amp"), torch.device(value("device")))
     return parser, value
 
 
