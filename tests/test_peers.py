@@ -10,24 +10,20 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from monai.bundle import ConfigParser
 
 from benchmarks.peers import nnunet
 from benchmarks.peers.bundle_arm import BundleArm
 from benchmarks.peers.process import run
 from benchmarks.peers.run import check_unchanged
 from benchmarks.peers.table import compare
-from conftest import ROOT
 
 
 @pytest.fixture
 def config(phantoms):
     """Evaluation of three nested regions on the phantoms' own grid."""
-    config = ConfigParser()
-    config.read_config([str(ROOT / "configs" / name) for name in ("train.yaml", "evaluate.yaml")])
-    config.update({"dataset_dir": str(phantoms), "regions": ["ET", "WT", "TC"], "image_size": 32})
-    config.update({"bundle_root": str(ROOT), "validation_share": 0.25})
-    return config
+    settings = {"dataset_dir": str(phantoms), "regions": ["ET", "WT", "TC"], "image_size": 32, "ckpt_dir": "/nowhere"}
+    arm = nnunet.NnUNetArm(["train.yaml"], settings | {"validation_share": 0.25}, 1, 1, Path(sys.executable))
+    return arm.config(0)
 
 
 def test_nnunet_gets_the_slices_and_the_split(config, tmp_path):

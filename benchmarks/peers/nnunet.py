@@ -50,7 +50,7 @@ class NnUNetArm:
     def run(self, folder: Path, fold: int, seed: int) -> None:
         """Write ``subjects.csv`` and ``cost.json`` into ``folder``."""
         shutil.rmtree(folder, ignore_errors=True)
-        config = read_configs([*self.configs, "evaluate.yaml"], self.settings | {"fold": fold, "datalist::seed": 0})
+        config = self.config(fold)
         export(config, folder)
         places = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         driver = [str(self.python), str(Path(__file__).with_name("nnunet_driver.py"))]
@@ -67,6 +67,11 @@ class NnUNetArm:
         for name in places:
             shutil.rmtree(folder / name)
         write_cost(folder, trained["minutes"], trained["epochs"], training, judging, len(table))
+
+    def config(self, fold: int) -> ConfigParser:
+        """The evaluation of a fold, without a checkpoint."""
+        keys = {"fold": fold, "datalist::seed": 0, "settings::judged": None}
+        return read_configs([*self.configs, "evaluate.yaml"], self.settings | keys)
 
 
 def export(config: ConfigParser, folder: Path) -> None:
