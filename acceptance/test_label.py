@@ -270,6 +270,19 @@ def test_studies_may_lack_a_modality(phantoms, tmp_path):
     assert np.array_equal(found, expected)
 
 
+def test_names_of_modalities_are_not_evaluated(tmp_path):
+    bundle = unpack_release(tmp_path)
+
+    def start(port: str) -> str:
+        return (
+            documented("--app label_app", port, tmp_path)[0].rstrip() + " --conf modalities '$__import__(\"marked\")'"
+        )
+
+    with pytest.raises(AssertionError, match="which is refused"), serve(start, tmp_path, bundle):
+        pass
+    assert not (tmp_path / "imported").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
