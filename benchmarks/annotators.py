@@ -33,6 +33,7 @@ from scripts.report.annotators import crps, energy_distance, mean_distance, quan
 from scripts.report.uncertainty import LEVELS, nonconformity  # noqa: E402
 from scripts.sampling.inferer import VolumeInferer  # noqa: E402
 from scripts.tools.phantom_pictures import GREY, KINDS, draw_masks, make_picture  # noqa: E402
+from scripts.training.autocast import has_bfloat16  # noqa: E402
 from scripts.training.losses import MultiTaskLoss  # noqa: E402
 from scripts.training.steps import DenoisingInferer, DrawNoise  # noqa: E402
 
@@ -214,7 +215,10 @@ def train_network(kind: str, seed: int, steps: int) -> MedSegDiff:
     diffusion = GaussianDiffusion()
     widths = {"channels": CHANNELS, "calib_channels": CHANNELS}
     network = MedSegDiff(diffusion, 1, conditioning=["highway", "stochastic"], use_cls_head=False, **widths)
-    loss, inferer = MultiTaskLoss(diffusion, tasks=["segmentation"], stochastic=True), DenoisingInferer(amp=True)
+    loss, inferer = (
+        MultiTaskLoss(diffusion, tasks=["segmentation"], stochastic=True),
+        DenoisingInferer(amp=has_bfloat16()),
+    )
     draw_noise = DrawNoise(diffusion.num_train_timesteps)
 
     def step(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -232,7 +236,7 @@ def train_plain(kind: str, seed: int, steps: int) -> ImageUNet:
     network = ImageUNet(1, 1, CHANNELS)
 
     def step(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
             logits = network(image)[0]
         return torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), label)
 

@@ -26,6 +26,7 @@ from benchmarks.network import timed  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.sampling.inferer import VolumeInferer  # noqa: E402
 from scripts.tools.onnx_network import OnnxNetwork, export_onnx  # noqa: E402
+from scripts.training.autocast import has_bfloat16  # noqa: E402
 
 CASES = [  # files in configs/, samples, steps
     (["train.yaml"], 1, 1),
@@ -63,8 +64,7 @@ def measure(files: list[str], num_samples: int, num_inference_steps: int, slices
     calls = {
         "PyTorch": lambda: inferer.predict(volume, network),
         "onnxruntime": lambda: inferer.predict(volume, exported),
-        "bfloat16": bfloat16,
-    }
+    } | ({"bfloat16": bfloat16} if has_bfloat16() else {})
     seconds = timed(calls, repeats)
     return {
         "settings": " ".join(files[1:]) or "defaults",
@@ -73,7 +73,7 @@ def measure(files: list[str], num_samples: int, num_inference_steps: int, slices
         "PyTorch (s)": seconds["PyTorch"].min(),
         "onnxruntime (s)": seconds["onnxruntime"].min(),
         "ratio": np.median(seconds["onnxruntime"] / seconds["PyTorch"]),
-        "PyTorch, bfloat16 (s)": seconds["bfloat16"].min(),
+        "PyTorch, bfloat16 (s)": seconds["bfloat16"].min() if "bfloat16" in seconds else None,
     }
 
 

@@ -38,12 +38,13 @@ class AutocastInferer(Inferer):
             return network(inputs, *args, **kwargs).float()
 
 
-def warn_of_slow_amp(amp: bool, device: torch.device) -> None:
-    """Warn if the processor computes in half precision but has no instructions for it.
-
-    A convolution was then 30 times slower than in float32 (docs/performance.md).
-    """
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16, as far as torch knows; without, it is emulated."""
     known = torch.cpu.get_capabilities()
-    has_none = known.get("architecture") == "x86_64" and not (known["avx512_bf16"] or known["amx_bf16"])
-    if amp and device.type == "cpu" and has_none:
+    return known.get("architecture") != "x86_64" or known["avx512_bf16"] or known["amx_bf16"]
+
+
+def warn_of_slow_amp(amp: bool, device: torch.device) -> None:
+    """Warn of half precision on a processor without bfloat16: it was 30 times slower than float32 (performance.md)."""
+    if amp and device.type == "cpu" and not has_bfloat16():
         logger.warning("amp=True is very slow on this processor, which has no bfloat16: leave it out, or use a GPU")
