@@ -160,8 +160,9 @@ def main() -> None:
     """Become the reduced command."""
     program, *words = sys.argv[1:]
     words = reduced(["-m", "pip", *words] if program == "pip" else words)
-    if values_of(words, "--amp") == ["True"] and not has_bfloat16():
-        words = put(words, {"--amp": ["False"]}, replace=True)
+    if "--amp" in words and not has_bfloat16():
+        place = words.index("--amp")
+        words = words[:place] + words[place + 1 + len(values_of(words, "--amp") or []) :]
     for folder in values_of(words, "--output_dir") or []:
         with open(os.environ["DOCS_OUTPUTS"], "a", encoding="utf-8") as file:
             file.write(f"{Path(folder).resolve()}\n")
