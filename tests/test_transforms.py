@@ -212,5 +212,7 @@ def test_slices_are_normalised_with_the_statistics_of_the_volume():
     volume = torch.tensor([0.0, 1.0, 3.0])
     assert torch.allclose(normalised(torch.tensor([0.0, 2.0, 4.0]), volume, "nonzero"), torch.tensor([0.0, 0.0, 2.0]))
     assert torch.equal(normalised(torch.zeros(3), torch.zeros(3), "foreground"), torch.zeros(3))  # an absent modality
+    alike = torch.tensor([0.0] * 9 + [5.0] * 7 + [9.0])
+    assert normalised(alike, alike, "foreground").abs().max() < 10
     with pytest.raises(InputError, match="normalisation='z' is not one of"):
         normalised(volume, volume, "z")

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 NORMALISATIONS = ("nonzero", "all", "foreground")
 IQR_OF_NORMAL = 1.349  # interquartile range of normal values with a standard deviation of 1
-TINY = 1e-6
 SEPARATOR = ";"  # between the names of modalities, which may hold spaces
 NO_AIR = -500  # HU; a CT has darker voxels, an image of another kind or raw values do not
 
@@ -211,10 +210,10 @@ def normalised(image: torch.Tensor, volume: torch.Tensor, normalisation: str) ->
         return image
     if normalisation == "foreground":
         low, centre, high = np.percentile(np.asarray(values), (25, 50, 75)).tolist()
-        scale = (high - low) / IQR_OF_NORMAL
+        scale = (high - low) / IQR_OF_NORMAL or float(values.std(unbiased=False))  # most voxels may be alike
     else:
         centre, scale = float(values.mean()), float(values.std(unbiased=False))
-    scaled = (image - centre) / max(scale, TINY)
+    scaled = (image - centre) / (scale or 1.0)
     return torch.where(image != 0, scaled, 0) if normalisation == "nonzero" else scaled
 
 

@@ -310,7 +310,8 @@ def start_from(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) 
         InputError: as :func:`load_weights`, for all other settings.
     """
     checkpoint = read_checkpoint(ckpt_path)
-    trained, weights = checkpoint["settings"], checkpoint["model"]
+    trained = checkpoint["settings"]
+    weights = {name: value for name, value in checkpoint["model"].items() if isinstance(value, torch.Tensor)}
     own = {key for key in OWN if key in settings and settings[key] != trained.get(key)}
     if not own:
         return load_weights(network, ckpt_path, settings)
@@ -323,7 +324,8 @@ def start_from(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) 
 
 
 def _check_finite(weights: Mapping[str, Any], network: nn.Module, ckpt_path: str) -> None:
-    names = [name for name, _ in network.named_parameters() if isinstance(weights.get(name), torch.Tensor)]
+    """Raise InputError if a parameter of the network is not finite in the weights."""
+    names = [name for name, _ in network.named_parameters() if name in weights]
     if not all(torch.isfinite(weights[name]).all() for name in names):
         raise InputError(f"ckpt_path '{ckpt_path}' holds NaN or infinite weights; train it again")
 
