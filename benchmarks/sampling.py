@@ -25,7 +25,7 @@ from monai.transforms import Compose
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.bundle import run_bundle  # noqa: E402
+from benchmarks.bundle import read_configs, run_bundle  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.data.writing import write_csv  # noqa: E402
 from scripts.net import MedSegDiff  # noqa: E402
@@ -68,13 +68,11 @@ def main() -> None:
 
 def configured(args: argparse.Namespace, settings: list[str]) -> ConfigParser:
     """The evaluation's configuration with the settings of the command line."""
-    config = ConfigParser()
-    config.read_config([str(ROOT / "configs" / name) for name in [*args.configs, "evaluate.yaml"]])
     values = {
         key.removeprefix("--"): yaml.safe_load(text) for key, text in zip(settings[::2], settings[1::2], strict=True)
     }
-    config.update(values | {"num_eval_cases": args.num_eval_cases})
-    return config
+    values |= {"num_eval_cases": args.num_eval_cases, "settings::judged": None}  # there is no checkpoint yet
+    return read_configs([*args.configs, "evaluate.yaml"], values)
 
 
 def judge(inferer: VolumeInferer, network: MedSegDiff, items: list[dict], back_to_grid: Compose) -> dict[str, float]:

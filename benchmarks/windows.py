@@ -25,6 +25,7 @@ from monai.bundle import ConfigParser
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.bundle import read_configs  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.report.metrics import mask_scores  # noqa: E402
 from scripts.sampling import windows  # noqa: E402
@@ -40,9 +41,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", required=True, help="files in configs/")
     args, keys = parser.parse_known_args()
     settings = {key.removeprefix("--"): yaml.safe_load(text) for key, text in zip(*[iter(keys)] * 2, strict=True)}
-    config = ConfigParser()
-    config.read_config([str(ROOT / "configs" / name) for name in (*args.configs, "evaluate.yaml")])
-    config.update({"bundle_root": str(ROOT)} | settings)
+    config = read_configs([*args.configs, "evaluate.yaml"], settings)
     network = config.get_parsed_content("network").eval()
     load_weights(network, settings["ckpt_path"], {})
     items = list(config.get_parsed_content("validate::dataset"))
