@@ -54,7 +54,7 @@ BENCHMARKS = {
     "inference.py": {},
     "int8.py": {"--image_size": ["32"], "--repeats": ["1"]},
     "network.py": {"--repeats": ["1"], "--image_size": ["32"]},
-    "run.py": {"--minutes": ["0.01"], "--folds": ["0"], "--seeds": ["0"], "--arms": ["this bundle", "ResNet-18"]},
+    "run.py": {"--minutes": ["0.01"], "--folds": ["0"], "--seeds": ["0"], "--arms": ["this bundle"]},
     "structure.py": {},
     "threads.py": {"--seconds": ["0.2"], "--loads": ["0", "1"]},
     "sampling.py": EPOCHS | {"--prediction_types": ["sample"], "--samplers": ["ddim"], "--steps": ["1", "2"]},
