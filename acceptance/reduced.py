@@ -1,8 +1,7 @@
 """Stands for the interpreter in test_docs.py: the command of a page with smaller sizes, all else as it is.
 
 ``reduced.py python -m monai.bundle run ...`` becomes that very command with the sizes below, in float32 where the
-processor has no bfloat16. Each ``--output_dir`` is
-noted in the file that ``DOCS_OUTPUTS`` names.
+processor has no bfloat16. Each ``--output_dir`` is noted in the file that ``DOCS_OUTPUTS`` names.
 """
 
 from __future__ import annotations
@@ -151,7 +150,7 @@ def reduced_ablation(words: list[str], files: list[str]) -> list[str]:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor computes bfloat16, which is emulated else, 30 times slower; without importing torch."""
+    """Whether the processor has bfloat16. Without, torch emulates it 30 times slower. torch is not imported here."""
     file = Path("/proc/cpuinfo")
     return not file.is_file() or "bf16" in file.read_text()
 

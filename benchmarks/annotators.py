@@ -215,10 +215,8 @@ def train_network(kind: str, seed: int, steps: int) -> MedSegDiff:
     diffusion = GaussianDiffusion()
     widths = {"channels": CHANNELS, "calib_channels": CHANNELS}
     network = MedSegDiff(diffusion, 1, conditioning=["highway", "stochastic"], use_cls_head=False, **widths)
-    loss, inferer = (
-        MultiTaskLoss(diffusion, tasks=["segmentation"], stochastic=True),
-        DenoisingInferer(amp=has_bfloat16()),
-    )
+    loss = MultiTaskLoss(diffusion, tasks=["segmentation"], stochastic=True)
+    inferer = DenoisingInferer(amp=has_bfloat16())
     draw_noise = DrawNoise(diffusion.num_train_timesteps)
 
     def step(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
