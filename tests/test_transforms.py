@@ -186,7 +186,9 @@ def test_an_empty_mask_is_marked():
 @pytest.mark.parametrize("normalisation", ["nonzero", "all"])
 def test_z_scores_are_those_of_monai(normalisation):
     volume = torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(0)).clamp(min=0) * 100
+    before = volume.clone()
     found = NormaliseModalitiesd("image", normalisation)({"image": volume})["image"]
+    assert torch.equal(volume, before)
     expected = NormalizeIntensity(nonzero=normalisation == "nonzero", channel_wise=True)(volume)
     assert torch.allclose(found, torch.as_tensor(expected), atol=1e-5)
 

@@ -177,7 +177,7 @@ class NormaliseModalitiesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         result = dict(data)
         for key in self.key_iterator(result):
-            volume = result[key].float()
+            volume = result[key].float().clone()  # what came in stays
             for channel, values in enumerate(volume):
                 volume[channel] = normalised(values, values, self.normalisation)
             result[key] = volume
