@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+import forked
+
 # Put in where a command does not say otherwise. Evaluation gets them too: the network must be that of training.
 TRAINING = {
     "--image_size": ["32"],
@@ -165,6 +167,9 @@ def main() -> None:
     for folder in values_of(words, "--output_dir") or []:
         with open(os.environ["DOCS_OUTPUTS"], "a", encoding="utf-8") as file:
             file.write(f"{Path(folder).resolve()}\n")
+    interpreter = os.environ.get("DOCS_INTERPRETER")
+    if program != "torchrun" and forked.can_run(words, interpreter):
+        sys.exit(forked.run(words, interpreter))
     module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
     os.execv(sys.executable, [sys.executable, *module, *words])
 

@@ -29,6 +29,7 @@ import pytest
 from dicom_phantom import write_series, write_subject
 from PIL import Image
 
+import forked
 from scripts.tools.phantom import make_dataset
 from scripts.tools.phantom_ct import make_subject as make_ct
 
@@ -289,7 +290,7 @@ def copy_repository(folder: Path) -> Path:
     return folder
 
 
-def run(block: Block, copy: Path, data: Path) -> Outcome:
+def run(block: Block, copy: Path, data: Path, interpreter: Path) -> Outcome:
     """Run a block in its copy, or write its file there. Of a loop over folds or seeds, only the first is run."""
     text = (block.text if block.file else block.script()).replace("/path/to/", f"{data}/")
     text = re.sub(r"(for \w+ in \d+)( \d+)+", r"\1", text)
@@ -299,7 +300,7 @@ def run(block: Block, copy: Path, data: Path) -> Outcome:
     outputs = copy / ".outputs"
     outputs.write_text("")
     environment = os.environ | {"PATH": f"{copy}/.venv/bin:/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    environment |= {"DOCS_OUTPUTS": str(outputs), "MAKEFLAGS": ""}
+    environment |= {"DOCS_OUTPUTS": str(outputs), "DOCS_INTERPRETER": str(interpreter), "MAKEFLAGS": ""}
     environment.pop("PYTHONPATH", None)
     with (copy / ".log").open("w+", encoding="utf-8") as log:
         command = ["timeout", str(TIMEOUT), "bash", "-eo", "pipefail", "-c", text]
@@ -318,6 +319,8 @@ def outcomes(request, tmp_path_factory) -> Iterator[dict[Block, Future]]:
     data = tmp_path_factory.mktemp("data")
     for name, make in DATA.items():
         make(data / name)
+    interpreter = tmp_path_factory.mktemp("interpreter") / "socket"
+    process = forked.start(interpreter)
     futures: dict[Block, Future] = {block: Future() for group in COPIES for block in group}
     stopped = threading.Event()
 
@@ -327,7 +330,7 @@ def outcomes(request, tmp_path_factory) -> Iterator[dict[Block, Future]]:
             for block in group:
                 if stopped.is_set():
                     return
-                futures[block].set_result(run(block, copy, data))
+                futures[block].set_result(run(block, copy, data, interpreter))
         except Exception as error:  # a test that waits for its block would wait for ever
             for block in group:
                 if not futures[block].done():
@@ -340,6 +343,7 @@ def outcomes(request, tmp_path_factory) -> Iterator[dict[Block, Future]]:
                 pool.submit(run_group, group[: last + 1], tmp_path_factory.mktemp("copy"))
         yield futures
         stopped.set()
+    process.terminate()
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

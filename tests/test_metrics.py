@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 
 from scripts.diffusion.schedule import GaussianDiffusion
@@ -10,6 +12,7 @@ from scripts.report.metrics import (
     SubjectGrades,
     epoch_columns,
     epoch_values,
+    grade_losses,
     grading_scores,
     mask_scores,
     sampled_losses,
@@ -24,6 +27,13 @@ TWO = {"LGG": 0, "HGG": 1}
 def two(*positive):
     """Probabilities of two grades from those of the second grade."""
     return [[1 - p, p] for p in positive]
+
+
+def test_the_log_loss_is_that_of_scikit_learn():
+    prob, truth = np.array([[0.2, 0.5, 0.3], [1, 0, 0], [0.1, 0.1, 0.8]]), np.array([1, 2, 2])
+    expected = sklearn.metrics.log_loss(truth, prob, labels=[0, 1, 2])
+    assert grade_losses(prob, truth)["log_loss"] == pytest.approx(expected, rel=1e-12)
+    assert math.isnan(grade_losses(prob[:0], truth[:0])["log_loss"])
 
 
 def cube(shape=(1, 10, 10, 10), start=2, stop=6):
