@@ -13,9 +13,10 @@ DEMO = "['configs/train.yaml','configs/demo.yaml']"
 ORGANS = bundles/organs
 ORGANS_DEMO = '$(ORGANS)/configs/train.yaml','$(ORGANS)/configs/demo.yaml'
 SYNTHESIS = bundles/synthesis
+WEIGHTS = 'configs/train.yaml','configs/weights.yaml'
 SYNTHESIS_DEMO = '$(SYNTHESIS)/configs/train.yaml','$(SYNTHESIS)/configs/demo.yaml'
 
-.PHONY: demo organs-demo synthesis-demo staged test conformance docs-test label-env label-test peers-env release lint clean
+.PHONY: demo organs-demo synthesis-demo staged weights test conformance docs-test label-env label-test peers-env release lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -102,6 +103,19 @@ staged: $(VENV)/.installed
 	done
 	$(RUN) -W ignore -m monai.bundle run --ckpt_dir demo/staged/stage3_joint --output_dir demo/staged/evaluate \
 	    --config_file "['configs/train.yaml','configs/demo.yaml','configs/evaluate.yaml']"
+
+# continues where it was interrupted
+weights: $(VENV)/.installed
+	test -f runs/weights/brains/name_mapping.csv || $(RUN) -m scripts.tools.phantom --output_dir runs/weights/brains \
+	    --num_subjects 40 --randomise 1 --size 64
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(WEIGHTS),'configs/resume.yaml']"
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(WEIGHTS),'configs/evaluate.yaml','configs/calibrate.yaml']" \
+	    --output_dir runs/weights/calibrate
+	$(RUN) -W ignore -m monai.bundle run --config_file "[$(WEIGHTS),'configs/evaluate.yaml']" \
+	    --output_dir runs/weights/evaluate
+	@echo
+	@echo "weights          runs/weights/models/model.pt"
+	@echo "scores           runs/weights/evaluate/summary.json, subjects.csv, overlays/"
 
 test: $(VENV)/.installed-extras
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2

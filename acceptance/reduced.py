@@ -47,6 +47,7 @@ BENCHMARKS = {
     "cup_to_disc.py": {},
     "data.py": {"--num_subjects": ["1"], "--image_size": ["32"]},
     "export.py": {"--repeats": ["1"], "--slices": ["2"]},
+    "false_volume.py": {},
     "flops.py": {},
     "folds.py": {},
     "grades.py": {"--repeats": ["1"]},

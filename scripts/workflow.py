@@ -22,10 +22,11 @@ from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
 from scripts.tools.monai_label import apply_label_request, option
 from scripts.tools.onnx_network import export_onnx
+from scripts.training.autocast import has_bfloat16
 from scripts.training.checkpoints import NAMING, check_settings, load_weights, trained_settings
 from scripts.training.run import run_training, start
 
-__all__ = ["evaluate", "export", "infer", "option", "settings", "train"]
+__all__ = ["evaluate", "export", "has_bfloat16", "infer", "option", "settings", "train"]
 logger = logging.getLogger(__name__)
 
 

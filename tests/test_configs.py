@@ -130,10 +130,10 @@ def test_both_bases_sample_alike():
     assert {key: load("train.yaml")[key] for key in shared} == {key: load("inference.yaml")[key] for key in shared}
 
 
-def test_the_weights_are_those_of_the_demo_and_inference_needs_no_other_setting():
+def test_the_weights_are_those_of_weights_yaml_and_inference_needs_no_other_setting():
     checkpoint = read_checkpoint(str(ROOT / "models" / "model.pt"))
-    assert checkpoint["settings"] == settings_of("train.yaml", "demo.yaml")
-    for parser in (parsed("train.yaml", "demo.yaml"), parsed("inference.yaml")):
+    assert checkpoint["settings"] == settings_of("train.yaml", "weights.yaml")
+    for parser in (parsed("train.yaml", "weights.yaml"), parsed("inference.yaml")):
         parser.get_parsed_content("network_def").load_state_dict(checkpoint["model"])
     assert (ROOT / "models" / "model.pt").stat().st_size < 10e6
 
