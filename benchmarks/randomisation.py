@@ -1,0 +1,94 @@
+"""Is each part of the random brains worth it? Short trainings without one of them, judged on patients.
+
+Trains ``weights.yaml`` as it is, and once for each part of ``scripts.brains.brain.Randomisation`` with that part at 0,
+then evaluates all of them on the subjects of a folder. The same command continues an interrupted run. Keys of
+``train.yaml`` can follow, such as ``--modalities "['t1','t1ce','flair']"``; they hold for the evaluation alone.
+
+Example:
+    python benchmarks/randomisation.py --brains runs/weights/brains --dataset_dir /path/to/BraTS2021 --epochs 20 \
+        --output_dir runs/randomisation
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.bundle import options, run_bundle  # noqa: E402
+from benchmarks.peers.table import cell_text, read  # noqa: E402
+from benchmarks.tables import hardware, markdown  # noqa: E402
+from scripts.brains.brain import Randomisation  # noqa: E402
+from scripts.report.intervals import with_intervals  # noqa: E402
+
+CONFIGS = ["train.yaml", "weights.yaml"]
+FULL = "all parts"
+
+
+def main() -> None:
+    """Train and evaluate what is missing, then write ``table.csv`` and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--brains", required=True, type=Path, help="random brains (scripts.tools.phantom)")
+    parser.add_argument("--dataset_dir", required=True, type=Path, help="subjects that judge")
+    parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--epochs", type=int, default=20, help="of each training")
+    parser.add_argument("--region", default="WT", help="whose Dice is compared")
+    parser.add_argument("--parts", nargs="*", help="only these; default: all")
+    args, keys = parser.parse_known_args()
+    folders = {FULL: args.output_dir.resolve() / "all"}
+    for part in args.parts or [field.name for field in fields(Randomisation)]:
+        folders[f"without {part}"] = args.output_dir.resolve() / part
+    for arm, folder in folders.items():
+        part = arm.removeprefix("without ") if arm != FULL else None
+        train(folder, part, args.brains.resolve(), args.epochs)
+        judge(folder, args.dataset_dir.resolve(), keys)
+    table = compare({arm: read([folder / "judged"]) for arm, folder in folders.items()}, f"dice_{args.region}")
+    table.to_csv(args.output_dir / "table.csv", index=False)
+    print(hardware())
+    print(markdown(table))
+
+
+def train(folder: Path, part: str | None, brains: Path, epochs: int) -> None:
+    """Train with a part of the randomisation at 0, or with all of them."""
+    keys: dict[str, object] = {"dataset_dir": brains, "output_dir": folder, "ckpt_dir": folder, "max_epochs": epochs}
+    if part:
+        keys["train::random_transforms::0::randomisation"] = {part: 0}
+    # the last weights are kept: so short a training has no best ones
+    run_bundle([*CONFIGS, "resume.yaml"], options(keys | {"val_interval": epochs}))
+
+
+def judge(folder: Path, dataset_dir: Path, keys: list[str]) -> None:
+    """Evaluate the weights of a folder on subjects, unless that is done."""
+    if not (folder / "judged" / "subjects.csv").is_file():
+        own = {"dataset_dir": dataset_dir, "ckpt_dir": folder, "output_dir": folder / "judged", "subset": "all"}
+        run_bundle([*CONFIGS, "evaluate.yaml"], [*options(own), *keys])
+
+
+def compare(tables: dict[str, pd.DataFrame], column: str) -> pd.DataFrame:
+    """Mean and median of a score in the table of each arm, and the mean difference to the first arm, with intervals."""
+    first = next(iter(tables))
+
+    def statistic(rows: np.ndarray) -> dict[tuple[str, str], float]:
+        found: dict[tuple[str, str], float] = {}
+        for arm, table in tables.items():
+            scores = table[column].to_numpy()[rows]
+            found[arm, "mean Dice"], found[arm, "median"] = scores.mean(), float(np.median(scores))
+            if arm != first:
+                found[arm, f"minus {first}"] = scores.mean() - tables[first][column].to_numpy()[rows].mean()
+        return found
+
+    result = pd.DataFrame(index=list(tables)).rename_axis("arm")
+    for (arm, name), cell in with_intervals(statistic, tables[first]["patient"]).items():
+        result.loc[arm, name] = cell_text(cell)
+    return result.fillna("-").reset_index()
+
+
+if __name__ == "__main__":
+    main()
