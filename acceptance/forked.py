@@ -71,7 +71,7 @@ def become(words: list[str], folder: str, environment: dict[str, str]) -> None:
     """What ``python`` does with its arguments."""
     os.chdir(folder)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment | {"DOCS_INSIDE": "1"})
     sys.executable = shutil.which("python") or sys.executable  # for what a command runs in its turn
     if words[0] == "-W":
         warnings.simplefilter(words[1])
