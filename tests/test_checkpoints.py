@@ -12,7 +12,9 @@ from scripts.training.checkpoints import (
     check_resumable,
     check_settings,
     load_weights,
+    of_shared_regions,
     of_this_version,
+    start_from,
     store_calibration,
     trained_settings,
 )
@@ -284,3 +286,26 @@ def test_resuming_compares_the_whole_configuration(tmp_path, other, message):
     for name in ("training", "validation"):
         with pytest.raises(InputError, match=f"has . {name} subjects, and these are not the 1 of now"):
             check_resumable(str(tmp_path), network(), SETTINGS, config, LINEAGE | {name: {"brats": ["s7"]}})
+
+
+def test_shared_regions_keep_their_channels(tmp_path, caplog):
+    """The calibration map of a region is the same without the others; a new region starts anew."""
+    old, new = network(in_channels=2, out_channels=3).eval(), network(in_channels=2, out_channels=2).eval()
+    settings = {"regions": ["TC", "WT", "ET"], "conditioning": None}
+    torch.save({"model": old.state_dict(), "settings": settings, "lineage": LINEAGE}, tmp_path / "model.pt")
+    random = new.denoiser.conv_in.conv.weight.clone()
+    start_from(new, str(tmp_path / "model.pt"), settings | {"regions": ["cyst", "WT"]})
+    image = torch.randn(1, 2, 16, 16)
+    assert torch.equal(new.condition(image)["calib_map"][:, 1], old.condition(image)["calib_map"][:, 1])
+    first, then = old.denoiser.conv_in.conv.weight, new.denoiser.conv_in.conv.weight
+    assert torch.equal(then[:, [0, 1, 3, 5]], first[:, [0, 1, 3, 6]])  # image, noisy mask and map of WT
+    assert torch.equal(then[:, [2, 4]], random[:, [2, 4]])
+    assert "'calibrator.output_block.conv.conv', 'denoiser.conv_in.conv'" in caplog.text
+
+
+def test_shapes_that_differ_otherwise_have_no_regions():
+    old = torch.arange(12.0).reshape(3, 4)
+    for new in (torch.zeros(3, 4), torch.zeros(3, 5), torch.zeros(2, 2), torch.zeros(4)):
+        assert of_shared_regions(old, new, ["TC", "WT", "ET"], ["WT"]) is old
+    found = of_shared_regions(old, torch.zeros(1, 4), ["TC", "WT", "ET"], ["WT"])
+    assert torch.equal(found, old[1:2])

@@ -298,8 +298,9 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
 def start_from(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) -> None:
     """Load the weights from which a training starts.
 
-    The settings :data:`OWN` may differ from those of the checkpoint. Layers that have another shape for that reason, as
-    the last one with another number of regions, keep their first weights, and a warning names them.
+    The settings :data:`OWN` may differ from those of the checkpoint. Layers that have another shape for that reason
+    start with random weights, and a warning names them. If the regions differ, the channels of those that both have are
+    taken over.
 
     Args:
         network: takes the weights.
@@ -318,9 +319,44 @@ def start_from(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) 
     others = {key: value for key, value in settings.items() if key not in own}
     check_settings(trained, others, f"ckpt_path '{ckpt_path}'")
     _check_finite(weights, network, ckpt_path)
-    _, _, kept = copy_model_state(network, weights, exclude_vars=r"^calibration\.")
-    layers = sorted({name.rpartition(".")[0] for name in kept if not name.startswith("calibration.")})
-    logger.warning(f"{sorted(own)} differ from '{ckpt_path}': layers that are not taken from it: {layers}")
+    for name, new in network.state_dict().items():
+        if name in weights and "stochastic" not in (trained.get("conditioning") or ()):  # which has channels of its own
+            weights[name] = of_shared_regions(weights[name], new, trained["regions"], settings["regions"])
+    _, taken, _ = copy_model_state(network, weights, exclude_vars=r"^calibration\.")
+    changed = {name for name in taken if weights[name] is not checkpoint["model"][name]}
+    new = network.state_dict().keys() - set(taken) | changed
+    layers = sorted({name.rpartition(".")[0] for name in new if not name.startswith("calibration.")})
+    logger.warning(f"{sorted(own)} differ from '{ckpt_path}': layers that are not taken from it as a whole: {layers}")
+
+
+def of_shared_regions(old: torch.Tensor, new: torch.Tensor, before: Sequence[str], now: Sequence[str]) -> torch.Tensor:
+    """The new tensor with the channels of ``old`` that do not belong to a region, or to one that both networks have.
+
+    The channels are those of the image, if there are any, and then one or more blocks with one channel for each region.
+
+    Args:
+        old: of the trained network, ``[..., image + blocks * len(before), ...]``.
+        new: of the other network, ``[..., image + blocks * len(now), ...]``.
+        before: regions of the trained network.
+        now: regions of the other network.
+
+    Returns:
+        The old tensor, if the shapes are the same or have no such meaning.
+    """
+    axes = [axis for axis in range(min(old.ndim, new.ndim)) if old.shape[axis] != new.shape[axis]]
+    if old.ndim != new.ndim or len(axes) != 1 or len(before) == len(now):
+        return old
+    (axis,) = axes
+    blocks, rest = divmod(old.shape[axis] - new.shape[axis], len(before) - len(now))
+    image = old.shape[axis] - blocks * len(before)
+    if rest or blocks < 1 or image < 0:
+        return old
+    sources, targets = list(range(image)), list(range(image))
+    for block in range(blocks):
+        for region in set(before) & set(now):
+            sources.append(image + block * len(before) + before.index(region))
+            targets.append(image + block * len(now) + now.index(region))
+    return new.index_copy(axis, torch.tensor(targets), old.index_select(axis, torch.tensor(sources)).to(new.dtype))
 
 
 def _check_finite(weights: Mapping[str, Any], network: nn.Module, ckpt_path: str) -> None:
