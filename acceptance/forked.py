@@ -24,11 +24,11 @@ def start(address: Path) -> subprocess.Popen:
 
 
 def can_run(words: list[str], address: str | None) -> bool:
-    """Whether the interpreter is there and may run the arguments of ``python``: a module or a file, with one thread."""
+    """Whether the interpreter is there and can run the arguments of ``python``: a module or a file."""
     first = words[2:] if words[:1] == ["-W"] else words
     known = first[:2] == ["-m", "monai.bundle"] or (first[:1] == ["-m"] and first[1].startswith("scripts."))
     known |= bool(first) and first[0].endswith(".py")
-    return known and os.environ.get("OMP_NUM_THREADS") == "1" and bool(address) and Path(address).exists()
+    return known and bool(address) and Path(address).exists()
 
 
 def run(words: list[str], address: str) -> int:
@@ -72,6 +72,7 @@ def become(words: list[str], folder: str, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment | {"DOCS_INSIDE": "1"})
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count())))  # the interpreter was started with 1
     sys.executable = shutil.which("python") or sys.executable  # for what a command runs in its turn
     if words[0] == "-W":
         warnings.simplefilter(words[1])
@@ -86,5 +87,6 @@ def become(words: list[str], folder: str, environment: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     import monai.bundle  # noqa: F401
+    import torch
 
     become(**serve(sys.argv[1]))
