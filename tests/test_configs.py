@@ -140,7 +140,7 @@ def test_the_weights_are_those_of_weights_yaml_and_inference_needs_no_other_sett
 
 def test_fine_tuning_has_the_network_of_the_weights():
     settings = settings_of("train.yaml", "small.yaml", "fine_tune.yaml")
-    own = {"learning_rate", "regions", "region_labels", "grade_labels", "modalities"}
+    own = {"learning_rate", "regions", "region_labels", "grade_labels", "modalities", "use_cls_head"}
     trained = read_checkpoint(str(ROOT / "models" / "model.pt"))["settings"]
     assert {key: settings[key] for key in trained.keys() - own} == {key: trained[key] for key in trained.keys() - own}
 

@@ -342,19 +342,19 @@ CHECKPOINTS = {
     ),
     "reference as setting": (spoiled(lambda c, _: c["settings"].update(regions=["@device"])), "text that starts with"),
     "file as setting": (spoiled(lambda c, _: c["settings"].update(regions={"WT": ["%x"]})), "text that starts with"),
-    "other settings": (spoiled(lambda c, _: c["settings"].update(image_size=64)), "was trained with image_size=64"),
+    "other settings": (spoiled(lambda c, _: c["settings"].update(image_size=96)), "was trained with image_size=96"),
     "no settings": (spoiled(lambda c, _: c.pop("settings")), "is older than version 0.7"),
     "a lineage of numbers": (
         spoiled(lambda c, _: c.update(lineage={"training": {"d": 1}, "validation": {"d": [1]}})),
         "is older than version 0.7",
     ),
     "weights of another shape": (
-        spoiled(lambda c, _: c["model"].update({"cls_head.6.weight": torch.ones(7, 7)})),
+        spoiled(lambda c, _: c["model"].update({"denoiser.out.2.conv.weight": torch.ones(7, 7)})),
         "does not fit the configured network",
     ),
     "missing weights": (spoiled(lambda c, _: c["model"].popitem()), "does not fit the configured network"),
     "text as weights": (
-        spoiled(lambda c, _: c["model"].update({"cls_head.6.weight": "$import os"})),
+        spoiled(lambda c, _: c["model"].update({"denoiser.out.2.conv.weight": "$import os"})),
         "does not fit the configured network",
     ),
     "a calibration that is no JSON": (
@@ -371,7 +371,7 @@ CHECKPOINTS = {
         "'\\$import os' is not one of",
     ),
     "NaN among the weights": (
-        spoiled(lambda c, _: c["model"]["cls_head.6.weight"].fill_(torch.nan)),
+        spoiled(lambda c, _: c["model"]["denoiser.out.2.conv.weight"].fill_(torch.nan)),
         "holds NaN or infinite weights",
     ),
 }
