@@ -102,6 +102,8 @@ def reduced(words: list[str]) -> list[str]:
             return reduced_ablation(words, names)
         if "train.yaml" in bases:
             sizes = FINE_TUNING if "fine_tune.yaml" in bases else sizes_of(names[0])
+            if values_of(words, "--ckpt_path") == ["models/model.pt"]:  # they have a size
+                sizes = {}
             words = put(put(words, sizes, replace=False), EPOCHS, replace=True)
         if "--nproc_per_node" in words:
             words = put(words, {"--nproc_per_node": ["2"]}, replace=True)
