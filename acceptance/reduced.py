@@ -51,6 +51,7 @@ BENCHMARKS = {
     "flops.py": {},
     "folds.py": {},
     "grades.py": {"--repeats": ["1"]},
+    "randomisation.py": {"--epochs": ["1"], "--parts": ["skull"]},
     "registration.py": EPOCHS | {"--num_subjects": ["6"], "--seeds": ["0"]},
     "resize.py": {},
     "inference.py": {},
@@ -134,7 +135,7 @@ def reduced(words: list[str]) -> list[str]:
         if name == "training.py" and "--subjects" in words:
             words = put(words, {"--subjects": ["8", "10"]}, replace=True)
         options = {"training.py": NETWORK, "inference.py": NETWORK, "sampling.py": TRAINING, "run.py": TRAINING}
-        options["windows.py"] = NETWORK
+        options |= {"windows.py": NETWORK, "randomisation.py": TRAINING}
         return put(words, options.get(name, {}), replace=False)
     return words
 

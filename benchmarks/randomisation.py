@@ -2,10 +2,11 @@
 
 Trains ``weights.yaml`` as it is, and once for each part of ``scripts.brains.brain.Randomisation`` with that part at 0,
 then evaluates all of them on the subjects of a folder. The same command continues an interrupted run. Keys of
-``train.yaml`` can follow, such as ``--modalities "['t1','t1ce','flair']"``; they hold for the evaluation alone.
+``train.yaml`` can follow; they hold for trainings and evaluations.
 
 Example:
-    python benchmarks/randomisation.py --brains runs/weights/brains --dataset_dir /path/to/BraTS2021 --epochs 20 \
+    python benchmarks/randomisation.py --brains runs/weights/brains --dataset_dir /path/to/tcga_lgg --epochs 20 \
+        --judged "{modalities: [t1, t1ce, flair], subject_column: subject_ID, grade_labels: {G2: 0, G3: 1}}" \
         --output_dir runs/randomisation
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,35 +42,35 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--epochs", type=int, default=20, help="of each training")
     parser.add_argument("--region", default="WT", help="whose Dice is compared")
-    parser.add_argument("--parts", nargs="*", help="only these; default: all")
+    parser.add_argument("--parts", nargs="+", help="only these; default: all")
+    parser.add_argument("--judged", type=yaml.safe_load, default={}, help="keys of the evaluations, as {key: value}")
     args, keys = parser.parse_known_args()
     folders = {FULL: args.output_dir.resolve() / "all"}
     for part in args.parts or [field.name for field in fields(Randomisation)]:
         folders[f"without {part}"] = args.output_dir.resolve() / part
     for arm, folder in folders.items():
         part = arm.removeprefix("without ") if arm != FULL else None
-        train(folder, part, args.brains.resolve(), args.epochs)
-        judge(folder, args.dataset_dir.resolve(), keys)
+        train(folder, part, args.brains.resolve(), args.epochs, keys)
+        judge(folder, args.dataset_dir.resolve(), [*options(args.judged), *keys])
     table = compare({arm: read([folder / "judged"]) for arm, folder in folders.items()}, f"dice_{args.region}")
     table.to_csv(args.output_dir / "table.csv", index=False)
     print(hardware())
     print(markdown(table))
 
 
-def train(folder: Path, part: str | None, brains: Path, epochs: int) -> None:
+def train(folder: Path, part: str | None, brains: Path, epochs: int, settings: list[str]) -> None:
     """Train with a part of the randomisation at 0, or with all of them."""
     keys: dict[str, object] = {"dataset_dir": brains, "output_dir": folder, "ckpt_dir": folder, "max_epochs": epochs}
     if part:
         keys["train::random_transforms::0::randomisation"] = {part: 0}
-    # the last weights are kept: so short a training has no best ones
-    run_bundle([*CONFIGS, "resume.yaml"], options(keys | {"val_interval": epochs}))
+    run_bundle([*CONFIGS, "resume.yaml"], [*options(keys), *settings])
 
 
-def judge(folder: Path, dataset_dir: Path, keys: list[str]) -> None:
+def judge(folder: Path, dataset_dir: Path, settings: list[str]) -> None:
     """Evaluate the weights of a folder on subjects, unless that is done."""
     if not (folder / "judged" / "subjects.csv").is_file():
         own = {"dataset_dir": dataset_dir, "ckpt_dir": folder, "output_dir": folder / "judged", "subset": "all"}
-        run_bundle([*CONFIGS, "evaluate.yaml"], [*options(own), *keys])
+        run_bundle([*CONFIGS, "evaluate.yaml"], [*options(own), *settings])
 
 
 def compare(tables: dict[str, pd.DataFrame], column: str) -> pd.DataFrame:
