@@ -13,8 +13,8 @@ DEMO = "['configs/train.yaml','configs/demo.yaml']"
 ORGANS = bundles/organs
 ORGANS_DEMO = '$(ORGANS)/configs/train.yaml','$(ORGANS)/configs/demo.yaml'
 SYNTHESIS = bundles/synthesis
-WEIGHTS = 'configs/train.yaml','configs/weights.yaml'
 SYNTHESIS_DEMO = '$(SYNTHESIS)/configs/train.yaml','$(SYNTHESIS)/configs/demo.yaml'
+WEIGHTS = 'configs/train.yaml','configs/weights.yaml'
 
 .PHONY: demo organs-demo synthesis-demo staged weights test conformance docs-test label-env label-test peers-env release lint clean
 

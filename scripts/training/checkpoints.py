@@ -319,9 +319,12 @@ def start_from(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) 
     others = {key: value for key, value in settings.items() if key not in own}
     check_settings(trained, others, f"ckpt_path '{ckpt_path}'")
     _check_finite(weights, network, ckpt_path)
-    for name, new in network.state_dict().items():
-        if name in weights and "stochastic" not in (trained.get("conditioning") or ()):  # which has channels of its own
-            weights[name] = of_shared_regions(weights[name], new, trained["regions"], settings["regions"])
+    # the module stochastic has channels of its own
+    has_own = "stochastic" in str(trained.get("conditioning"))
+    if "regions" in own and isinstance(trained.get("regions"), list) and not has_own:
+        for name, new in network.state_dict().items():
+            if name in weights:
+                weights[name] = of_shared_regions(weights[name], new, trained["regions"], settings["regions"])
     _, taken, _ = copy_model_state(network, weights, exclude_vars=r"^calibration\.")
     changed = {name for name in taken if weights[name] is not checkpoint["model"][name]}
     new = network.state_dict().keys() - set(taken) | changed
