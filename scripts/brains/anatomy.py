@@ -37,7 +37,7 @@ class Anatomy:
         self.sulcus_mm, self.cortex_mm = between(0.15, 1), between(2.2, 3.8)
         self.ventricles = between(0.6, 1.9)
         self.gap_mm, self.skull_mm, self.scalp_mm = between(1, 5), between(4, 9), between(3, 10)
-        self.face = SmoothField(rng, 25)
+        self.face, self.neck_mm = SmoothField(rng, between(9, 25)), between(50, 72)
         self.vessels = SmoothField(rng, 30, count=2) if rng.random() < mimics else None
         self.white_lesions = SmoothField(rng, 10) if rng.random() < 0.35 * mimics else None
         self.has_choroid = rng.random() < mimics
@@ -53,6 +53,7 @@ class Anatomy:
         )  # mm under the surface
         underside = -0.42 * self.semi_axes[2] + 0.075 * (front + 20).clamp(min=0)
         tissue = self._head(points, warped, inside, up < underside - 3)
+        self._neck(tissue, points, warped, inside)
         depth = torch.minimum(inside, up - underside)
         tissue = torch.where(depth > 0, self._cortex(warped, depth), tissue)
         self._deep(tissue, warped, depth)
@@ -68,23 +69,47 @@ class Anatomy:
         tissue[inside > -skull - self.scalp_mm] = Tissue.SCALP
         tissue[inside > -skull] = Tissue.SKULL
         tissue[inside > -gap] = Tissue.MENINGES
-        front, face = warped[..., 1], self.face(points)
-        under = (inside > -skull) & low & (front > -20)
+        right, front, up = warped.unbind(-1)
+        under, face = (inside > -skull) & low & (front > -20), self.face(points)
         tissue[under] = Tissue.MUSCLE
+        face = torch.where((right.abs() < 12) & (front > 25), face + 0.8, face)  # the nose
+        tissue[under & (face > 0.7)] = Tissue.MUCOSA  # it lines the air of the sinuses
         tissue[under & (face > 0.9)] = Tissue.AIR
         tissue[under & (face < -0.8)] = Tissue.SCALP
         lengths = self.semi_axes
         for side in SIDES:
             eye = radius(warped, (32 * side * self.size, 0.82 * lengths[1], -0.55 * lengths[2]), (12, 12, 12))
+            tissue[(eye < 1.5) & low] = Tissue.SCALP
             tissue[eye < 1] = Tissue.EYE
         cerebellum = radius(warped, lengths * (0, -0.52, -0.62), lengths * (0.72, 0.38, 0.34))
         folia = self.folia(warped * warped.new_tensor([0.6, 1.0, 2.0])).abs() > 0.55
         tissue[cerebellum < 1] = Tissue.GREY
         tissue[(cerebellum < 0.93) & folia] = Tissue.WHITE
-        right, _, up = warped.unbind(-1)
         stem = torch.hypot(right, front + 18 - 0.15 * up) < 15
         tissue[stem & (up < 0) & (up > -1.3 * lengths[2]) & (inside > -30)] = Tissue.STEM
         return tissue
+
+    def _neck(
+        self, tissue: torch.Tensor, points: torch.Tensor, warped: torch.Tensor, inside: torch.Tensor
+    ) -> None:
+        """Add what lies below the skull: skin, muscles, glands, jaw, throat, spine with the cord."""
+        right, front, up = warped.unbind(-1)
+        face, jaw = self.face(points), radius(warped, (0, 35, -78), (48, 50, 38))
+        skin = torch.minimum(torch.hypot(right, front + 15) / self.neck_mm, jaw)
+        below = (inside < -self.gap_mm - self.skull_mm) & (up < -0.4 * self.semi_axes[2]) & (skin < 1)
+        tissue[below] = Tissue.SCALP
+        flesh = below & (skin < 1 - self.scalp_mm / self.neck_mm)
+        tissue[flesh] = Tissue.MUSCLE
+        tissue[flesh & (face < -0.8)] = Tissue.SCALP
+        tissue[flesh & (face > 0.8)] = Tissue.MUCOSA
+        tissue[flesh & (jaw > 0.7) & (jaw < 0.85) & (front > 20)] = Tissue.SKULL
+        throat = torch.hypot(right / 11, (front - 6) / 8)
+        tissue[flesh & (throat < 1.25)] = Tissue.MUCOSA
+        tissue[flesh & (throat < 1)] = Tissue.AIR
+        spine = torch.hypot(right, front + 30)
+        tissue[flesh & ((spine < 14) | (torch.hypot(right, front + 12) < 12))] = Tissue.SKULL
+        tissue[flesh & (spine < 9)] = Tissue.MENINGES
+        tissue[flesh & (spine < 5.5)] = Tissue.CORD
 
     def _cortex(self, warped: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
         """Fluid, grey and white matter of the cerebrum by the distance to its surface and its sulci (mm)."""

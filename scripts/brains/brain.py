@@ -12,7 +12,7 @@ from scripts.brains.fields import SmoothField
 from scripts.brains.lesions import Lesion
 from scripts.config import InputError
 
-HEALTHY, RESECTED = 0.12, 0.08  # share of heads without a tumour, and of tumours with a cavity
+HEALTHY, RESECTED = 0.25, 0.05  # share of heads without a tumour, and of tumours with a cavity
 COUNTS = (1, 1, 1, 2, 3)  # tumours of a head
 
 

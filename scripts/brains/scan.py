@@ -48,7 +48,7 @@ class Scan:
         self.moved_mm = (rng.random(count) < 0.15) * rng.uniform(2, 10, count)
         self.spoilt = rng.uniform(0, SPOILT, count)
         self.generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        self.low, self.high = -62 + shape * rng.uniform(-8, 15), 75 + shape * rng.uniform(-8, 8)
+        self.low, self.high = -62 + shape * rng.uniform(-45, 15), 75 + shape * rng.uniform(-8, 8)
 
     def heights(self) -> np.ndarray:
         """Heights of all slices, from below (mm)."""

@@ -13,27 +13,28 @@ class Tissue(IntEnum):
     """What fills a place of a head."""
 
     AIR = 0
-    SCALP = 1
-    SKULL = 2
+    SCALP = 1  # and other fat
+    SKULL = 2  # and other bone
     MENINGES = 3  # fluid between brain and skull
-    MUSCLE = 4  # and other tissue of the face
+    MUSCLE = 4  # and other tissue of face and neck
     EYE = 5
-    CSF = 6  # from here on: the brain
-    GREY = 7
-    WHITE = 8
-    VENTRICLE = 9
-    NUCLEUS = 10
-    STEM = 11
-    VESSEL = 12
-    CHOROID = 13
-    WHITE_LESION = 14  # of small vessels; no tumour
-    CAVITY = 15  # of a resection; no tumour
-    OEDEMA = 16  # from here on: the tumour
-    CORE = 17
-    RIM = 18  # enhances
-    NECROSIS = 19
-    CYST = 20
-
+    MUCOSA = 6  # and glands, vessels of the neck
+    CORD = 7
+    CSF = 8  # from here on: the brain
+    GREY = 9
+    WHITE = 10
+    VENTRICLE = 11
+    NUCLEUS = 12
+    STEM = 13
+    VESSEL = 14
+    CHOROID = 15
+    WHITE_LESION = 16  # of small vessels; no tumour
+    CAVITY = 17  # of a resection; no tumour
+    OEDEMA = 18  # from here on: the tumour
+    CORE = 19
+    RIM = 20  # enhances
+    NECROSIS = 21
+    CYST = 22
 
 BRAIN, TUMOUR = Tissue.CSF, Tissue.OEDEMA  # the first tissue of each
 # of BraTS: 1 necrotic or not enhancing core, 2 oedema, 4 enhancing tumour
@@ -46,6 +47,8 @@ BRIGHTNESS = {
     Tissue.MENINGES: (0.25, 0.28, 2.4, 0.25),
     Tissue.MUSCLE: (0.55, 0.7, 0.5, 0.5),
     Tissue.EYE: (0.3, 0.3, 2.5, 0.5),
+    Tissue.MUCOSA: (0.6, 1.3, 1.7, 1.4),
+    Tissue.CORD: (0.85, 0.87, 0.85, 0.9),
     Tissue.CSF: (0.25, 0.26, 2.4, 0.25),
     Tissue.GREY: (0.68, 0.7, 0.95, 1.0),
     Tissue.WHITE: (1.0, 1.02, 0.72, 0.78),
@@ -88,7 +91,10 @@ def random_brightness(rng: np.random.Generator, strength: float = 1.0) -> np.nda
     found[faint] = found[Tissue.WHITE] + clear * (found[faint] - found[Tissue.WHITE])
     if rng.random() < 0.3 * strength:  # FLAIR does not suppress every cyst
         found[Tissue.CYST, 3] = found[Tissue.CSF, 3] * rng.uniform(1, 3)
+    if rng.random() < 0.3 * strength:  # and suppresses some necroses
+        found[Tissue.NECROSIS, 3] *= rng.uniform(0.3, 0.8)
     found[Tissue.SCALP] *= 1 + strength * (rng.uniform(0.5, 2.2) - 1)
     found[Tissue.MUSCLE] *= 1 + strength * (rng.uniform(0.5, 1.5) - 1)
+    found[Tissue.MUCOSA] *= 1 + strength * (rng.uniform(0.4, 1.6) - 1)
     found[Tissue.AIR] = 0
     return np.maximum(found, 0)

@@ -20,7 +20,7 @@ COARSE_SLICES, COARSE_SIZE = 24, 24  # of the volume whose statistics normalise 
 class RandBraind(Randomizable, Transform):
     """Draw slices of a new brain: ``image [M, H, W, S]`` and ``label [1, H, W, S]`` of BraTS.
 
-    Two of three slices are drawn where the tumour is, if there is one. The modalities are normalised with the
+    Half of the slices are drawn where the tumour is, if there is one. The modalities are normalised with the
     statistics of a coarse volume. ``empty`` says that the head has no tumour.
 
     Args:
@@ -65,5 +65,5 @@ class RandBraind(Randomizable, Transform):
             for lesion, centre in zip(lesions, centres, strict=True):
                 near += np.abs(heights - centre) < lesion.radius
             if near.any():
-                odds = odds / 3 + near / near.sum() * 2 / 3
+                odds = odds / 2 + near / near.sum() / 2
         return rng.choice(heights, self.num_slices, p=odds)
