@@ -70,7 +70,8 @@ class Anatomy:
         tissue[inside > -skull] = Tissue.SKULL
         tissue[inside > -gap] = Tissue.MENINGES
         right, front, up = warped.unbind(-1)
-        under, face = (inside > -skull) & low & (front > -20), self.face(points)
+        under = (inside > -skull) & low & (front > -20)
+        face = self.face(points, under)
         tissue[under] = Tissue.MUSCLE
         face = torch.where((right.abs() < 12) & (front > 25), face + 0.8, face)  # the nose
         tissue[under & (face > 0.7)] = Tissue.MUCOSA  # it lines the air of the sinuses
@@ -82,24 +83,23 @@ class Anatomy:
             tissue[(eye < 1.5) & low] = Tissue.SCALP
             tissue[eye < 1] = Tissue.EYE
         cerebellum = radius(warped, lengths * (0, -0.52, -0.62), lengths * (0.72, 0.38, 0.34))
-        folia = self.folia(warped * warped.new_tensor([0.6, 1.0, 2.0])).abs() > 0.55
+        folia = self.folia(warped * warped.new_tensor([0.6, 1.0, 2.0]), cerebellum < 0.93).abs() > 0.55
         tissue[cerebellum < 1] = Tissue.GREY
-        tissue[(cerebellum < 0.93) & folia] = Tissue.WHITE
+        tissue[folia] = Tissue.WHITE
         stem = torch.hypot(right, front + 18 - 0.15 * up) < 15
         tissue[stem & (up < 0) & (up > -1.3 * lengths[2]) & (inside > -30)] = Tissue.STEM
         return tissue
 
-    def _neck(
-        self, tissue: torch.Tensor, points: torch.Tensor, warped: torch.Tensor, inside: torch.Tensor
-    ) -> None:
+    def _neck(self, tissue: torch.Tensor, points: torch.Tensor, warped: torch.Tensor, inside: torch.Tensor) -> None:
         """Add what lies below the skull: skin, muscles, glands, jaw, throat, spine with the cord."""
         right, front, up = warped.unbind(-1)
-        face, jaw = self.face(points), radius(warped, (0, 35, -78), (48, 50, 38))
+        jaw = radius(warped, (0, 35, -78), (48, 50, 38))
         skin = torch.minimum(torch.hypot(right, front + 15) / self.neck_mm, jaw)
         below = (inside < -self.gap_mm - self.skull_mm) & (up < -0.4 * self.semi_axes[2]) & (skin < 1)
         tissue[below] = Tissue.SCALP
         flesh = below & (skin < 1 - self.scalp_mm / self.neck_mm)
         tissue[flesh] = Tissue.MUSCLE
+        face = self.face(points, flesh)
         tissue[flesh & (face < -0.8)] = Tissue.SCALP
         tissue[flesh & (face > 0.8)] = Tissue.MUCOSA
         tissue[flesh & (jaw > 0.7) & (jaw < 0.85) & (front > 20)] = Tissue.SKULL
@@ -114,7 +114,8 @@ class Anatomy:
     def _cortex(self, warped: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
         """Fluid, grey and white matter of the cerebrum by the distance to its surface and its sulci (mm)."""
         right, _, up = warped.unbind(-1)
-        sulci = 5 * self.folds(warped).abs() + (depth - 22).clamp(min=0) + 0.5  # they end 22 mm under the surface
+        folds = self.folds(warped, (depth > 0) & (depth < 27)).abs()
+        sulci = 5 * folds + (depth - 22).clamp(min=0) + 0.5  # they end 22 mm under the surface
         fissure = right.abs() + 0.35 * (18 - up).clamp(min=0)
         distance = torch.minimum(torch.minimum(depth, sulci), fissure)
         tissue = torch.full(depth.shape, int(Tissue.WHITE))
@@ -125,12 +126,13 @@ class Anatomy:
     def _deep(self, tissue: torch.Tensor, warped: torch.Tensor, depth: torch.Tensor) -> None:
         """Add nuclei and ventricles."""
         inside, wide = depth > 8, self.ventricles
+        places, found = warped[inside], tissue[inside]
         for side in SIDES:
             for centre, semi_axes in NUCLEI:
-                tissue[inside & (radius(warped, (side * centre[0], *centre[1:]), semi_axes) < 1)] = Tissue.NUCLEUS
-        tissue[inside & (self._ventricle(warped) < 1)] = Tissue.VENTRICLE
-        third = radius(warped, (0, -4, 3), (1.5 + 1.5 * wide, 13, 10))
-        tissue[inside & (third < 1)] = Tissue.VENTRICLE
+                found[radius(places, (side * centre[0], *centre[1:]), semi_axes) < 1] = Tissue.NUCLEUS
+        found[self._ventricle(places) < 1] = Tissue.VENTRICLE
+        found[radius(places, (0, -4, 3), (1.5 + 1.5 * wide, 13, 10)) < 1] = Tissue.VENTRICLE  # the third
+        tissue[inside] = found
 
     def _ventricle(self, warped: torch.Tensor) -> torch.Tensor:
         """Distance ``[...]`` from the lateral ventricles, 1 on their surface: body, posterior and temporal horn."""
@@ -153,7 +155,7 @@ class Anatomy:
     ) -> None:
         """Add vessels, choroid plexus, and white-matter lesions beside the ventricles and elsewhere."""
         if self.vessels is not None:  # two surfaces cross in curves
-            curve = torch.hypot(*self.vessels(points))
+            curve = torch.hypot(*self.vessels(points, depth > 0))
             tissue[(depth > 0) & (curve < 0.12)] = Tissue.VESSEL
             sinus = (warped[..., 0].abs() < 4) & (inside > -self.gap_mm) & (inside < 6) & (warped[..., 2] > 0)
             tissue[sinus] = Tissue.VESSEL
@@ -162,6 +164,7 @@ class Anatomy:
                 plexus = radius(warped, (side * (15 + 4 * self.ventricles), -32, 9), (3, 7, 3))
                 tissue[(tissue == Tissue.VENTRICLE) & (plexus < 1)] = Tissue.CHOROID
         if self.white_lesions is not None:
-            spots = self.white_lesions(points)
+            white = tissue == Tissue.WHITE
+            spots = self.white_lesions(points, white)
             near = (self._ventricle(warped) < 1.6) & (spots > 0.6)
-            tissue[(tissue == Tissue.WHITE) & (near | (spots > 2.1))] = Tissue.WHITE_LESION
+            tissue[white & (near | (spots > 2.1))] = Tissue.WHITE_LESION

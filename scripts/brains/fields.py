@@ -26,11 +26,20 @@ class SmoothField:
             values = functional.avg_pool3d(functional.pad(values, (1,) * 6, mode="replicate"), 3, 1)
         self.values = (values - values.mean()) / values.std()
 
-    def __call__(self, points: torch.Tensor) -> torch.Tensor:
-        """Values ``[...]`` at points ``[..., 3]`` (mm), or ``[count, ...]`` of several functions."""
+    def __call__(self, points: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+        """Values ``[...]`` at points ``[..., 3]`` (mm), or ``[count, ...]`` of several functions.
+
+        Args:
+            points: places.
+            where: ``[...]``, the values are 0 where it is false. Fewer places take less time.
+        """
+        if where is not None:
+            found = points.new_zeros(self.values.shape[1], *where.shape)
+            found[:, where] = self(points[where]).reshape(len(found), int(where.sum()))
+            return found.squeeze(0)
         grid = (points / EXTENT).reshape(1, 1, 1, -1, 3)
         found = functional.grid_sample(self.values, grid, padding_mode="reflection", align_corners=True)
-        return found.reshape(-1, *points.shape[:-1]).squeeze(0)
+        return found.reshape(found.shape[1], *points.shape[:-1]).squeeze(0)
 
 
 def length(vectors: torch.Tensor) -> torch.Tensor:

@@ -50,9 +50,10 @@ class Lesion:
     def paint(self, tissue: torch.Tensor, points: torch.Tensor) -> None:
         """Replace the tissue ``[...]`` at points ``[..., 3]`` where the tumour is."""
         distance = length((points - self.centre) / self.semi_axes)
-        if distance.min() > 2.5:
+        near = distance < 2.7  # the rough outline reaches no further
+        if not near.any():
             return
-        distance = distance + sum(scale * field(points) for field, scale in self.rough)
+        distance = distance + sum(scale * field(points, near) for field, scale in self.rough)
         white = (tissue == Tissue.WHITE) | (tissue == Tissue.WHITE_LESION)
         reach = 1 + self.along_white * (white.float() - 0.5)
         room = (tissue >= Tissue.CSF) & (tissue != Tissue.VENTRICLE) & (tissue != Tissue.CHOROID)

@@ -88,7 +88,7 @@ class Scan:
     def _signal(self, tissue: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         """Brightness ``[..., M]`` of the tissue ``[...]``, with texture and bias field."""
         scale = torch.where(tissue >= TUMOUR, TEXTURE[1], TEXTURE[0])
-        signal = self.brightness[tissue] * (1 + scale * self.brain.texture(points)).unsqueeze(-1)
+        signal = self.brightness[tissue] * (1 + scale * self.brain.texture(points, tissue != Tissue.AIR)).unsqueeze(-1)
         place = points / 100
         bias = place @ self.bias + place.square().sum(-1, keepdim=True) * self.bias_square
         return signal.clamp(min=0) ** torch.from_numpy(self.gamma).float() * torch.exp(bias)

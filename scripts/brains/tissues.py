@@ -36,6 +36,7 @@ class Tissue(IntEnum):
     NECROSIS = 21
     CYST = 22
 
+
 BRAIN, TUMOUR = Tissue.CSF, Tissue.OEDEMA  # the first tissue of each
 # of BraTS: 1 necrotic or not enhancing core, 2 oedema, 4 enhancing tumour
 LABELS = {Tissue.OEDEMA: 2, Tissue.CORE: 1, Tissue.RIM: 4, Tissue.NECROSIS: 1, Tissue.CYST: 1}
