@@ -51,7 +51,7 @@ BENCHMARKS = {
     "flops.py": {},
     "folds.py": {},
     "grades.py": {"--repeats": ["1"]},
-    "randomisation.py": {"--epochs": ["1"], "--parts": ["skull"]},
+    "randomisation.py": {"--epochs": ["1"], "--arms": ["all parts", "without skull"]},
     "registration.py": EPOCHS | {"--num_subjects": ["6"], "--seeds": ["0"]},
     "resize.py": {},
     "inference.py": {},

@@ -1,8 +1,9 @@
 """Is each part of the random brains worth it? Short trainings without one of them, judged on patients.
 
-Trains ``weights.yaml`` as it is, and once for each part of ``scripts.brains.brain.Randomisation`` with that part at 0,
-then evaluates all of them on the subjects of a folder. The same command continues an interrupted run. Keys of
-``train.yaml`` can follow; they hold for trainings and evaluations.
+Trains ``weights.yaml`` as it is, a plain U-Net on the same brains, and once for each part of
+``scripts.brains.brain.Randomisation`` with that part at 0. Then it evaluates all of them on the subjects of a folder.
+The same command continues an interrupted run. Keys of ``train.yaml`` can follow; they hold for trainings and
+evaluations.
 
 Example:
     python benchmarks/randomisation.py --brains runs/weights/brains --dataset_dir /path/to/tcga_lgg --epochs 20 \
@@ -30,8 +31,14 @@ from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.brains.brain import Randomisation  # noqa: E402
 from scripts.report.intervals import with_intervals  # noqa: E402
 
-CONFIGS = ["train.yaml", "weights.yaml"]
-FULL = "all parts"
+FULL, CONFIGS = "all parts", ["train.yaml", "weights.yaml"]
+PARTS = [field.name for field in fields(Randomisation)]
+# of each arm: further configuration files, and keys of the training
+ARMS: dict[str, tuple[list[str], dict[str, object]]] = {
+    FULL: ([], {}),
+    "plain U-Net": (["baseline_unet.yaml"], {}),
+    **{f"without {part}": ([], {"train::random_transforms::0::randomisation": {part: 0}}) for part in PARTS},
+}
 
 
 def main() -> None:
@@ -42,35 +49,31 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--epochs", type=int, default=20, help="of each training")
     parser.add_argument("--region", default="WT", help="whose Dice is compared")
-    parser.add_argument("--parts", nargs="+", help="only these; default: all")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these; default: all")
     parser.add_argument("--judged", type=yaml.safe_load, default={}, help="keys of the evaluations, as {key: value}")
     args, keys = parser.parse_known_args()
-    folders = {FULL: args.output_dir.resolve() / "all"}
-    for part in args.parts or [field.name for field in fields(Randomisation)]:
-        folders[f"without {part}"] = args.output_dir.resolve() / part
+    folders = {arm: args.output_dir.resolve() / arm.replace(" ", "_") for arm in args.arms}
     for arm, folder in folders.items():
-        part = arm.removeprefix("without ") if arm != FULL else None
-        train(folder, part, args.brains.resolve(), args.epochs, keys)
-        judge(folder, args.dataset_dir.resolve(), [*options(args.judged), *keys])
+        train(folder, arm, args.brains.resolve(), args.epochs, keys)
+        judge(folder, arm, args.dataset_dir.resolve(), [*options(args.judged), *keys])
     table = compare({arm: read([folder / "judged"]) for arm, folder in folders.items()}, f"dice_{args.region}")
     table.to_csv(args.output_dir / "table.csv", index=False)
     print(hardware())
     print(markdown(table))
 
 
-def train(folder: Path, part: str | None, brains: Path, epochs: int, settings: list[str]) -> None:
-    """Train with a part of the randomisation at 0, or with all of them."""
-    keys: dict[str, object] = {"dataset_dir": brains, "output_dir": folder, "ckpt_dir": folder, "max_epochs": epochs}
-    if part:
-        keys["train::random_transforms::0::randomisation"] = {part: 0}
-    run_bundle([*CONFIGS, "resume.yaml"], [*options(keys), *settings])
+def train(folder: Path, arm: str, brains: Path, epochs: int, settings: list[str]) -> None:
+    """Train an arm, or continue."""
+    configs, own = ARMS[arm]
+    keys = {"dataset_dir": brains, "output_dir": folder, "ckpt_dir": folder, "max_epochs": epochs} | own
+    run_bundle([*CONFIGS, *configs, "resume.yaml"], [*options(keys), *settings])
 
 
-def judge(folder: Path, dataset_dir: Path, settings: list[str]) -> None:
-    """Evaluate the weights of a folder on subjects, unless that is done."""
+def judge(folder: Path, arm: str, dataset_dir: Path, settings: list[str]) -> None:
+    """Evaluate the weights of an arm on subjects, unless that is done."""
     if not (folder / "judged" / "subjects.csv").is_file():
         own = {"dataset_dir": dataset_dir, "ckpt_dir": folder, "output_dir": folder / "judged", "subset": "all"}
-        run_bundle([*CONFIGS, "evaluate.yaml"], [*options(own), *settings])
+        run_bundle([*CONFIGS, *ARMS[arm][0], "evaluate.yaml"], [*options(own), *settings])
 
 
 def compare(tables: dict[str, pd.DataFrame], column: str) -> pd.DataFrame:

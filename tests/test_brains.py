@@ -46,6 +46,15 @@ def test_a_field_is_smooth_and_independent_far_away():
         assert abs(far) < 0.2
 
 
+def test_a_field_is_zero_where_it_is_not_asked_for():
+    points = torch.from_numpy(np.random.default_rng(0).uniform(-90, 90, (4, 5, 3))).float()
+    where = points[..., 0] > 0
+    for count in (1, 2):
+        field = SmoothField(np.random.default_rng(1), 20, count)
+        assert torch.equal(field(points, where), torch.where(where, field(points), 0))
+        assert not field(points, torch.zeros_like(where)).any()
+
+
 def test_radius_is_one_on_the_surface_of_an_ellipsoid():
     points = torch.tensor([[5.0, 0, 0], [1, 6, 0], [1, 0, 0]])
     assert torch.equal(radius(points, (1, 0, 0), (4, 6, 8)), torch.tensor([1.0, 1.0, 0.0]))
@@ -64,6 +73,19 @@ def test_a_head_has_its_parts_where_they_belong():
         assert points[tissue == Tissue.VENTRICLE].norm(dim=-1).max() < 75
         assert tissue[0, 0, 0] == tissue[-1, -1, -1] == Tissue.AIR
         assert not (tissue >= TUMOUR).any()
+
+
+def test_below_the_skull_is_a_neck_with_a_cord_in_its_canal():
+    axis = torch.arange(-90, 91, 2.0)
+    points = torch.stack(torch.meshgrid(axis, axis, torch.tensor([-100.0]), indexing="ij"), dim=-1)
+    for seed in range(5):
+        tissue = Anatomy(np.random.default_rng(seed))(points)
+        for part in (Tissue.SCALP, Tissue.MUSCLE, Tissue.SKULL, Tissue.MENINGES, Tissue.CORD, Tissue.MUCOSA):
+            assert (tissue == part).any()
+        assert not (tissue >= BRAIN).any()
+        right, front = points[tissue == Tissue.CORD][:, :2].T
+        assert right.abs().mean() < 12
+        assert front.mean() < -10
 
 
 def test_without_mimics_there_are_none_and_with_them_there_are():
