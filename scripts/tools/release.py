@@ -34,6 +34,7 @@ PARTS = (
     "models/README.md",
     "models/model.pt",
 )
+WITH = (".html", ".css", ".js")  # of the modules
 ALSO_AS_JSON = ("train", "inference")  # configurations that monai.bundle.load reads only as JSON
 EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time stamp, so that the same content gives the same archive
 
@@ -63,6 +64,8 @@ def build(source: Path, bundle: Path) -> None:
 def modules(source: Path) -> set[Path]:
     """Files of ``scripts/`` that a bundle uses: what its configurations and documented commands name, and imports.
 
+    Files beside a used module that are no Python, such as templates, belong to it.
+
     Args:
         source: folder of the bundle.
     """
@@ -75,7 +78,7 @@ def modules(source: Path) -> set[Path]:
     while new:
         found |= new
         new = {path for file in new for path in _imports(file)} - found
-    return found
+    return found | {path for file in found for path in file.parent.iterdir() if path.is_file() and path.suffix in WITH}
 
 
 def _imports(file: Path) -> set[Path]:
