@@ -1,7 +1,8 @@
-"""Checks that need minutes or an environment of their own: `make conformance`, `docs-test` and `label-test`."""
+"""Checks that need minutes or an environment of their own: `make conformance`, `docs-test`, `label-test`, `clinic-test`."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -44,3 +45,16 @@ def unpack_release(folder: Path) -> Path:
 def released(tmp_path_factory) -> Path:
     """The release, unpacked away from the repository; tests must not write here."""
     return unpack_release(tmp_path_factory.mktemp("released"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A running Chromium of the system, without a window."""
+    from playwright.sync_api import sync_playwright  # not in the environment of the other tests
+
+    program = shutil.which("chromium")
+    assert program, "no chromium: make clinic-test installs it"
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield found
+        found.close()

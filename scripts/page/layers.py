@@ -112,5 +112,5 @@ def _picture(slices: torch.Tensor, quality: int | None) -> bytes:
     mosaic = canvas.reshape(rows, columns, height, width).permute(0, 2, 1, 3).reshape(rows * height, columns * width)
     stream = io.BytesIO()
     options: dict[str, Any] = {"lossless": True, "exact": True} if quality is None else {"quality": quality}
-    Image.fromarray(mosaic.numpy()).convert("RGB").save(stream, "WEBP", method=1, **options)
+    Image.fromarray(mosaic.numpy()).convert("RGB").save(stream, "WEBP", method=2, **options)
     return stream.getvalue()
