@@ -16,7 +16,7 @@ SYNTHESIS = bundles/synthesis
 SYNTHESIS_DEMO = '$(SYNTHESIS)/configs/train.yaml','$(SYNTHESIS)/configs/demo.yaml'
 WEIGHTS = 'configs/train.yaml','configs/weights.yaml'
 
-.PHONY: demo organs-demo synthesis-demo staged weights test conformance docs-test label-env label-test peers-env release lint clean
+.PHONY: demo organs-demo synthesis-demo staged weights test conformance docs-test label-env label-test clinic-test peers-env release lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -45,6 +45,14 @@ $(PEERS_VENV)/.installed: benchmarks/peers/requirements.txt benchmarks/peers/req
 	$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements-nodeps.txt
 	@touch $@
 
+# a browser, from Debian unless the system has one
+$(VENV)/.installed-clinic: acceptance/requirements.txt $(VENV)/.installed-extras
+	$(VENV)/bin/python -m pip install --quiet --requirement acceptance/requirements.txt
+	@command -v chromium >/dev/null || { apt-get update --quiet=2 && \
+	    apt-get install --quiet=2 --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+	    { echo 'install chromium: this needs a browser'; exit 1; }
+	@touch $@
+
 demo: $(VENV)/.installed
 	rm -rf demo
 	$(RUN) -m scripts.tools.phantom --output_dir demo/data --num_subjects 160
@@ -59,6 +67,7 @@ demo: $(VENV)/.installed
 	@echo "weights          demo/models/model.pt"
 	@echo "temperatures     demo/calibrate/calibration.json"
 	@echo "scores           demo/evaluate/summary.json, subjects.csv, reliability.png, risk_coverage.png, overlays/"
+	@echo "report           demo/evaluate/report.html"
 	@ls demo/inference/*_seg.nii.gz | sed 's/^/mask             /'
 	@echo "grade            demo/inference/grades.csv"
 	@cat demo/inference/grades.csv
@@ -131,6 +140,9 @@ label-env: $(LABEL_VENV)/.installed
 label-test: $(LABEL_VENV)/.installed
 	OMP_NUM_THREADS=1 $(LABEL_VENV)/bin/python -m pytest -s acceptance/test_label.py acceptance/test_label_organs.py \
 	    acceptance/test_label_synthesis.py
+
+clinic-test: $(VENV)/.installed-clinic
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest acceptance/test_page.py
 
 peers-env: $(PEERS_VENV)/.installed
 
