@@ -28,14 +28,15 @@ $(VENV)/.installed-extras: requirements-extras.txt $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-extras.txt
 	@touch $@
 
-# MONAI Label imports torchvision but does not call it: an empty module replaces it if it is missing
+# MONAI Label imports torchvision and pydicom_seg, and our app calls neither: empty modules replace them
 $(LABEL_VENV)/.installed: label_app/requirements.txt requirements.txt
 	$(PYTHON) -m venv $(LABEL_VENV)
 	$(LABEL_VENV)/bin/python -m pip install --quiet --requirement label_app/requirements.txt --constraint requirements.txt
-	$(LABEL_VENV)/bin/python -m pip install --quiet --no-deps monailabel==0.8.5 pydicom-seg==0.4.1
+	$(LABEL_VENV)/bin/python -m pip install --quiet --no-deps monailabel==0.8.5
 	@$(LABEL_VENV)/bin/python -c 'import torchvision' 2>/dev/null || { \
 	    site=$$($(LABEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision; \
 	    mkdir -p $$site; : > $$site/__init__.py; echo 'make_grid = save_image = None' > $$site/utils.py; }
+	@: > $$($(LABEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pydicom_seg.py
 	@touch $@
 
 # nnU-Net, for benchmarks/peers
@@ -45,12 +46,13 @@ $(PEERS_VENV)/.installed: benchmarks/peers/requirements.txt benchmarks/peers/req
 	$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements-nodeps.txt
 	@touch $@
 
-# a browser, from Debian unless the system has one
+# a browser and an archive, from Debian unless the system has them
 $(VENV)/.installed-clinic: acceptance/requirements.txt $(VENV)/.installed-extras
 	$(VENV)/bin/python -m pip install --quiet --requirement acceptance/requirements.txt
-	@command -v chromium >/dev/null || { apt-get update --quiet=2 && \
-	    apt-get install --quiet=2 --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
-	    { echo 'install chromium: this needs a browser'; exit 1; }
+	@{ command -v chromium && test -f /usr/share/orthanc/plugins/libOrthancDicomWeb.so; } >/dev/null || \
+	    { apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends \
+	    chromium fonts-dejavu-core orthanc orthanc-dicomweb >/dev/null; } || \
+	    { echo 'install chromium, orthanc and orthanc-dicomweb'; exit 1; }
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -141,8 +143,9 @@ label-test: $(LABEL_VENV)/.installed
 	OMP_NUM_THREADS=1 $(LABEL_VENV)/bin/python -m pytest -s acceptance/test_label.py acceptance/test_label_organs.py \
 	    acceptance/test_label_synthesis.py
 
-clinic-test: $(VENV)/.installed-clinic
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest acceptance/test_page.py
+clinic-test: $(VENV)/.installed-clinic $(LABEL_VENV)/.installed
+	OMP_NUM_THREADS=1 LABEL_PYTHON=$(abspath $(LABEL_VENV))/bin/python $(VENV)/bin/python -m pytest \
+	    acceptance/test_page.py acceptance/test_clinic.py
 
 peers-env: $(PEERS_VENV)/.installed
 

@@ -1,4 +1,4 @@
-"""Checks that need minutes or an environment of their own: `make conformance`, `docs-test`, `label-test`, `clinic-test`."""
+"""Checks that need minutes or an environment of their own: `make conformance`, `make docs-test` and so on."""
 
 from __future__ import annotations
 

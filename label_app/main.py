@@ -6,11 +6,12 @@ Start the server with ``--app <repository>/label_app``. Nothing is copied or dow
 from __future__ import annotations
 
 import atexit
+import logging
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from monailabel.tasks.activelearning.random import Random
 from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
 
+sys.path.append(str(Path(__file__).parent))  # MONAI Label imports this file by its path
+from archive import Archive
+
+logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 CHOICES = {
     "sampler": ("ddim", "ddpm", "dpm_solver", "unipc"),
@@ -32,7 +37,7 @@ CHOICES = {
     "result_extension": (".nii.gz", ".nii", ".nrrd", ".seg.nrrd"),
 }
 RANGES = {"num_inference_steps": (0, 1000), "num_samples": (1, 32), "sw_batch_size": (1, 32), "batch_size": (1, 64)}
-SWITCHES = ("tta",)
+SWITCHES = ("tta", "store")
 SHARES = {"overlap": 0.9}  # from 0 to this
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 UPLOADS = tempfile.mkdtemp(prefix="medsegdiff_label_")  # MONAI Label writes what clients upload to the temporary folder
@@ -55,9 +60,21 @@ class Infer(BundleInferTask):
             self.bundle_config["modalities"] = names
         self.volumes = volumes
         self._config["volume"] = list(volumes)
-        own = (settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_DATASTORE_CACHE_PATH)
+        self.store: Callable[[Sequence[Any]], None] | None = None
+        objects = bundle / "configs" / "dicom_seg.yaml"
+        self.objects = yaml.safe_load(objects.read_text())["+handlers"][0] if objects.is_file() else None
+        own = (
+            settings.MONAI_LABEL_SESSION_PATH,
+            settings.MONAI_LABEL_DATASTORE_CACHE_PATH,
+            settings.MONAI_LABEL_DICOMWEB_CACHE_PATH,
+        )
         folders = (studies, UPLOADS, Path.home() / ".cache" / "monailabel", *filter(None, own))
         self.folders = [Path(folder).resolve() for folder in folders]
+
+    def offer_store(self, store: Callable[[Sequence[Any]], None]) -> None:
+        """Offer clients the option ``store``, which puts segmentation and report into an archive."""
+        if self.objects:
+            self.store, self._config["store"] = store, False
 
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict]:
         if not request.get("image"):
@@ -88,9 +105,20 @@ class Infer(BundleInferTask):
         name = data["volume"] if isinstance(data["volume"], str) else data["volume"][0]
         item = data | {"pred": data["pred"][None]}  # MONAI Label removed the axis of the label map
         answer = without_nan(self.bundle_config.get_parsed_content("table").answer(item))
+        if data.get("store"):
+            answer["stored"] = self.stored(item)
         if name != "mask":
             return write_volume(data[self.volumes[name]]), answer
         return super().writer(data | {self.output_json_key: answer}, extension, dtype)
+
+    def stored(self, item: dict[str, Any]) -> dict[str, str]:
+        """UIDs of the segmentation and of the report that are put into the archive; empty if nothing was found."""
+        if self.store is None or self.objects is None:
+            raise HTTPException(422, "store: the studies are no archive, or this model makes no DICOM segmentations")
+        self.bundle_config["dicom_objects"] = {**self.objects, "data": [], "output_dir": UPLOADS}
+        found = self.bundle_config.get_parsed_content("dicom_objects").objects(item)
+        self.store(list(found.values()))
+        return {kind: str(one.SOPInstanceUID) for kind, one in found.items()}
 
 
 def without_nan(value: Any) -> Any:
@@ -166,13 +194,43 @@ class BundlesApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.bundles = {}
+        self.series: dict[str, dict[str, str]] = {}  # patterns of SeriesDescription by model and modality
         for file in (ROOT / "configs" / "inference.yaml", *sorted(ROOT.glob("bundles/*/configs/inference.yaml"))):
             if served := yaml.safe_load(file.read_text(encoding="utf-8")).get("label_app"):
                 self.bundles[served["model"]] = (file.parents[1], served["volumes"])
+                self.series[served["model"]] = served.get("series", {})
         super().__init__(app_dir, studies, conf, "MedSegDiff", "Segmentation, grading and calibrated uncertainty")
 
+    def _init_dicomweb_datastore(self) -> Archive:
+        return Archive(self.studies, settings.MONAI_LABEL_DICOMWEB_CACHE_PATH)
+
+    def infer(self, request: dict[str, Any], datastore: Any = None) -> dict:
+        """Answer of a model; the reason of a refusal is also logged, because viewers only say that it failed."""
+        try:
+            return self._infer(request, datastore)
+        except HTTPException as error:
+            logger.warning(f"{request.get('model')}: {error.detail}")
+            raise
+
+    def _infer(self, request: dict[str, Any], datastore: Any) -> dict:
+        """The image of an archive is a series. A model of several modalities finds the others of its study."""
+        archive, image, model = self.datastore(), request.get("image"), str(request.get("model"))
+        if not isinstance(archive, Archive) or not isinstance(image, str) or Path(image).exists():
+            return super().infer(request, datastore)
+        patterns = self.series.get(model, {})
+        if "modalities" in self.conf:
+            patterns = {name: text for name, text in patterns.items() if name in self.conf["modalities"].split(",")}
+        folder, used = archive.subject(image, patterns) if patterns else (Path(archive.get_image_uri(image)), {})
+        result = super().infer({**request, "image": str(folder)}, datastore)
+        result["params"] = {**(result.get("params") or {}), **({"series": used} if used else {})}
+        return result
+
     def init_infers(self) -> dict:
-        return {name: Infer(*bundle, self.conf, self.studies) for name, bundle in self.bundles.items()}
+        infers = {name: Infer(*bundle, self.conf, self.studies) for name, bundle in self.bundles.items()}
+        if isinstance(archive := self.datastore(), Archive):
+            for infer in infers.values():
+                infer.offer_store(archive.store)
+        return infers
 
     def init_trainers(self) -> dict:
         return {name: TrainOnOneDevice(str(folder), self.conf) for name, (folder, _) in self.bundles.items()}

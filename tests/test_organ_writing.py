@@ -13,6 +13,7 @@ from conftest import ROOT
 from scripts.config import InputError
 from scripts.data.dicom import ordered_series
 from scripts.data.transforms import LoadVolumesd
+from scripts.organs.statistics import StatisticsTable
 from scripts.organs.structures import catalogue
 from scripts.organs.writing import StructureSegWriter
 from test_dicom import find
@@ -33,12 +34,17 @@ def item(tmp_path):
 
 def inferred(item, labels):
     meta = {"filename_or_obj": item["image"][0]}
-    return {"subject": "case1", "pred": MetaTensor(torch.as_tensor(labels)[None], meta=meta)}
+    pred = MetaTensor(torch.as_tensor(labels)[None], affine=np.diag([10.0, 7.5, 19.0, 1.0]), meta=meta)
+    return {"subject": "case1", "pred": pred, "structure_prob": torch.full((len(catalogue()),), 0.75)}
+
+
+def writer(out, item):
+    return StructureSegWriter(str(out), [item], BUNDLE, StatisticsTable(str(out), list(catalogue())))
 
 
 def test_segments_are_the_structures_that_were_found(tmp_path, item, evaluate_items):
     labels = np.random.default_rng(0).choice([0, *(catalogue()[name]["number"] for name in FOUND)], (8, 10, 4))
-    evaluate_items(StructureSegWriter(str(tmp_path / "out"), [item], BUNDLE), [inferred(item, labels.astype(np.uint8))])
+    evaluate_items(writer(tmp_path / "out", item), [inferred(item, labels.astype(np.uint8))])
     seg = highdicom.seg.segread(tmp_path / "out" / "case1_seg.dcm")
     assert list(seg.segment_numbers) == [1, 2, 3]
     segments = [seg.get_segment_description(number) for number in seg.segment_numbers]
@@ -58,11 +64,19 @@ def test_segments_are_the_structures_that_were_found(tmp_path, item, evaluate_it
         assert truth.any()
         np.testing.assert_array_equal(pixels[..., number].transpose(2, 1, 0), truth)
     assert seg.SeriesDescription == "Structures of a CT"
+    report = highdicom.sr.srread(tmp_path / "out" / "case1_sr.dcm")
+    groups = report.content.get_volumetric_roi_measurement_groups()
+    assert [group.tracking_identifier for group in groups] == FOUND
+    for name, group in zip(FOUND, groups, strict=True):
+        values = {one.name.meaning: (one.value, one.unit.value) for one in group.get_measurements()}
+        count = (labels == catalogue()[name]["number"]).sum()
+        assert values["Volume"] == (pytest.approx(count * 10 * 7.5 * 19), "mm3")
+        assert values["Attenuation Coefficient"] == (1.0, "[hnsf'U]")
+        assert values["Probability"] == (0.75, "1")
 
 
 def test_nothing_found_writes_nothing_and_says_so(tmp_path, item, evaluate_items, caplog):
-    writer = StructureSegWriter(str(tmp_path / "out"), [item], BUNDLE)
-    evaluate_items(writer, [inferred(item, np.zeros((8, 10, 4), np.uint8))])
+    evaluate_items(writer(tmp_path / "out", item), [inferred(item, np.zeros((8, 10, 4), np.uint8))])
     assert "subject 'case1': nothing was found, so no DICOM segmentation is written" in caplog.text
     assert not (tmp_path / "out").exists()
 
@@ -72,7 +86,7 @@ def test_the_label_map_of_real_slices(tmp_path, shared_data, evaluate_items):
     folder = shared_data / "totalsegmentator"
     (found,) = find(folder / "example_ct_dicom", ["ct"])
     with pytest.raises(InputError, match="has no SOPClassUID, SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID"):
-        StructureSegWriter(str(tmp_path), [found], BUNDLE)
+        writer(tmp_path, found)
     series, study = highdicom.UID(), highdicom.UID()
     (tmp_path / "case1").mkdir()
     for number, file in enumerate((folder / "example_ct_dicom").iterdir()):
@@ -88,7 +102,7 @@ def test_the_label_map_of_real_slices(tmp_path, shared_data, evaluate_items):
     turned = truth.as_reoriented(turn)
     np.testing.assert_allclose(turned.affine, volume.affine, atol=1e-2)
     labels = np.asarray(turned.dataobj).astype(np.uint8)
-    evaluate_items(StructureSegWriter(str(tmp_path / "out"), [item], BUNDLE), [inferred(item, labels)])
+    evaluate_items(writer(tmp_path / "out", item), [inferred(item, labels)])
     seg = highdicom.seg.segread(tmp_path / "out" / "case1_seg.dcm")
     names = {entry["number"]: entry["name"] for entry in catalogue().values()}
     present = [number for number in np.unique(labels) if number]

@@ -19,7 +19,7 @@ LAYERS = [  # a module may import from its own package and from the layers above
     {"net"},
     {"training", "sampling"},
     {"report"},
-    {"calibration", "page"},
+    {"calibration", "page", "dicom"},
     {"tools", "adversarial"},
     {"workflow", "organs", "synthesis"},
 ]

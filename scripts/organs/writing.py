@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from scripts.data.writing import LikeInputWriter
+from scripts.dicom.report import MEAN_HU, PROBABILITY, VOLUME, Measured
+from scripts.dicom.segmentation import SegmentationWriter
 from scripts.organs.structures import catalogue
-from scripts.tools.dicom_seg import SegmentationWriter
 
 
 class LabelMapWriter(LikeInputWriter):
@@ -66,3 +67,14 @@ class StructureSegWriter(SegmentationWriter):
             (region,) = segment.AnatomicRegionSequence
             region.AnatomicRegionModifierSequence = [self.code(*entry["region_modifier"])]
         return segment
+
+    def measured(self, answer: Mapping[str, Any]) -> dict[str, list[Measured]]:
+        """Volume (mm3), mean HU and mean probability of each structure."""
+        return {
+            row["structure"]: [
+                Measured(VOLUME, row["volume_mm3"], "mm3"),
+                Measured(MEAN_HU, row["mean_hu"], "[hnsf'U]"),
+                Measured(PROBABILITY, row["probability"], "1"),
+            ]
+            for row in answer["structures"]
+        }

@@ -1,10 +1,11 @@
-"""Save masks as DICOM segmentation objects with highdicom (the extra ``dicom``)."""
+"""Save masks as DICOM segmentations, and what was measured of them as structured reports."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from monai.engines.workflow import Workflow
 
 from scripts.config import InputError, atomic_path
 from scripts.data.dicom import is_dicom, ordered_series
+from scripts.dicom.report import EXPECTED_DICE, VOLUME, Measured, structured_report
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +33,27 @@ TYPE_2 = (
 
 
 class SegmentationWriter:
-    """Inference handler that writes ``<subject>_seg.dcm`` on the first image; a subclass says what the segments are.
+    """Inference handler that writes ``<subject>_seg.dcm`` and ``<subject>_sr.dcm`` on the first image.
+
+    A subclass says what the segments are and what was measured of them.
 
     Args:
         output_dir: folder of the files.
         data: all items of the run; their headers are checked before inference starts.
         bundle_root: folder of the bundle, whose name and version are written.
+        table: handler whose ``answer`` to an item says what was measured.
 
     Raises:
         InputError: if highdicom is not installed, or a subject (which the message names) is not DICOM or has headers to
             which no segmentation can refer.
     """
 
-    def __init__(self, output_dir: str, data: Sequence[Mapping[str, Any]], bundle_root: str) -> None:
+    def __init__(self, output_dir: str, data: Sequence[Mapping[str, Any]], bundle_root: str, table: Any) -> None:
         try:
             self.highdicom, self.pydicom = (importlib.import_module(name) for name in ("highdicom", "pydicom"))
         except ImportError as error:
             raise InputError("DICOM segmentations need highdicom: pip install -e '.[dicom]'") from error
-        self.output_dir = Path(output_dir)
+        self.output_dir, self.table = Path(output_dir), table
         metadata = json.loads(Path(bundle_root, "configs", "metadata.json").read_text(encoding="utf-8"))
         self.name, self.version = metadata["name"], metadata["version"]
         for item in data:
@@ -73,14 +78,27 @@ class SegmentationWriter:
 
     def iteration_completed(self, engine: Workflow) -> None:
         for item in engine.state.output:
-            masks, segments = self.describe(item)
-            if not segments:
+            objects = self.objects(item)
+            if not objects:
                 logger.warning(f"subject '{item['subject']}': nothing was found, so no DICOM segmentation is written")
-                continue
-            headers = [self._read(image.file) for image in ordered_series(item["pred"].meta["filename_or_obj"])]
-            segmentation = self._segmentation(item["subject"], headers, masks.swapaxes(0, 2), segments)
-            with atomic_path(self.output_dir / f"{item['subject']}_seg.dcm") as path:
-                segmentation.save_as(path)
+            for kind, found in objects.items():
+                with atomic_path(self.output_dir / f"{item['subject']}_{kind}.dcm") as path:
+                    found.save_as(path)
+
+    def objects(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """The segmentation ``seg`` and the report ``sr`` of an inferred item; none if nothing was found."""
+        masks, segments = self.describe(item)
+        if not segments:
+            return {}
+        headers = [self._read(image.file) for image in ordered_series(item["pred"].meta["filename_or_obj"])]
+        segmentation = self._segmentation(item["subject"], headers, masks.swapaxes(0, 2), segments)
+        answer = self.table.answer(item)
+        labels = {segment.segment_label: segment.segment_number for segment in segments}
+        found = {labels[label]: values for label, values in self.measured(answer).items() if label in labels}
+        report = structured_report(
+            self.highdicom, segmentation, headers, found, self.grade(answer), self.name, self.version
+        )
+        return {"seg": segmentation, "sr": report}
 
     def describe(self, item: Mapping[str, Any]) -> tuple[np.ndarray, list]:
         """Masks and segments of an inferred item, as the subclass defines them.
@@ -90,6 +108,14 @@ class SegmentationWriter:
             from number 1 on.
         """
         raise NotImplementedError
+
+    def measured(self, answer: Mapping[str, Any]) -> dict[str, list[Measured]]:
+        """Measurements of each segment, by its label, from the answer of the table."""
+        raise NotImplementedError
+
+    def grade(self, answer: Mapping[str, Any]) -> dict[str, float]:
+        """Probability of each grade; empty without grades."""
+        return {}
 
     def segment(self, number: int, label: str, category: Code, kind: Code, **options: Any) -> Any:
         """Description of a segment, with its name, codes of its category and type, and options of highdicom."""
@@ -150,6 +176,7 @@ class DicomSegWriter(SegmentationWriter):
         output_dir: see :class:`SegmentationWriter`.
         data: likewise.
         bundle_root: likewise.
+        table: likewise.
         regions: names of the region channels.
         to_regions: transform that converts the label map ``pred`` of an item to region channels.
         property_type: type of the segments, as a name in pydicom's SNOMED codes (``codes.SCT``).
@@ -164,12 +191,13 @@ class DicomSegWriter(SegmentationWriter):
         output_dir: str,
         data: Sequence[Mapping[str, Any]],
         bundle_root: str,
+        table: Any,
         regions: Sequence[str],
         to_regions: Callable[[Mapping[str, Any]], dict[str, Any]],
         property_type: str = "Neoplasm",
         property_category: str = "MorphologicallyAbnormalStructure",
     ) -> None:
-        super().__init__(output_dir, data, bundle_root)
+        super().__init__(output_dir, data, bundle_root, table)
         self.to_regions = to_regions
         codes = importlib.import_module("pydicom.sr.codedict").codes
         found = {}
@@ -189,3 +217,19 @@ class DicomSegWriter(SegmentationWriter):
     def describe(self, item: Mapping[str, Any]) -> tuple[np.ndarray, list]:
         """One binary mask for each region, also where it is empty."""
         return np.moveaxis(torch.as_tensor(self.to_regions(item)["pred"]).cpu().numpy(), 0, -1), self.segments
+
+    def measured(self, answer: Mapping[str, Any]) -> dict[str, list[Measured]]:
+        """Expected volume of each region with its 90 % interval (ml), and the expected Dice of its mask."""
+        found = {}
+        for segment in self.segments:
+            region = segment.segment_label
+            volume, low, high = (answer[f"volume_{kind}_ml_{region}"] for kind in ("expected", "low", "high"))
+            interval = (None, None) if math.isnan(low) else (low, high)
+            found[region] = [Measured(VOLUME, volume, "mL", *interval)]
+            found[region].append(Measured(EXPECTED_DICE, answer[f"expected_dice_{region}"], "1"))
+        return found
+
+    def grade(self, answer: Mapping[str, Any]) -> dict[str, float]:
+        """Probability of each grade, unless the network does not grade."""
+        prob = {key.removeprefix("prob_"): value for key, value in answer.items() if key.startswith("prob_")}
+        return {} if any(map(math.isnan, prob.values())) else prob

@@ -1,0 +1,236 @@
+"""From an archive to a segmentation in a viewer and back: Orthanc, MONAI Label, OHIF. Run by `make clinic-test`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import highdicom
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import requests
+from clinic import DESCRIPTIONS, Archive, complete, free_port, label_server, running, write_brain, write_ct
+from playwright.sync_api import Page
+from pydicom.uid import CTImageStorage, generate_uid
+
+from conftest import NAME, ORGANS, ROOT
+from scripts.data.dicom import ordered_series
+from scripts.organs.structures import catalogue
+
+REAL_CT = ROOT.parent / "shared" / "data" / "totalsegmentator" / "example_ct_dicom"
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory) -> Path:
+    """A phantom CT, a phantom brain with four series, one without FLAIR, and a real CT if there is one."""
+    folder = tmp_path_factory.mktemp("studies")
+    write_ct(folder / "torso" / "ct")
+    write_brain(folder / "brain")
+    write_brain(folder / "incomplete", {name: DESCRIPTIONS[name] for name in ("t1", "t1ce", "t2")}, "incomplete")
+    if REAL_CT.is_dir():
+        study, series, frame = generate_uid(), generate_uid(), generate_uid()
+        (folder / "real").mkdir()
+        for number, file in enumerate(sorted(REAL_CT.iterdir())):  # published without UIDs, which Orthanc refuses
+            image = pydicom.dcmread(file)
+            image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+            image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = study, series, frame
+            image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = CTImageStorage
+            image.save_as(folder / "real" / f"{number}.dcm")
+        complete(folder / "real", "real", Modality="CT", SeriesDescription="real CT")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(studies, tmp_path_factory):
+    """Orthanc that holds the studies."""
+    own = Archive(tmp_path_factory.mktemp("archive") / "orthanc")
+    with own.running():
+        for file in studies.rglob("*"):
+            if file.is_file():
+                own.put(file)
+        yield own
+
+
+@pytest.fixture(scope="module")
+def server(archive, tmp_path_factory):
+    """Address of a MONAI Label with the archive as its studies."""
+    folder, port = tmp_path_factory.mktemp("label"), free_port()
+    command, environment = label_server(archive.web, folder, port)
+    with running(command, folder, f"http://127.0.0.1:{port}/info/", env=environment, cwd=ROOT):
+        yield f"http://127.0.0.1:{port}"
+
+
+def ask(server: str, model: str, image: str, **params) -> requests.Response:
+    url = f"{server}/infer/{model}?image={image}&output=json"
+    return requests.post(url, files={"params": (None, json.dumps(params))}, timeout=120)
+
+
+def on_the_command_line(configs: list[str], folder: Path, out: Path) -> nib.Nifti1Image:
+    """The mask that the bundle writes for a study."""
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(configs)]
+    subprocess.run([*command, "--dataset_dir", str(folder), "--output_dir", str(out)], cwd=ROOT, check=True)
+    (file,) = out.glob("*_seg.nii.gz")
+    return nib.load(file)
+
+
+def segments(archive: Archive, uid: str, series: Path) -> dict[str, np.ndarray]:
+    """Masks ``[H, W, S]`` of a stored segmentation on the slices of a series, by their names."""
+    found = archive.instance(uid)
+    segmentation = highdicom.seg.Segmentation.from_dataset(found)
+    images = [pydicom.dcmread(image.file) for image in ordered_series(str(next(series.iterdir())))]
+    uids = [image.SOPInstanceUID for image in images]
+    pixels = segmentation.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+    labels = [segmentation.get_segment_description(number).segment_label for number in segmentation.segment_numbers]
+    return {label: pixels[..., index].transpose(2, 1, 0) for index, label in enumerate(labels)}
+
+
+def test_a_study_of_four_series_is_found_from_any_of_them(server, archive, studies, tmp_path):
+    uids, volumes = archive.series(PatientID="brain"), []
+    for description in DESCRIPTIONS.values():
+        answer = ask(server, NAME, uids[description])
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["series"] == DESCRIPTIONS
+        volumes.append(answer.json()["volume_expected_ml_WT"])
+    assert len(set(volumes)) == 1
+    mask = np.asarray(on_the_command_line(["configs/inference.yaml"], studies / "brain", tmp_path).dataobj)
+    stored = ask(server, NAME, uids["Ax T1"], store=True).json()["stored"]
+    masks = segments(archive, stored["seg"], studies / "brain" / "t1")
+    for region, values in {"TC": (1, 4), "WT": (1, 2, 4), "ET": (4,)}.items():
+        assert mask.any()
+        np.testing.assert_array_equal(masks[region], np.isin(mask, values))
+
+
+def test_the_report_of_a_tumour_is_read_back(server, archive):
+    answer = ask(server, NAME, archive.series(PatientID="brain")["Ax T2 FLAIR"], store=True).json()
+    report = highdicom.sr.Comprehensive3DSR.from_dataset(archive.instance(answer["stored"]["sr"]))
+    groups = report.content.get_volumetric_roi_measurement_groups()
+    assert [group.tracking_identifier for group in groups] == ["TC", "WT", "ET"]
+    for group in groups:
+        region = group.tracking_identifier
+        volume, dice = group.get_measurements()
+        assert volume.value == pytest.approx(answer[f"volume_expected_ml_{region}"], rel=1e-4)
+        assert dice.value == pytest.approx(answer[f"expected_dice_{region}"], rel=1e-4)
+        distances = [float(part.MeasuredValueSequence[0].NumericValue) for part in volume[0].ContentSequence]
+        ends = [answer[f"volume_{end}_ml_{region}"] for end in ("low", "high")]
+        assert sorted(distances) == pytest.approx(sorted(abs(volume.value - end) for end in ends), rel=1e-3)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_an_incomplete_study_is_refused_with_the_reason(server, archive, store):
+    answer = ask(server, NAME, archive.series(PatientID="incomplete")["Ax T1"], store=store)
+    assert answer.status_code == 422
+    assert "the study has no series for modality 'flair' among ['Ax T" in answer.json()["detail"]
+
+
+def test_series_on_different_grids_are_refused(server, archive, studies, tmp_path):
+    write_brain(tmp_path, patient="shifted")
+    for file in (tmp_path / "t2").iterdir():
+        image = pydicom.dcmread(file)
+        image.PixelSpacing = [2.0, 2.0]
+        image.save_as(file)
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            archive.put(file)
+    answer = ask(server, NAME, archive.series(PatientID="shifted")["Ax T1"])
+    assert answer.status_code == 422
+    assert "t2" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("image", ["1.2.3", "../../etc", "%2e%2e%2fmodels", "*", "1.2.3&StudyInstanceUID=1"])
+def test_unknown_and_hostile_series_are_not_found(server, image):
+    answer = ask(server, NAME, image)
+    assert answer.status_code == 404
+    assert "no series" in answer.json()["detail"]
+
+
+def test_store_needs_an_archive_that_takes_it(server, archive):
+    assert ask(server, ORGANS, archive.series(PatientID="torso")["CT phantom"], store="yes").status_code == 422
+    synthesis = ask(server, "ncct_to_cta_synthesis", archive.series(PatientID="torso")["CT phantom"], store=True)
+    assert synthesis.status_code == 422
+    assert "makes no DICOM segmentations" in synthesis.json()["detail"]
+
+
+def test_the_label_map_of_a_real_ct(server, archive, studies, tmp_path):
+    if not REAL_CT.is_dir():
+        pytest.skip(f"no {REAL_CT}")
+    answer = ask(server, ORGANS, archive.series(PatientID="real")["real CT"], store=True)
+    assert answer.status_code == 200, answer.text
+    mask = on_the_command_line(["bundles/organs/configs/inference.yaml"], studies / "real", tmp_path)
+    found = segments(archive, answer.json()["stored"]["seg"], studies / "real")
+    compare_structures(found, np.asarray(mask.dataobj))
+
+
+def compare_structures(masks: dict[str, np.ndarray], labels: np.ndarray) -> None:
+    """Each segment is a structure of the label map, and none is left out."""
+    numbers = {entry["name"]: entry["number"] for entry in catalogue().values()}
+    assert {numbers[name] for name in masks} == set(np.unique(labels).tolist()) - {0}
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(mask, labels == numbers[name])
+
+
+@contextlib.contextmanager
+def viewer(browser, server: str):
+    """OHIF with its study list."""
+    page = browser.new_page(viewport={"width": 1500, "height": 900})
+    # the page asks for fonts that it does without
+    page.route(lambda url: "127.0.0.1" not in url, lambda route: route.abort())
+    page.goto(f"{server}/ohif/")
+    page.get_by_text("Confirm and Hide").click()
+    yield page
+    page.close()
+
+
+def open_panel(page: Page, patient: str, server: str) -> None:
+    """Open the study of a patient with the panel of MONAI Label, and connect it to the server."""
+    page.get_by_text(f"Phantom, {patient}").or_(page.get_by_text(f"{patient}, Phantom")).first.click()
+    page.get_by_role("button", name="MONAI Label").first.click()
+    page.locator("#monailabelServerURL").fill(f"{server}/")
+    page.get_by_text("(33/64)").or_(page.get_by_text("(17/32)")).first.wait_for()  # the volume is loaded
+    page.locator(".settingsTable button").click()
+    page.get_by_text("Auto-Segmentation").wait_for()
+
+
+def segment(page: Page, model: str) -> None:
+    """Run a model in the first part of the panel, *Auto-Segmentation*."""
+    models = page.locator(".monaiLabelPanel select", has=page.locator(f"option[value={model}]"))
+    models.first.select_option(model)
+    models.last.select_option(model)  # of *Class Prompts*, which lists the structures
+    page.locator(".monaiLabelPanel button:visible", has_text="Run").first.click()
+
+
+def test_a_viewer_segments_and_stores(browser, server, archive, studies, tmp_path):
+    before = set(archive.series(PatientID="torso", Modality="SEG").values())
+    with viewer(browser, server) as page:
+        open_panel(page, "torso", server)
+        page.get_by_text("Options / Configurations").click()
+        page.locator("select[name=selectName]").select_option(ORGANS)
+        page.locator(f"#infer{ORGANS}store").check()
+        page.get_by_role("button", name="Confirm").click()
+        segment(page, ORGANS)
+        page.get_by_text("Running Segmentation - Successful").wait_for(timeout=120_000)
+        page.wait_for_timeout(3000)  # it is drawn
+        names = page.locator(".monaiLabelPanel").inner_text()
+        assert "liver" in names
+        assert "kidney_left" in names
+        shot = page.screenshot(path=tmp_path / "ohif.png")
+        assert len(shot) > 50_000
+    new = set(archive.series(PatientID="torso", Modality="SEG").values()) - before
+    assert len(new) == 1
+    found = requests.get(f"{archive.web}/instances", params={"SeriesInstanceUID": new.pop()}, timeout=30).json()
+    masks = segments(archive, found[0]["00080018"]["Value"][0], studies / "torso" / "ct")
+    labels = on_the_command_line(["bundles/organs/configs/inference.yaml"], studies / "torso", tmp_path)
+    compare_structures(masks, np.asarray(labels.dataobj))
+
+
+def test_a_viewer_says_that_it_failed_and_the_log_why(browser, server):
+    with viewer(browser, server) as page:
+        open_panel(page, "incomplete", server)
+        segment(page, NAME)
+        page.get_by_text("Failed to Run Segmentation").wait_for(timeout=60_000)
+    log = requests.get(f"{server}/logs/?lines=200&text=true", timeout=30).text
+    assert "no series for modality 'flair'" in log

@@ -1,0 +1,1 @@
+"""DICOM objects of results: segmentations and structured reports, with highdicom (the extra ``dicom``)."""
