@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
-import shutil
+import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], folder: Path, url: str, **options) -> Iterator[subprocess.Popen]:
+def running(folder: Path, url: str, **options) -> Iterator[subprocess.Popen]:
     """A server, from when it answers at ``url`` until the end of the block; its log is ``<folder>/log``."""
     log = folder / "log"
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, **options)
+        process = subprocess.Popen(stdout=stream, stderr=stream, **options)
     try:
         end = time.monotonic() + 180
         while not answers(url):
@@ -58,36 +59,47 @@ def answers(url: str, **options) -> bool:
         return False
 
 
-class Archive:
-    """A running Orthanc with DICOMweb."""
+def documented(word: str) -> str:
+    """The block of docs/clinic.md that holds a word."""
+    text = (ROOT / "docs" / "clinic.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if word in block]
+    return block
 
-    def __init__(self, folder: Path, **settings) -> None:
+
+class Archive:
+    """A running Orthanc with DICOMweb, with the configuration of the docs but for port and folder."""
+
+    def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.web = f"{self.url}/dicom-web"
-        own = {"StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"), "Plugins": [PLUGIN]}
-        own |= {"HttpPort": self.port, "HttpBindAddresses": ["127.0.0.1"], "DicomServerEnabled": False}
-        own |= {"RemoteAccessAllowed": False, "AuthenticationEnabled": False, **settings}
+        settings = json.loads(re.search(r"{.*}", documented("orthanc.json <<"), re.DOTALL)[0])
+        ((user, password),) = settings["RegisteredUsers"].items()
+        self.session = requests.Session()
+        self.session.auth = self.auth = (user, password)
         folder.mkdir(parents=True)
-        (folder / "orthanc.json").write_text(json.dumps(own))
+        own = {"StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"), "HttpPort": self.port}
+        (folder / "orthanc.json").write_text(json.dumps(settings | own))
 
     def running(self) -> contextlib.AbstractContextManager[subprocess.Popen]:
-        return running([shutil.which("Orthanc") or "Orthanc", str(self.folder / "orthanc.json")], self.folder, self.url)
+        return running(self.folder, self.url, args=["Orthanc", str(self.folder / "orthanc.json")])
 
     def put(self, file: Path) -> None:
-        requests.post(f"{self.url}/instances", data=file.read_bytes(), timeout=30).raise_for_status()
+        self.session.post(f"{self.url}/instances", data=file.read_bytes(), timeout=30).raise_for_status()
 
     def series(self, **filters: str) -> dict[str, str]:
         """UIDs of series by their description."""
-        found = requests.get(f"{self.web}/series", params={"includefield": "0008103E", **filters}, timeout=30).json()
+        found = self.session.get(
+            f"{self.web}/series", params={"includefield": "0008103E", **filters}, timeout=30
+        ).json()
         return {one["0008103E"]["Value"][0]: one["0020000E"]["Value"][0] for one in found}
 
     def instance(self, uid: str) -> pydicom.Dataset:
         """An object of the archive, by its SOPInstanceUID."""
-        (found,) = requests.get(f"{self.web}/instances", params={"SOPInstanceUID": uid}, timeout=30).json()
+        (found,) = self.session.get(f"{self.web}/instances", params={"SOPInstanceUID": uid}, timeout=30).json()
         parts = (found["0020000D"]["Value"][0], found["0020000E"]["Value"][0], uid)
         url = "{}/studies/{}/series/{}/instances/{}".format(self.web, *parts)
-        answer = requests.get(url, headers={"Accept": 'multipart/related; type="application/dicom"'}, timeout=30)
+        answer = self.session.get(url, headers={"Accept": 'multipart/related; type="application/dicom"'}, timeout=30)
         body = answer.content.split(b"\r\n\r\n", 1)[1]
         return pydicom.dcmread(pydicom.filebase.DicomBytesIO(body))
 
@@ -105,17 +117,21 @@ def complete(folder: Path, patient: str, **values) -> None:
             image.save_as(file)
 
 
-def write_ct(folder: Path) -> None:
-    """A phantom CT as a series."""
+def write_ct(folder: Path, patient: str = "torso", slices: int = CT_SHAPE[2]) -> None:
+    """A phantom CT as a series, or its lowest slices."""
     volume, _ = phantom_ct.make_subject(np.random.default_rng(1), CT_SHAPE, CT_SPACING)
-    write_series(folder, volume.astype(np.int16), np.diag([*CT_SPACING, 1.0]), "CT phantom", generate_uid())
+    write_series(
+        folder, volume[..., :slices].astype(np.int16), np.diag([*CT_SPACING, 1.0]), "CT phantom", generate_uid()
+    )
     scaled = {"RescaleSlope": 1, "RescaleIntercept": 0, "FrameOfReferenceUID": generate_uid()}
-    complete(folder, "torso", SOPClassUID=CTImageStorage, Modality="CT", **scaled)
+    complete(folder, patient, SOPClassUID=CTImageStorage, Modality="CT", **scaled)
 
 
-def write_brain(folder: Path, descriptions: dict[str, str] = DESCRIPTIONS, patient: str = "brain") -> None:
+def write_brain(
+    folder: Path, descriptions: dict[str, str] = DESCRIPTIONS, patient: str = "brain", slices: int = BRAIN_SHAPE[2]
+) -> None:
     """A phantom brain as a study with a sub-folder for each series."""
-    images, _ = phantom.make_subject("HGG", BRAIN_SHAPE, 5)
+    images, _ = phantom.make_subject("HGG", (*BRAIN_SHAPE[:2], slices), 5)
     study = generate_uid()
     for modality, description in descriptions.items():
         affine = np.diag([*BRAIN_SPACING, 1.0])
@@ -123,10 +139,77 @@ def write_brain(folder: Path, descriptions: dict[str, str] = DESCRIPTIONS, patie
     complete(folder, patient)
 
 
-def label_server(archive: str, folder: Path, port: int, **environment: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of our app of MONAI Label with an archive as its studies."""
+def label_server(archive: str, auth: tuple[str, str], folder: Path, port: int, **environment: str) -> dict:
+    """Arguments of ``Popen`` that start our app as the docs say, with other addresses and folders."""
     python = Path(os.environ.get("LABEL_PYTHON", ROOT / ".venv-label" / "bin" / "python"))
-    command = [str(python), "-m", "monailabel.main", "start_server", "--app", str(ROOT / "label_app")]
-    command += ["--studies", archive, "--host", "127.0.0.1", "--port", str(port)]
-    own = {"MONAI_ZOO_SOURCE": "local", "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache")}
-    return command, {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TMPDIR": str(folder), **own, **environment}
+    line = documented("start_server").replace("\\\n", " ").splitlines()[-1]
+    line = line.replace(".venv-label/bin/python", f"exec {python}").replace("8000", str(port))
+    line = line.replace("http://127.0.0.1:8042/dicom-web", archive)
+    line = re.sub(r"^((?:\w+=\S+ )+)", r"export \1; ", line)
+    own = {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache"), "TMPDIR": str(folder)}
+    own |= {"MONAI_LABEL_DICOMWEB_USERNAME": auth[0], "MONAI_LABEL_DICOMWEB_PASSWORD": auth[1]}
+    return {"args": ["bash", "-euc", line], "env": {**os.environ, **own, **environment}, "cwd": ROOT}
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """Passes requests on to an archive, and spoils the images that come back: ``fault`` is None, or
+
+    - ``gone``: the connection ends without an answer,
+    - ``truncated``: half of the bytes of the answer arrive,
+    - ``no pixels``: the last image has half of its pixels,
+    - ``slow``: the answer comes after five seconds for each image.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, archive: Archive) -> None:
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.archive, self.fault = archive, None
+        self.web = f"http://127.0.0.1:{self.server_port}/dicom-web"
+
+
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+    server: Proxy
+
+    def do_GET(self) -> None:
+        self.forward(b"")
+
+    def do_POST(self) -> None:
+        self.forward(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def forward(self, body: bytes) -> None:
+        fault = self.server.fault
+        if fault == "gone":
+            self.connection.close()
+            return
+        kept = {name: self.headers[name] for name in ("Accept", "Authorization", "Content-Type") if self.headers[name]}
+        answer = requests.request(
+            self.command, self.server.archive.url + self.path, data=body, headers=kept, timeout=60
+        )
+        content, kind = answer.content, answer.headers.get("Content-Type", "")
+        if "multipart" in kind and fault == "slow":
+            time.sleep(5 * content.count(b"Content-Type: application/dicom"))
+        if "multipart" in kind and fault == "no pixels":
+            content = without_pixels(content)
+        self.send_response(answer.status_code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        half = "multipart" in kind and fault == "truncated"
+        self.wfile.write(content[: len(content) // 2] if half else content)
+        if half:
+            self.connection.close()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def without_pixels(content: bytes) -> bytes:
+    """A multipart message whose last image has half of its pixels."""
+    head, last = content.rsplit(b"\r\n\r\n", 1)
+    image, end = last.rsplit(b"\r\n--", 1)
+    read = pydicom.dcmread(pydicom.filebase.DicomBytesIO(image))
+    read.PixelData = read.PixelData[: len(read.PixelData) // 4 * 2]
+    stream = pydicom.filebase.DicomBytesIO()
+    read.save_as(stream, enforce_file_format=True)
+    return head + b"\r\n\r\n" + stream.getvalue() + b"\r\n--" + end

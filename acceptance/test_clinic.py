@@ -6,15 +6,28 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import highdicom
 import nibabel as nib
 import numpy as np
+import psutil
 import pydicom
 import pytest
 import requests
-from clinic import DESCRIPTIONS, Archive, complete, free_port, label_server, running, write_brain, write_ct
+from clinic import (
+    DESCRIPTIONS,
+    Archive,
+    Proxy,
+    complete,
+    free_port,
+    label_server,
+    running,
+    write_brain,
+    write_ct,
+)
 from playwright.sync_api import Page
 from pydicom.uid import CTImageStorage, generate_uid
 
@@ -57,12 +70,28 @@ def archive(studies, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(archive, tmp_path_factory):
-    """Address of a MONAI Label with the archive as its studies."""
+def proxy(archive):
+    """A way to the archive that can fail."""
+    own = Proxy(archive)
+    threading.Thread(target=own.serve_forever, daemon=True).start()
+    yield own
+    own.shutdown()
+
+
+@pytest.fixture(scope="module")
+def process(archive, proxy, tmp_path_factory):
+    """A MONAI Label with the archive as its studies: its process, and its folder for all that it writes."""
     folder, port = tmp_path_factory.mktemp("label"), free_port()
-    command, environment = label_server(archive.web, folder, port)
-    with running(command, folder, f"http://127.0.0.1:{port}/info/", env=environment, cwd=ROOT):
-        yield f"http://127.0.0.1:{port}"
+    start = label_server(proxy.web, archive.auth, folder, port)
+    with running(folder, f"http://127.0.0.1:{port}/ohif/", **start) as found:
+        found.folder, found.url = folder, f"http://127.0.0.1:{port}"
+        yield found
+
+
+@pytest.fixture
+def server(process):
+    """Address of the server."""
+    return process.url
 
 
 def ask(server: str, model: str, image: str, **params) -> requests.Response:
@@ -221,7 +250,7 @@ def test_a_viewer_segments_and_stores(browser, server, archive, studies, tmp_pat
         assert len(shot) > 50_000
     new = set(archive.series(PatientID="torso", Modality="SEG").values()) - before
     assert len(new) == 1
-    found = requests.get(f"{archive.web}/instances", params={"SeriesInstanceUID": new.pop()}, timeout=30).json()
+    found = archive.session.get(f"{archive.web}/instances", params={"SeriesInstanceUID": new.pop()}).json()
     masks = segments(archive, found[0]["00080018"]["Value"][0], studies / "torso" / "ct")
     labels = on_the_command_line(["bundles/organs/configs/inference.yaml"], studies / "torso", tmp_path)
     compare_structures(masks, np.asarray(labels.dataobj))
@@ -234,3 +263,98 @@ def test_a_viewer_says_that_it_failed_and_the_log_why(browser, server):
         page.get_by_text("Failed to Run Segmentation").wait_for(timeout=60_000)
     log = requests.get(f"{server}/logs/?lines=200&text=true", timeout=30).text
     assert "no series for modality 'flair'" in log
+
+
+@pytest.fixture
+def new_study(archive, tmp_path):
+    """A brain of four slices that the server has not seen yet: UID of a series."""
+    patient = f"new-{generate_uid()[-8:]}"
+    write_brain(tmp_path / "new", patient=patient, slices=4)
+    for file in (tmp_path / "new").rglob("*"):
+        if file.is_file():
+            archive.put(file)
+    return archive.series(PatientID=patient)["Ax T1"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("gone", "does not answer"),
+        ("truncated", "the archive http://127.0.0.1"),
+        ("no pixels", "an image without all of its pixels"),
+    ],
+)
+def test_a_failing_archive_is_named_and_nothing_is_kept(process, proxy, new_study, fault, message):
+    proxy.fault = fault
+    try:
+        answer = ask(process.url, NAME, new_study)
+    finally:
+        proxy.fault = None
+    assert answer.status_code == 502
+    assert message in answer.json()["detail"]
+    assert not list(process.folder.rglob(f"series/{new_study}"))
+    assert not list(process.folder.rglob(".partial_*"))
+    assert ask(process.url, NAME, new_study).status_code == 200  # when the archive is well again
+
+
+def test_a_slow_archive_is_waited_for(process, proxy, archive, tmp_path):
+    write_ct(tmp_path, "slow", slices=4)
+    for file in tmp_path.iterdir():
+        archive.put(file)
+    proxy.fault = "slow"
+    try:
+        answer = ask(process.url, ORGANS, archive.series(PatientID="slow")["CT phantom"])
+    finally:
+        proxy.fault = None
+    assert answer.status_code == 200
+
+
+def test_a_wrong_password_is_told(archive, tmp_path):
+    port = free_port()
+    start = label_server(archive.web, ("label", "wrong"), tmp_path, port)
+    with running(tmp_path, f"http://127.0.0.1:{port}/ohif/", **start):
+        answer = ask(f"http://127.0.0.1:{port}", NAME, archive.series(PatientID="brain")["Ax T1"])
+    assert answer.status_code == 502
+    assert "401" in answer.json()["detail"]
+
+
+def test_without_a_token_nothing_is_answered(archive, tmp_path):
+    port = free_port()
+    start = label_server(archive.web, archive.auth, tmp_path, port, MONAI_LABEL_AUTH_ENABLE="true")
+    url = f"http://127.0.0.1:{port}"
+    with running(tmp_path, f"{url}/ohif/", **start):
+        paths = ("info/", "datastore/", "train/", "ohif/", "proxy/dicom/qido/studies", "logs/")
+        answers = {path: requests.get(f"{url}/{path}", timeout=30).status_code for path in paths}
+        answers["infer"] = ask(url, NAME, archive.series(PatientID="brain")["Ax T1"]).status_code
+    assert set(answers.values()) == {401}, answers
+
+
+def test_many_requests_leave_nothing_behind(process, archive, new_study):
+    """200 requests, four at a time, good and hostile: all are answered, and memory and files are as before."""
+    brain, incomplete = new_study, archive.series(PatientID="incomplete")["Ax T1"]
+    requests_ = [
+        (200, brain, {}),
+        (422, incomplete, {}),
+        (404, "../../etc/passwd", {}),
+        (422, brain, {"sampler": "$import os"}),
+        (422, brain, {"num_samples": 10**9}),
+    ]
+
+    def temporary() -> set[Path]:
+        return {path for path in process.folder.rglob("*") if path.is_file() and "cache" not in path.parts}
+
+    def run(count: int) -> list[tuple[int, int]]:
+        with ThreadPoolExecutor(4) as pool:
+            wanted = [requests_[i % len(requests_)] for i in range(count)]
+            answers = pool.map(lambda one: ask(process.url, NAME, one[1], **one[2]).status_code, wanted)
+        return [(expected, found) for (expected, _, _), found in zip(wanted, answers, strict=True)]
+
+    tree = psutil.Process(process.pid)
+    run(20)  # libraries are imported, allocators have grown
+    before, files = tree.memory_info().rss, temporary()
+    pairs = run(200)
+    after = tree.memory_info().rss
+    print(f"\n200 requests: {before / 2**20:.0f} MB before, {after / 2**20:.0f} MB after")
+    assert all(expected == found for expected, found in pairs), sorted(set(pairs))
+    assert after < 1.1 * before
+    assert temporary() <= files

@@ -52,13 +52,17 @@ SHARED = [
     ],
 ]
 # Pages whose commands another test runs.
-ELSEWHERE = {"docs/monai_label.md": "test_label.py, which has the environment of the server"}
+ELSEWHERE = {
+    "docs/monai_label.md": "test_label.py, which has the environment of the server",
+    "docs/clinic.md": "test_clinic.py, which has an archive and a browser, too",
+}
 # Commands that begin with these words are not run.
 EXEMPT = {
     "make test": "CI runs it by itself",
     "make conformance": "CI runs it by itself",
     "make docs-test": "CI runs it by itself",
     "make label-test": "CI runs it by itself",
+    "make clinic-test": "CI runs it by itself",
     "python -m monai.bundle run --ckpt_dir models": "`make conformance` runs it and compares the scores",
     "python -m monai.bundle trt_export": "needs an NVIDIA GPU and torch-tensorrt",
     "pytest tests/test_configs.py -k seed_settings": "a part of `make test`",

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import requests
 import SimpleITK as sitk
+from monailabel.client import MONAILabelClient
 
 from conftest import NAME as MODEL
 from conftest import ORGANS, ROOT, SYNTHESIS, make_phantoms, unpack_release
@@ -235,6 +236,48 @@ def test_a_folder_of_dicom_series_is_segmented_and_a_gap_is_told(server, phantom
     else:
         assert message in answer.json()["detail"]
     assert server.alive()
+
+
+def test_the_next_study_is_the_one_with_the_lowest_expected_dice(server, phantoms, tmp_path):
+    """It is worse than what chance would give, and a labelled study is not asked for again."""
+    if is_stock(server):
+        return
+    names = [f"BraTS20_Training_{number:03d}" for number in range(1, 7)]
+    true, expected = {}, {}
+    for name in names:
+        mask = np.asarray(volume_of(server.infer(f"{name}_t1"), tmp_path).dataobj)
+        label = np.asarray(nib.load(phantoms / name / f"{name}_seg.nii.gz").dataobj)
+        true[name] = np.mean([dice(np.isin(mask, part), np.isin(label, part)) for part in ((1, 4), (1, 2, 4), (4,))])
+        answer = server.infer(f"{name}_t1", "json").json()
+        expected[name] = min(answer[f"expected_dice_{region}"] for region in ("TC", "WT", "ET"))
+    asked = requests.post(f"{server.url}/activelearning/uncertainty", json={}, timeout=120).json()
+    lowest = min(expected, key=lambda name: expected[name])
+    assert asked["id"].startswith(lowest)
+    assert asked["weight"] == pytest.approx(expected[lowest])
+    assert true[lowest] < np.mean(list(true.values()))  # what a study by chance has on average
+    mask = {"label": ("label.nii.gz", (phantoms / lowest / f"{lowest}_seg.nii.gz").read_bytes())}
+    url = f"{server.url}/datastore/label?image={lowest}_t2&tag=final"
+    assert requests.put(url, files=mask | {"params": (None, "{}")}, timeout=30).ok
+    second = requests.post(f"{server.url}/activelearning/uncertainty", json={}, timeout=120).json()
+    del expected[lowest]
+    assert second["id"].startswith(min(expected, key=lambda name: expected[name]))
+    assert requests.delete(f"{server.url}/datastore/label?id={lowest}_t2&tag=final", timeout=30).ok
+
+
+def test_what_slicer_asks(server, phantoms, tmp_path):
+    """The client that the extension of 3D Slicer is made of: info, next sample, image, mask, label."""
+    client = MONAILabelClient(server.url, str(tmp_path))
+    assert MODEL in client.info()["models"]
+    sample = client.next_sample("first", {})
+    assert (phantoms / SUBJECT / f"{sample['id']}.nii.gz").is_file()
+    file, params = client.infer(MODEL, sample["id"], {"num_samples": 1})
+    assert set(np.unique(nib.load(file).get_fdata())) <= {0, *LABELS.values()}
+    assert params["label_names"] == LABELS
+    assert is_stock(server) or "expected_dice_WT" in params
+    client.save_label(sample["id"], str(phantoms / SUBJECT / f"{SUBJECT}_seg.nii.gz"), params={"label_info": []})
+    saved = Path(server.log.parent, "studies", "labels", "final", f"{sample['id']}.nii.gz")
+    assert np.array_equal(nib.load(saved).get_fdata(), truth(phantoms).get_fdata())
+    assert requests.delete(f"{server.url}/datastore/label?id={sample['id']}&tag=final", timeout=30).ok
 
 
 def three_modalities(folder: Path, phantoms: Path) -> bytes:

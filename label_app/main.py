@@ -28,6 +28,7 @@ from monailabel.tasks.train.bundle import BundleTrainTask
 
 sys.path.append(str(Path(__file__).parent))  # MONAI Label imports this file by its path
 from archive import Archive
+from strategy import LeastExpectedDice
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,4 +237,7 @@ class BundlesApp(MONAILabelApp):
         return {name: TrainOnOneDevice(str(folder), self.conf) for name, (folder, _) in self.bundles.items()}
 
     def init_strategies(self) -> dict:
-        return {"random": Random(), "first": First()}
+        model, (folder, _) = next(iter(self.bundles.items()))
+        modalities = list(self.series[model]) or ["ct"]
+        own = LeastExpectedDice(self.infer, model, folder / "models" / "model.pt", modalities)
+        return {"uncertainty": own, "random": Random(), "first": First()}
