@@ -175,7 +175,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.forward(b"")
 
     def do_POST(self) -> None:
-        self.forward(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.forward(self.rfile.read(int(self.headers["Content-Length"])))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return self.forward(body)
 
     def forward(self, body: bytes) -> None:
         fault = self.server.fault
