@@ -84,8 +84,11 @@ class Archive:
     def running(self) -> contextlib.AbstractContextManager[subprocess.Popen]:
         return running(self.folder, self.url, args=["Orthanc", str(self.folder / "orthanc.json")])
 
-    def put(self, file: Path) -> None:
-        self.session.post(f"{self.url}/instances", data=file.read_bytes(), timeout=30).raise_for_status()
+    def put_all(self, folder: Path) -> None:
+        """Store the files below a folder."""
+        for file in folder.rglob("*"):
+            if file.is_file():
+                self.session.post(f"{self.url}/instances", data=file.read_bytes(), timeout=30).raise_for_status()
 
     def series(self, **filters: str) -> dict[str, str]:
         """UIDs of series by their description."""

@@ -63,9 +63,7 @@ def archive(studies, tmp_path_factory):
     """Orthanc that holds the studies."""
     own = Archive(tmp_path_factory.mktemp("archive") / "orthanc")
     with own.running():
-        for file in studies.rglob("*"):
-            if file.is_file():
-                own.put(file)
+        own.put_all(studies)
         yield own
 
 
@@ -162,9 +160,7 @@ def test_series_on_different_grids_are_refused(server, archive, studies, tmp_pat
         image = pydicom.dcmread(file)
         image.PixelSpacing = [2.0, 2.0]
         image.save_as(file)
-    for file in tmp_path.rglob("*"):
-        if file.is_file():
-            archive.put(file)
+    archive.put_all(tmp_path)
     answer = ask(server, NAME, archive.series(PatientID="shifted")["Ax T1"])
     assert answer.status_code == 422
     assert "t2" in answer.json()["detail"]
@@ -182,6 +178,19 @@ def test_store_needs_an_archive_that_takes_it(server, archive):
     synthesis = ask(server, "ncct_to_cta_synthesis", archive.series(PatientID="torso")["CT phantom"], store=True)
     assert synthesis.status_code == 422
     assert "makes no DICOM segmentations" in synthesis.json()["detail"]
+
+
+def test_training_is_not_offered(server):
+    assert requests.get(f"{server}/info/", timeout=30).json()["trainers"] == {}
+
+
+def test_the_next_study_has_no_segmentation_yet(server, archive, tmp_path):
+    """Of the brains with four series, one is stored; CTs and incomplete studies are not asked for."""
+    ask(server, NAME, archive.series(PatientID="brain")["Ax T1"], store=True)
+    write_brain(tmp_path, patient="next", slices=4)
+    archive.put_all(tmp_path)
+    asked = requests.post(f"{server}/activelearning/uncertainty", json={}, timeout=300).json()
+    assert asked["id"] in archive.series(PatientID="next").values() or asked["PatientID"].startswith("new-")
 
 
 def test_the_label_map_of_a_real_ct(server, archive, studies, tmp_path):
@@ -270,9 +279,7 @@ def new_study(archive, tmp_path):
     """A brain of four slices that the server has not seen yet: UID of a series."""
     patient = f"new-{generate_uid()[-8:]}"
     write_brain(tmp_path / "new", patient=patient, slices=4)
-    for file in (tmp_path / "new").rglob("*"):
-        if file.is_file():
-            archive.put(file)
+    archive.put_all(tmp_path / "new")
     return archive.series(PatientID=patient)["Ax T1"]
 
 
@@ -299,8 +306,7 @@ def test_a_failing_archive_is_named_and_nothing_is_kept(process, proxy, new_stud
 
 def test_a_slow_archive_is_waited_for(process, proxy, archive, tmp_path):
     write_ct(tmp_path, "slow", slices=4)
-    for file in tmp_path.iterdir():
-        archive.put(file)
+    archive.put_all(tmp_path)
     proxy.fault = "slow"
     try:
         answer = ask(process.url, ORGANS, archive.series(PatientID="slow")["CT phantom"])

@@ -234,6 +234,9 @@ class BundlesApp(MONAILabelApp):
         return infers
 
     def init_trainers(self) -> dict:
+        """Trainers of the bundles; none with an archive, whose labels are no masks that a training reads."""
+        if isinstance(self.datastore(), Archive):
+            return {}
         return {name: TrainOnOneDevice(str(folder), self.conf) for name, (folder, _) in self.bundles.items()}
 
     def init_strategies(self) -> dict:
