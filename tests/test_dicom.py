@@ -54,7 +54,7 @@ def test_inference_is_that_of_the_same_volumes_in_nifti(tmp_path, three_regions,
     names = {path.name for path in theirs.iterdir()}
     assert {path.name for path in ours.iterdir()} == names
     volumes = {f"case1_{kind}.nii.gz" for kind in ("seg", "prob", "uncertainty", "variance")}
-    assert names == volumes | {"case1_overlay.png", "grades.csv"}
+    assert names == volumes | {"case1_overlay.png", "grades.csv", "report.html"}
     for name in volumes:
         one, other = nib.load(ours / name), nib.load(theirs / name)
         np.testing.assert_array_equal(one.get_fdata(), other.get_fdata())

@@ -66,7 +66,7 @@ class ReportPage(RowsHandler):
         self.folder, self.table = Path(output_dir), table
         self.max_bytes = min(MAX_SUBJECT_BYTES, int(0.7 * MAX_BYTES / max(1, min(num_subjects, MAX_PICTURED))))
         self.regions, self.grades = list(regions), grade_names(grade_labels)
-        self.ckpt_path = ckpt_path
+        self.history = _history(ckpt_path)
         self.origin = origin(bundle_root, ckpt_path, device, settings)
         self.to_regions = to_regions
 
@@ -105,7 +105,7 @@ class ReportPage(RowsHandler):
         templates = Environment(loader=FileSystemLoader(own), autoescape=True, undefined=StrictUndefined)
         page = templates.get_template("page.html").render(
             title=f"{self.origin['bundle']}: {len(subjects)} subjects",
-            data={"columns": columns, "regions": self.regions, "subjects": subjects, "history": self._history()},
+            data={"columns": columns, "regions": self.regions, "subjects": subjects, "history": self.history},
             scores=self._scores(),
             plots=self._plots(),
             origin=self.origin,
@@ -116,13 +116,6 @@ class ReportPage(RowsHandler):
         )
         with atomic_path(self.folder / "report.html") as path:
             path.write_text(page, encoding="utf-8")
-
-    def _history(self) -> list[dict[str, Any]]:
-        """Rows of the epoch table of the training, which checkpoints since version 0.15 hold."""
-        if not Path(self.ckpt_path).is_file():
-            return []
-        rows = read_checkpoint(self.ckpt_path).get("epoch_table", {}).get("rows", [])
-        return [_filled(row) for row in rows]
 
     def _scores(self) -> list[tuple[str, dict[str, float | None]]]:
         """Names of the scores of an evaluation, each with its value and interval; none after inference."""
@@ -151,6 +144,13 @@ class ReportPage(RowsHandler):
             for title, file in files.items()
             if file.is_file()
         ]
+
+
+def _history(ckpt_path: str) -> list[dict[str, Any]]:
+    """Rows of the epoch table of the training, which checkpoints since version 0.15 hold."""
+    if not Path(ckpt_path).is_file():  # as with an ONNX export
+        return []
+    return [_filled(row) for row in read_checkpoint(ckpt_path).get("epoch_table", {}).get("rows", [])]
 
 
 def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
