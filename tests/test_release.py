@@ -45,7 +45,7 @@ def test_an_archive_has_the_modules_that_its_bundle_uses(archives):
         with zipfile.ZipFile(archives[name]) as archive:
             contents.append({file.split("/", 1)[1] for file in archive.namelist()})
     ours, theirs, synthesis = contents
-    assert {"scripts/net.py", "scripts/workflow.py", "scripts/tools/phantom.py", "label_app/main.py"} <= ours
+    assert {"scripts/net.py", "scripts/workflow.py", "scripts/tools/phantom.py", "label_app/strategy.py"} <= ours
     assert all(any(name.startswith("label_app/") for name in files) for files in contents)
     assert [any(name.startswith("scripts/adversarial/") for name in files) for files in contents] == [
         False,

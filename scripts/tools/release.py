@@ -23,11 +23,8 @@ BUNDLES = {  # folder of each bundle, by the name of its release, from which MON
     "ncct_to_cta_synthesis": BUNDLE_ROOT / "bundles" / "synthesis",
 }
 SHARED = ("LICENSE", "SECURITY.md")
-LABEL_APP = (
-    "label_app/main.py",
-    "label_app/archive.py",
-    "label_app/requirements.txt",
-)  # of bundles whose inference.yaml has this key
+# of bundles whose inference.yaml has this key
+LABEL_APP = tuple(f"label_app/{name}" for name in ("main.py", "archive.py", "strategy.py", "requirements.txt"))
 PARTS = (
     "configs/*.yaml",
     "configs/*.json",
