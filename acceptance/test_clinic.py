@@ -215,6 +215,7 @@ def compare_structures(masks: dict[str, np.ndarray], labels: np.ndarray) -> None
 def viewer(browser, server: str):
     """OHIF with its study list."""
     page = browser.new_page(viewport={"width": 1500, "height": 900})
+    page.set_default_timeout(120_000)  # other tests may run beside
     # the page asks for fonts that it does without
     page.route(lambda url: "127.0.0.1" not in url, lambda route: route.abort())
     page.goto(f"{server}/ohif/")

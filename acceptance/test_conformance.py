@@ -224,6 +224,7 @@ def test_the_release_holds_no_more_than_it_should(bundle):
     files = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     assert not [path for path in bundle.rglob("*") if path.is_symlink()]
     endings = (".py", ".yaml", ".json", ".md", ".txt", ".png", ".conf", ".yml", "LICENSE", "models/model.pt")
+    endings += (".html", ".css", ".js")
     assert [name for name in files if not name.endswith(endings)] == []
     zoo = {"LICENSE", "large_files.yml", "docs/README.md", "configs/metadata.json"}
     zoo |= {NAME: {"docs/data_license.txt"}, ORGANS: {"configs/structures.json"}}.get(bundle.name, set())
