@@ -26,8 +26,8 @@ FIELDS = ("SeriesDescription", "NumberOfSeriesRelatedInstances")
 class Archive(DICOMWebDatastore):
     """Series of an archive, downloaded whole when they are first needed.
 
-    MONAI Label's own datastore converts series with SimpleITK, and needs programs of dcmqi that it downloads from GitHub.
-    This one keeps them as DICOM, which the bundles read.
+    MONAI Label's own datastore converts series with SimpleITK, and needs programs of dcmqi that it downloads from
+    GitHub. This one keeps them as DICOM, which the bundles read.
 
     Args:
         url: of the archive's DICOMweb server.
