@@ -37,6 +37,7 @@ class Archive(DICOMWebDatastore):
     def __init__(self, url: str, cache_path: str) -> None:
         user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
         client = DICOMwebClientX(url=url, session=create_session_from_user_pass(user, password) if user else None)
+        self.referenced: dict[str, str] = {}  # series that each segmentation refers to
         client.set_http_retry_params(max_attempts=3)  # the default waits for half a minute
         super().__init__(client, {}, cache_path or None, convert_to_nifti=False)
 
@@ -55,12 +56,19 @@ class Archive(DICOMWebDatastore):
         return {str(series.SeriesInstanceUID): str(series.StudyInstanceUID) for series in found}
 
     def get_labeled_images(self, label_tag: str | None = None, labels: Any = None) -> list[str]:
-        """Series that a segmentation refers to, now: MONAI Label remembers them for two hours."""
-        return self._ask(DICOMWebDatastore.get_labeled_images.__wrapped__, self)
+        """Series that a segmentation refers to, now: MONAI Label remembers them for two hours.
 
-    def get_image_uri(self, image_id: str) -> str:
-        """Folder of a series."""
-        return str(self.fetch(self.series(image_id)))
+        What a segmentation refers to does not change, so it is asked once.
+        """
+        segmentations = self._search(search_filters={"Modality": "SEG"})
+        for series in segmentations:
+            uid = str(series.SeriesInstanceUID)
+            if uid not in self.referenced:
+                found = self._ask(self._client.retrieve_series_metadata, str(series.StudyInstanceUID), uid)
+                sequence = Dataset.from_json(found[0]).get("ReferencedSeriesSequence")
+                self.referenced[uid] = str(sequence[0].SeriesInstanceUID) if sequence else ""
+        now = {self.referenced[str(series.SeriesInstanceUID)] for series in segmentations}
+        return sorted(now & self.studies().keys())
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """Patient, study and date of a series, which the viewer needs to open it."""
