@@ -17,7 +17,7 @@ from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
 from pydicom.dataset import Dataset
 
-UID = re.compile(r"[0-9.]{1,64}")
+UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 SCANS = ("CT", "MR")  # DICOM modalities that are listed
 AS_STORED = (("application/dicom", "*"),)  # archives cannot decompress all that they hold
 FIELDS = ("SeriesDescription", "NumberOfSeriesRelatedInstances")
@@ -131,7 +131,7 @@ class Archive(DICOMWebDatastore):
         Raises:
             HTTPException: 502 if the archive cannot be reached, or does not give all of the series.
         """
-        uid = str(series.SeriesInstanceUID)
+        uid = _name(series.SeriesInstanceUID)
         target = self.folder / "series" / uid
         if target.is_dir():
             return target
@@ -143,7 +143,7 @@ class Archive(DICOMWebDatastore):
             instances = self._ask(self._client.retrieve_series, study, uid, media_types=AS_STORED)
             for instance in instances:
                 _check_whole(instance)
-                instance.save_as(partial / f"{instance.SOPInstanceUID}.dcm", enforce_file_format=True)
+                instance.save_as(partial / f"{_name(instance.SOPInstanceUID)}.dcm", enforce_file_format=True)
             expected = int(series.get("NumberOfSeriesRelatedInstances", len(instances)))
             if len(instances) != expected or not instances:
                 raise HTTPException(502, f"the archive gave {len(instances)} of {expected} images of series '{uid}'")
@@ -171,6 +171,13 @@ class Archive(DICOMWebDatastore):
             raise HTTPException(502, f"the archive {self._client.base_url} does not answer: {error}") from error
         except Exception as error:  # pydicom raises many kinds for damaged files
             raise HTTPException(502, f"the archive {self._client.base_url} sent damaged data: {error!r}") from error
+
+
+def _name(uid: Any) -> str:
+    """The UID as the name of a file; HTTPException (502) for text that is none, such as a path."""
+    if not UID.fullmatch(str(uid)):
+        raise HTTPException(502, f"the archive sent {str(uid)!r}, which is no UID")
+    return str(uid)
 
 
 def _check_whole(instance: Dataset) -> None:
