@@ -160,6 +160,7 @@ class Proxy(http.server.ThreadingHTTPServer):
     - ``gone``: the connection ends without an answer,
     - ``truncated``: half of the bytes of the answer arrive,
     - ``no pixels``: the last image has half of its pixels,
+    - ``path as UID``: the UID of the last image is a path,
     - ``slow``: the answer comes after five seconds for each image.
     """
 
@@ -199,8 +200,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         content, kind = answer.content, answer.headers.get("Content-Type", "")
         if "multipart" in kind and fault == "slow":
             time.sleep(5 * content.count(b"Content-Type: application/dicom"))
-        if "multipart" in kind and fault == "no pixels":
-            content = without_pixels(content)
+        if "multipart" in kind and fault in ("no pixels", "path as UID"):
+            content = with_spoiled_image(content, fault)
         self.send_response(answer.status_code)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
@@ -214,12 +215,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def without_pixels(content: bytes) -> bytes:
-    """A multipart message whose last image has half of its pixels."""
+def with_spoiled_image(content: bytes, fault: str) -> bytes:
+    """A multipart message whose last image has half of its pixels, or a path as its UID."""
     head, last = content.rsplit(b"\r\n\r\n", 1)
     image, end = last.rsplit(b"\r\n--", 1)
     read = pydicom.dcmread(pydicom.filebase.DicomBytesIO(image))
-    read.PixelData = read.PixelData[: len(read.PixelData) // 4 * 2]
+    if fault == "no pixels":
+        read.PixelData = read.PixelData[: len(read.PixelData) // 4 * 2]
+    else:
+        read.SOPInstanceUID = read.file_meta.MediaStorageSOPInstanceUID = "../../../escaped"
     stream = pydicom.filebase.DicomBytesIO()
     read.save_as(stream, enforce_file_format=True)
     return head + b"\r\n\r\n" + stream.getvalue() + b"\r\n--" + end

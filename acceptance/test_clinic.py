@@ -290,6 +290,7 @@ def new_study(archive, tmp_path):
         ("gone", "does not answer"),
         ("truncated", "the archive http://127.0.0.1"),
         ("no pixels", "an image without all of its pixels"),
+        ("path as UID", "the archive sent '../../../escaped', which is no UID"),
     ],
 )
 def test_a_failing_archive_is_named_and_nothing_is_kept(process, proxy, new_study, fault, message):
@@ -302,6 +303,7 @@ def test_a_failing_archive_is_named_and_nothing_is_kept(process, proxy, new_stud
     assert message in answer.json()["detail"]
     assert not list(process.folder.rglob(f"series/{new_study}"))
     assert not list(process.folder.rglob(".partial_*"))
+    assert not list(process.folder.rglob("escaped*"))
     assert ask(process.url, NAME, new_study).status_code == 200  # when the archive is well again
 
 

@@ -70,6 +70,10 @@ class Archive(DICOMWebDatastore):
         now = {self.referenced[str(series.SeriesInstanceUID)] for series in segmentations}
         return sorted(now & self.studies().keys())
 
+    def get_image_uri(self, image_id: str) -> str:
+        """Folder of a series."""
+        return str(self.fetch(self.series(image_id)))
+
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """Patient, study and date of a series, which the viewer needs to open it."""
         return self._ask(self._dicom_info, image_id)
