@@ -53,6 +53,7 @@ BENCHMARKS = {
     "grades.py": {"--repeats": ["1"]},
     "randomisation.py": {"--epochs": ["1"], "--arms": ["all parts", "without skull"]},
     "registration.py": EPOCHS | {"--num_subjects": ["6"], "--seeds": ["0"]},
+    "parts.py": {},
     "resize.py": {},
     "inference.py": {},
     "int8.py": {"--image_size": ["32"], "--repeats": ["1"]},

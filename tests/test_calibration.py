@@ -14,6 +14,7 @@ from scripts.calibration.cross_fit import cross_fitted
 from scripts.calibration.fits import calibrate, fit_expected_dice, fit_temperature, to_classes
 from scripts.calibration.grades import SLOPE, Measured, calibrate_grades, evidence, fit_grades
 from scripts.calibration.handler import CalibrationFit
+from scripts.calibration.parts import HIGH, Parts, dice_curve, fit_high_threshold, parts_of
 from scripts.calibration.volumes import COVERAGE, conformal_margin, volume_at, volume_curve
 from scripts.config import InputError
 from scripts.diffusion.schedule import GaussianDiffusion
@@ -227,6 +228,35 @@ def test_patients_with_many_subjects_count_once():
     assert np.isinf(conformal_margin([1.0] * 50, ["a"] * 43 + [*"bcdefgh"]))
 
 
+def test_parts_of_a_mask():
+    """A true part, a false one, and what its values are without the false one."""
+    mask, truth, prob = (np.zeros((8, 8, 1)) for _ in range(3))
+    mask[0:2, 0:2] = mask[5:7, 5:7] = truth[0:2, 0:4] = 1
+    prob[0:2, 0:2], prob[5:7, 5:7], prob[0, 0] = 0.8, 0.6, 0.9
+    parts = parts_of(mask > 0, truth > 0, prob, prob)
+    assert parts.peak.tolist() == pytest.approx([0.9, 0.6])
+    assert parts.size.tolist() == [4, 4]
+    assert parts.shared.tolist() == [4, 0]
+    assert parts.dice(0.5) == 2 * 4 / (8 + 8)
+    assert parts.dice(0.7) == 2 * 4 / (4 + 8)
+    assert parts.confidence(0.7) == pytest.approx((3 * 0.8 + 0.9) / 4)
+    assert (parts.dice(0.95), math.isnan(parts.confidence(0.95))) == (0, True)
+    nothing = parts_of(mask > 1, truth > 1, prob, prob)
+    assert (nothing.dice(0.5), math.isnan(nothing.confidence(0.5))) == (1, True)
+    assert parts_of(mask > 0, truth > 0, prob / 3, prob).peak.tolist() == [0.5, 0.5]  # of a nested region
+
+
+def test_the_lowest_of_the_best_thresholds_is_fitted():
+    unsure = Parts(np.float32([0.7]), np.array([5]), np.array([0]), np.array([3.0]), 0)
+    sure = Parts(np.float32([0.9]), np.array([5]), np.array([5]), np.array([4.5]), 5)
+    curves = np.concatenate([dice_curve(unsure), dice_curve(sure)])
+    (position,) = fit_high_threshold(curves)
+    assert HIGH[position - 1] <= 0.7 < HIGH[position]
+    assert curves[:, position].tolist() == [1, 1]
+    assert fit_high_threshold(dice_curve(sure)) == (0,)
+    assert HIGH[0] == 0.5
+
+
 def test_volumes_at_any_temperature():
     prob = np.random.default_rng(0).random((20, 20, 20)).astype(np.float32)
     curve = volume_curve(prob)
@@ -321,6 +351,25 @@ def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items, fit, cap
     assert report["grade"]["after"]["log_loss"] < math.log(2)  # that of the frequencies
     assert read_checkpoint(checkpoint)["settings"] == {"seed": 1}  # the rest of the checkpoint is kept
     assert read_checkpoint(checkpoint)["lineage"]["validation"] == {"d": [f"s{i}" for i in range(6)]}
+
+
+def test_the_threshold_of_the_parts_is_fitted_and_the_expected_dice_to_what_is_kept(tmp_path, items, fit):
+    """Each subject has a false part that the network is less sure of."""
+    found = items()
+    for item in found:
+        for name in ("prob", "label", "pred"):
+            item[name][:] = 0
+        item["prob"][:, 1:4, 1:4], item["prob"][:, 5:7, 9:14] = 0.98, 0.8
+        item["label"][:, 1:4, 1:5] = 1
+        item["pred"] = MetaTensor(item["prob"] > 0.5, meta=item["pred"].meta)
+    calibration = fit(found)
+    assert all(0.8 < threshold <= 0.98 for threshold in calibration.high_threshold.tolist())
+    report = json.loads((tmp_path / "calibration.json").read_text())["TC"]
+    dice = 2 * 9 / (9 + 12)
+    assert report["parts"]["before"]["dice"] == pytest.approx(2 * 9 / (9 + 10 + 12))
+    assert report["parts"]["cross_fitted"]["dice"] == report["parts"]["after"]["dice"] == pytest.approx(dice)
+    expected = expected_dice(torch.tensor([0.98] * 2), calibration.dice_fit)
+    assert expected.tolist() == pytest.approx([dice] * 2, abs=0.02)
 
 
 def test_a_network_that_finds_nothing_is_calibrated(tmp_path, items, fit):

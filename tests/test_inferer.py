@@ -11,6 +11,7 @@ from scripts.net import MedSegDiff
 from scripts.networks.baselines import PlainUNet
 from scripts.networks.stochastic import draw_logits, spread_noise
 from scripts.sampling.inferer import SampledSlices, VolumeInferer
+from scripts.sampling.parts import without_unsure_parts
 from test_net import TINY, randomise
 
 
@@ -149,6 +150,37 @@ def test_the_confidence_is_the_probability_inside_the_mask(network, volume):
     for other in ({"fusion": "majority"}, {"num_inference_steps": 0}):  # masks that are made in another way
         network.calibration.sampling = VolumeInferer(num_inference_steps=1).sampling
         assert VolumeInferer(**other).predict(volume, network)["expected_dice"].isnan().all()
+
+
+def test_parts_that_are_nowhere_sure_are_left_out():
+    """Two parts of one mask; one region has no threshold."""
+    prob = torch.zeros(2, 6, 6, 2)
+    prob[:, 0:2, 0:2] = 0.8
+    prob[:, 4:6, 4:6] = 0.8
+    prob[:, 5, 5, 1] = 0.97
+    kept = without_unsure_parts(prob, prob, torch.tensor([0.95, 0.5]))
+    assert torch.equal(kept[1], prob[1])
+    assert not kept[0, 0:2, 0:2].any()
+    assert torch.equal(kept[0, 4:6], prob[0, 4:6])
+    assert prob[0, 0, 0, 0] == pytest.approx(0.8)  # the input is not changed
+    assert torch.equal(without_unsure_parts(prob, prob, torch.tensor([0.97, 0.98]))[0], kept[0])
+
+
+def test_the_threshold_of_the_parts_changes_the_mask_alone(network, volume):
+    before = VolumeInferer().predict(volume, network)
+    assert (before["pred"] > 0.5).any()
+    network.calibration.high_threshold.fill_(0.999)
+    after = VolumeInferer().predict(volume, network)
+    assert torch.equal(after["prob"], before["prob"])
+    assert (after["prob"] < 0.999).all()  # so that no part is sure
+    assert not (after["pred"] > 0.5).any()
+    assert after["confidence"].isnan().all()
+    network.calibration.sampling = VolumeInferer().sampling
+    for other in ({"fusion": "majority"}, {"num_inference_steps": 0}):  # masks that are made in another way
+        network.calibration.high_threshold.fill_(0.5)
+        plain = VolumeInferer(**other).predict(volume, network)["pred"]
+        network.calibration.high_threshold.fill_(0.999)
+        assert torch.equal(VolumeInferer(**other).predict(volume, network)["pred"], plain)
 
 
 def test_a_grade_can_be_read_from_the_mask(network, volume):

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
-from monai.metrics import compute_dice
 from sklearn.metrics import brier_score_loss
 
 from scripts.calibration.cross_fit import scored_fit
 from scripts.calibration.fits import fit_expected_dice, fit_temperature, to_classes
 from scripts.calibration.grades import GradeFit, Measured, calibrate_grades, fit_grades
+from scripts.calibration.parts import HIGH, Parts, dice_curve, fit_high_threshold, parts_of
 from scripts.calibration.volumes import COVERAGE, Volume, conformal_margin, held_share, volume_curve
 from scripts.config import InputError, atomic_path
 from scripts.data.grades import class_frequencies
@@ -116,8 +116,7 @@ class CalibrationFit:
         self.calibration.reset()  # the fit needs probabilities that are not calibrated
         self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
         self.volumes: dict[str, list[Volume]] = defaultdict(list)
-        # confidence and Dice of each mask, and its patient
-        self.quality: dict[str, list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
+        self.parts: dict[str, list[tuple[Parts, str]]] = defaultdict(list)  # of each mask, and its patient
         self.grades: list[tuple[list[float], int, str]] = []  # probabilities and measurements, grade, patient
         self.trained: list[tuple[list[float], int]] = []  # measurements and grade of training subjects
         self.rng = np.random.default_rng(0)
@@ -130,17 +129,15 @@ class CalibrationFit:
                 continue
             name = patient(item["subject"], self.patient_pattern)
             foreground = read_background(item) != 0
-            confidence = item["confidence"].cpu().numpy()
-            mask, truth = (torch.as_tensor(item[key])[None] for key in ("pred", "label"))
-            dice = compute_dice(mask, truth, ignore_empty=False)[0].cpu().numpy()
             for channel, region in enumerate(self.regions):
-                prob, pred = (np.asarray(item[key][channel].cpu()) for key in ("prob", "pred"))
+                prob, pred, majority = (np.asarray(item[key][channel].cpu()) for key in ("prob", "pred", "label"))
                 truths = true_masks(item, channel)
                 lesion = region_of_interest(pred > 0, np.any(truths, axis=0))
                 sampled = {}
                 if "sample_volumes" in item:
                     sampled = sampled_volume(item["sample_volumes"][channel :: len(self.regions)])
-                self.quality[region].append((confidence[channel, None], dice[channel, None], name))
+                seg_prob = np.asarray(item["seg_prob"][channel].cpu()) if "seg_prob" in item else prob
+                self.parts[region].append((parts_of(pred > 0, majority > 0, seg_prob, prob), name))
                 for label in truths:
                     self._keep(region, "foreground", prob[foreground], label[foreground], name)
                     self._keep(region, "lesion", prob[lesion], label[lesion], name)
@@ -172,7 +169,7 @@ class CalibrationFit:
             new.get_buffer(f"{voxels}_temperature")[self.regions.index(region)] = temperature
             report[region][voxels] = {"temperature": temperature, **scores}
         self._fit_volumes(new, report)
-        self._fit_expected_dice(new, report)
+        self._fit_parts(new, report)
         if fitted := self._fit_grades(new):
             report["grade"] = fitted
         if idist.get_rank() == 0:
@@ -211,13 +208,30 @@ class CalibrationFit:
                     "are needed. None will be given; raise validation_share"
                 )
 
-    def _fit_expected_dice(self, new: Calibration, report: dict[str, Any]) -> None:
-        """Fit what Dice to expect of a mask; the report holds the mean difference to the true one."""
+    def _fit_parts(self, new: Calibration, report: dict[str, Any]) -> None:
+        """Fit which parts of a mask are left out, and what Dice to expect of the others.
+
+        The report holds the mean Dice with all parts and with those that are kept, and the mean difference of the
+        expected Dice to the true one.
+        """
         for channel, region in enumerate(self.regions):
-            confidence, dice, patients = map(list, zip(*gather_from_all(self.quality[region]), strict=True))
+            masks, patients = map(list, zip(*gather_from_all(self.parts[region]), strict=True))
+            curves = [dice_curve(parts) for parts in masks]
+            scores, (position,) = scored_fit(
+                curves,
+                curves,
+                patients,
+                fit_high_threshold,
+                lambda kept, _: {"dice": float(kept[:, 0].mean())},
+                lambda kept, position: kept[:, [position]],
+            )
+            helps = scores["cross_fitted"]["dice"] > scores["before"]["dice"]  # also patients that it was not fitted to
+            high = float(HIGH[position if helps else 0])
+            new.high_threshold[channel] = high
+            report[region]["parts"] = {"high_threshold": high} | scores
             scores, numbers = scored_fit(
-                confidence,
-                dice,
+                [np.array([parts.confidence(high)]) for parts in masks],
+                [np.array([parts.dice(high)]) for parts in masks],
                 patients,
                 fit_expected_dice,
                 lambda expected, true: {"mean_error": float(np.abs(np.nan_to_num(expected) - true).mean())},

@@ -19,7 +19,7 @@ MIN_PROBABILITY = 1e-8  # with a larger bound, a high temperature would turn the
 
 
 class Calibration(nn.Module):
-    """Temperatures of masks and grades, weights of the measurements, prior of the grades, and margin of the volumes.
+    """Temperatures of masks and grades, thresholds of the masks' parts, weights of the measurements, and the rest.
 
     Until ``calibrate.yaml`` fits it, it changes nothing: temperatures are 1, the margin is infinite. A fit is valid
     only for the weights and the sampling settings that it was made with. Training therefore resets it, and
@@ -33,6 +33,7 @@ class Calibration(nn.Module):
     Attributes:
         foreground_temperature: of the mask probabilities ``[R]``, fitted to the image's non-zero voxels.
         lesion_temperature: the same, fitted to voxels near the lesion ``[R]``.
+        high_threshold: probability that each connected part of a mask must reach somewhere ``[R]``; 0.5 before the fit.
         grade_temperature: of the grade probabilities of the head; infinite if the grade does not use them.
         measurement_mean: of the validation and training subjects ``[F]``; so is ``measurement_scale``, the standard
             deviation.
@@ -48,6 +49,7 @@ class Calibration(nn.Module):
 
     foreground_temperature: torch.Tensor
     lesion_temperature: torch.Tensor
+    high_threshold: torch.Tensor
     grade_temperature: torch.Tensor
     grade_bias: torch.Tensor
     grade_prior: torch.Tensor
@@ -61,6 +63,7 @@ class Calibration(nn.Module):
         super().__init__()
         self.register_buffer("foreground_temperature", torch.ones(num_regions))
         self.register_buffer("lesion_temperature", torch.ones(num_regions))
+        self.register_buffer("high_threshold", torch.full((num_regions,), 0.5))
         self.register_buffer("grade_temperature", torch.tensor(1.0))
         self.register_buffer("grade_bias", torch.zeros(num_grades))
         self.register_buffer("grade_prior", torch.full((num_grades,), 1 / num_grades))

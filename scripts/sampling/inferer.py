@@ -18,6 +18,7 @@ from scripts.networks.base import SegmentationNetwork
 from scripts.networks.calibration import CALIBRATED_FOR, VOLUMES_FROM, Calibration, expected_dice
 from scripts.networks.stochastic import DISTRIBUTION, draw_logits, spread_noise
 from scripts.sampling.ensemble import FUSIONS, fuse, pairwise_dice
+from scripts.sampling.parts import without_unsure_parts
 from scripts.sampling.probability import area_weighted_mean, entropy_bits, temperature_scaled
 from scripts.sampling.subject import mask_confidence, measurements_of, subject_grade
 from scripts.sampling.windows import Noise, SampledSlices, sample_in_windows
@@ -129,7 +130,7 @@ class VolumeInferer(Inferer):
 
         Returns:
             Maps ``[B, R, H, W, S]``, which are 0 in empty slices: ``pred``, the fused samples or the mask of a
-            stochastic network, to be thresholded at 0.5; ``prob``, the mean of the samples after temperature scaling,
+            stochastic network, to be thresholded at 0.5, without the parts that the calibration leaves out; ``prob``, the mean of the samples after temperature scaling,
             or that of the calibration map in a stochastic network, which also has ``seg_prob``, that of its mask;
             ``uncertainty``, the entropy of ``prob`` in bits; ``variance`` over the samples, if there are several;
             ``calib_prob``, the calibration map as a probability, if there is one and it is not ``prob``;
@@ -180,6 +181,8 @@ class VolumeInferer(Inferer):
         temperature = calibration.get_buffer(f"{self.calibrated_for}_temperature")
         prob[..., filled] = temperature_scaled(raw[..., filled], temperature[:, None, None, None])
         pred = (prob if raw is mask else mask) if self.fusion == "mean" else fuse(samples, self.fusion)
+        if of_fit := self._masks_of_fit(calibration):
+            pred = without_unsure_parts(pred, mask, calibration.high_threshold)
         confidence = mask_confidence(raw, pred > 0.5)
         result = {
             "pred": pred,
@@ -187,7 +190,7 @@ class VolumeInferer(Inferer):
             "uncertainty": entropy_bits(prob),
             "sample_dice": pairwise_dice(samples),
             "confidence": confidence,
-            "expected_dice": expected_dice(confidence, self._dice_fit(calibration)),
+            "expected_dice": expected_dice(confidence, calibration.dice_fit if of_fit else calibration.like().dice_fit),
             "volume_temperature": calibration.foreground_temperature / temperature,
             "volume_margin": calibration.volume_margin,
             "volumes_from": torch.tensor(VOLUMES_FROM.index(calibration.volumes_from)),
@@ -205,11 +208,10 @@ class VolumeInferer(Inferer):
         needed = self.keep_samples or calibration.volumes_from == "samples"
         return result | ({"samples": samples.flatten(0, 1)} if needed else {})
 
-    def _dice_fit(self, calibration: Calibration) -> torch.Tensor:
-        """Numbers of the expected Dice ``[R, 3]``; infinite for masks that are not made as those of the fit."""
+    def _masks_of_fit(self, calibration: Calibration) -> bool:
+        """Whether masks are made as those that their parts' thresholds and the expected Dice were fitted to."""
         denoised = bool(calibration.sampling.get("num_inference_steps", self.num_inference_steps))
-        same = self.fusion == "mean" and denoised == bool(self.num_inference_steps)
-        return calibration.dice_fit if same else torch.full_like(calibration.dice_fit, torch.inf)
+        return self.fusion == "mean" and denoised == bool(self.num_inference_steps)
 
     def calibration_of(self, network: SegmentationNetwork) -> Calibration:
         """The network's calibration, or one without effect if it was fitted with other sampling settings.

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 NAMING = ("grade_labels", "background_label", "modality_dropout")
 # settings that may differ from those of the weights from which a training starts
 OWN = ("regions", "region_labels", "grade_labels", "use_cls_head", "image_size", "slice_size")
-# what older checkpoints lack: fitted since version 0.9, and since version 0.11
-FITTED_LATER = ("calibration.measurement_", "calibration.dice_")
+# what older checkpoints lack: fitted since versions 0.9, 0.11 and 0.16
+FITTED_LATER = ("calibration.measurement_", "calibration.dice_", "calibration.high_threshold")
 
 
 class SaveCheckpoints:
