@@ -55,7 +55,8 @@ def sampled(configs: list[str], settings: dict, region: str) -> list[tuple[Parts
         found = back(found | {"image": item["image"]})
         arrays = [np.asarray(part[channel]) for part in (found["pred"], item["label"])]
         probs = [np.asarray(found[name][channel]) for name in ("seg_prob" if "seg_prob" in found else "prob", "prob")]
-        masks.append((parts_of(*(array > 0 for array in arrays), *probs), float(np.prod(found["pred"].pixdim.tolist())) / 1000))
+        voxel_ml = float(np.prod(found["pred"].pixdim.tolist())) / 1000
+        masks.append((parts_of(*(array > 0 for array in arrays), *probs), voxel_ml))
     return masks
 
 

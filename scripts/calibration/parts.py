@@ -46,9 +46,9 @@ def parts_of(mask: np.ndarray, truth: np.ndarray, seg_prob: np.ndarray, prob: np
     """
     parts, count = connected_parts(mask)
     numbers = np.arange(1, count + 1)
-    sums = (np.asarray(sum_labels(values, parts, numbers)) for values in (mask, truth, prob))
+    size, shared, total = (np.asarray(sum_labels(values, parts, numbers)) for values in (mask, truth, prob))
     peak = np.maximum(HIGH[0], np.asarray(maximum(seg_prob, parts, numbers), np.float32))  # less: of a nested region
-    return Parts(peak, *sums, int(truth.sum()))
+    return Parts(peak, size, shared, total, int(truth.sum()))
 
 
 def dice_curve(parts: Parts) -> np.ndarray:

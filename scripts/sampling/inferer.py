@@ -130,10 +130,11 @@ class VolumeInferer(Inferer):
 
         Returns:
             Maps ``[B, R, H, W, S]``, which are 0 in empty slices: ``pred``, the fused samples or the mask of a
-            stochastic network, to be thresholded at 0.5, without the parts that the calibration leaves out; ``prob``, the mean of the samples after temperature scaling,
-            or that of the calibration map in a stochastic network, which also has ``seg_prob``, that of its mask;
-            ``uncertainty``, the entropy of ``prob`` in bits; ``variance`` over the samples, if there are several;
-            ``calib_prob``, the calibration map as a probability, if there is one and it is not ``prob``;
+            stochastic network, to be thresholded at 0.5, without the parts that the calibration leaves out; ``prob``,
+            the mean of the samples after temperature scaling, or that of the calibration map in a stochastic network,
+            which also has ``seg_prob``, that of its mask; ``uncertainty``, the entropy of ``prob`` in bits;
+            ``variance`` over the samples, if there are several; ``calib_prob``, the calibration map as a probability,
+            if there is one and it is not ``prob``;
             ``samples [B, N * R, H, W, S]``, sample by sample, if they are needed. Values: ``sample_dice [B, R]``, the
             mean Dice of pairs of samples, NaN for one sample; ``volume_temperature [B, R]``, which scales ``prob`` to
             the calibration of the foreground;
