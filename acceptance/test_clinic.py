@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -325,6 +326,30 @@ def test_a_wrong_password_is_told(archive, tmp_path):
         answer = ask(f"http://127.0.0.1:{port}", NAME, archive.series(PatientID="brain")["Ax T1"])
     assert answer.status_code == 502
     assert "401" in answer.json()["detail"]
+
+
+def test_killed_while_it_segments(server, archive, new_study, tmp_path):
+    """A server that is started again with the same folder answers as if nothing had been."""
+    port = free_port()
+    start, url = label_server(archive.web, archive.auth, tmp_path, port), f"http://127.0.0.1:{port}"
+    with running(tmp_path, f"{url}/ohif/", **start) as process, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, url, NAME, new_study)
+        wait_for(lambda: list(tmp_path.rglob(f"series/{new_study}")) or answer.done())
+        process.kill()
+        with pytest.raises(requests.ConnectionError):
+            answer.result(60)
+    with running(tmp_path, f"{url}/ohif/", **start):
+        again = ask(url, NAME, new_study).json()
+    expected = ask(server, NAME, new_study).json()
+    assert again["volume_expected_ml_WT"] == expected["volume_expected_ml_WT"]
+    assert again["series"] == DESCRIPTIONS
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_without_a_token_nothing_is_answered(archive, tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 import monailabel
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import requests
 import SimpleITK as sitk
@@ -433,6 +434,32 @@ def test_the_documented_requests_are_answered(server, tmp_path):
 
 def status(server: Server) -> dict:
     return requests.get(f"{server.url}/train/", timeout=30).json()
+
+
+def test_killed_while_it_trains(server, tmp_path):
+    """Studies, labels and weights are whole, and a new training starts anew from the weights, and says so."""
+    if is_stock(server):
+        pytest.skip("the same code of the bundle trains in both apps")
+    folder, bundle = server.log.parent, server.bundle
+    kept = {path: path.read_bytes() for path in (folder / "studies").rglob("*.nii.gz")}
+    assert any("labels" in path.parts for path in kept)
+    last = bundle / "models" / "last.pt"
+    before = last.stat().st_mtime_ns
+    assert requests.post(f"{server.url}/train/{MODEL}", json={"max_epochs": 50}, timeout=30).ok
+    wait_for(lambda: last.stat().st_mtime_ns != before, 300)  # an epoch is over
+    for process in (*psutil.Process(server.process.pid).children(recursive=True), server.process):
+        process.kill()
+    assert {path: path.read_bytes() for path in (folder / "studies").rglob("*.nii.gz")} == kept
+    (tmp_path / "again").mkdir()
+    command = documented("--app label_app", "8000", folder)[0]
+    with serve(lambda port: command.replace("8000", port), tmp_path / "again", bundle) as running:
+        again = Server(*running, bundle)
+        assert again.infer(f"{SUBJECT}_t1").ok
+        assert requests.post(f"{again.url}/train/{MODEL}", json={"max_epochs": 1}, timeout=30).ok
+        wait_for(lambda: status(again)["status"] not in ("SUBMITTED", "RUNNING"), 300)
+        assert status(again)["status"] == "DONE", status(again)
+        weights = bundle / "models" / "model.pt"
+        assert f"training starts from the weights of '{weights}', with epoch 1" in again.log.read_text()
 
 
 def test_the_server_is_the_version_that_the_docs_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from scripts.data.split import patient
 from scripts.data.subjects import Item, attach_grades, check_headers, subject_of
 from scripts.training.checkpoints import read_checkpoint
 from scripts.training.lineage import seen
+
+logger = logging.getLogger(__name__)
 
 TRAINED = {"_target_": "scripts.training.checkpoints.trained_settings", "ckpt_path": "@ckpt_path"}
 GRADE_KEYS = ("grade_csv", "subject_column", "grade_column", "grade_labels")
@@ -76,6 +79,7 @@ def apply_label_request(parser: ConfigParser, settings: Iterable[str]) -> None:
     changes: dict[str, Any] = {"train::handlers": [handler for handler in handlers if not _loads_weights(handler)]}
     starts = [str(Path(handler["load_path"]).absolute()) for handler in handlers if _loads_weights(handler)]
     changes["init_ckpt"] = starts[0] if starts else None
+    logger.info(f"training starts from {f'the weights of {starts[0]!r}' if starts else 'random weights'}, with epoch 1")
     if Path(parser.get_parsed_content("ckpt_path")).is_file():
         changes |= {"settings": TRAINED} | {key: f"$@settings.get('{key}')" for key in settings}
     changes["dataset_dir"] = str(Path(training[0]["image"]).parent)
