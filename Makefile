@@ -132,7 +132,8 @@ test: $(VENV)/.installed-extras
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
 conformance: $(VENV)/.installed-extras
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 acceptance/test_conformance.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 acceptance/test_conformance.py \
+	    acceptance/test_cluster.py
 
 docs-test: $(VENV)/.installed-extras
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest acceptance/test_docs.py

@@ -69,6 +69,7 @@ EXEMPT = {
     "tensorboard --logdir runs": "a server: it does not end",
     "mlflow ui": "a server: it does not end",
     "torchrun --nnodes 2": "needs two machines",
+    "python -m monai.bundle run --config_file configs/ablation.yaml --scheduler": "test_cluster.py has a scheduler",
 }
 IDENTITY = ["-c", "user.name=docs", "-c", "user.email=docs@example.org"]
 COMMAND = re.compile(r"(python|make|pip|torchrun|git|pytest|tensorboard|mlflow|OMP_\w+=\S+) \S")

@@ -149,7 +149,7 @@ def test_runs_are_kept_and_failures_named(phantoms, tmp_path, monkeypatch):
     assert parts.loc["WT", "joint"] == pytest.approx(table["dice"][0], abs=1e-5)  # the only region
     trained = next(tmp_path.glob("*/last.pt")).stat().st_mtime_ns
     del arms["odd"]
-    monkeypatch.setattr("scripts.tools.ablation.train", None)  # finished runs must not be trained again
+    monkeypatch.setattr("scripts.tools.ablation.workers", None)  # finished runs need no worker
     grid().run()
     assert next(tmp_path.glob("*/last.pt")).stat().st_mtime_ns == trained
     assert len(pd.read_csv(tmp_path / "runs.csv")) == 2

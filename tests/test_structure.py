@@ -13,7 +13,7 @@ from scripts.tools.release import modules
 
 LAYERS = [  # a module may import from its own package and from the layers above its line
     {"config"},
-    {"distributed"},
+    {"distributed", "cluster"},
     {"data", "diffusion"},
     {"networks", "brains"},
     {"net"},

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control, wilcoxon
 from sklearn.model_selection import ParameterGrid
 
+from scripts.cluster import end_with_parent, run_all, workers
 from scripts.config import InputError, TrainingError, atomic_path, check_keys, start_run
 from scripts.data.writing import write_csv
 from scripts.report.plots import plot_ablation
@@ -88,7 +88,8 @@ class Ablation:
         grid: by key (or ``configs`` or ``stages``), a list of values; every combination of values is an arm.
         reference: name of the arm with which the others are compared; None is the first arm.
         seeds: seeds of the split, the weights and the noise.
-        processes: number of runs at a time.
+        processes: number of runs at a time on a machine.
+        scheduler: address of a Dask scheduler (:func:`scripts.cluster.workers`); None runs on this machine.
         evaluation_keys: keys that only evaluation uses, besides those that start with ``validate::inferer::``.
         first: keys of a training that comes first, for each seed, such as that of a generator; None: there is none.
         first_key: key that gets the file of its weights.
@@ -111,6 +112,7 @@ class Ablation:
         reference: str | None = None,
         seeds: Sequence[int] = (0, 1, 2),
         processes: int = 1,
+        scheduler: str | None = None,
         evaluation_keys: Sequence[str] = (),
         first: Mapping[str, Any] | None = None,
         first_key: str = "init_ckpt",
@@ -135,7 +137,7 @@ class Ablation:
             raise InputError(f"reference '{reference}' is not one of the arms {names}")
         self.reference = reference or names[0]
         self.seeds = list(seeds)
-        self.processes = processes
+        self.processes, self.scheduler = processes, scheduler
 
     def run(self) -> None:
         """Train and evaluate the arms that are not finished, then write the tables.
@@ -143,44 +145,44 @@ class Ablation:
         Raises:
             TrainingError: naming the runs that failed. The tables hold the other runs.
         """
-        jobs = {arm.folder(self.output_dir, seed): (arm, seed) for seed in self.seeds for arm in self.arms}
-        with ThreadPool(self.processes) as pool:
-            before = pool.map(self._train_first, self.seeds)
-            ready = [job for job in jobs.values() if not before[self.seeds.index(job[1])]]
-            failed = [error for error in before if error]
-            failed += [error for error in pool.imap_unordered(lambda job: self._attempt(*job), ready) if error]
+        jobs = {}  # by folder: arms that share their training are one job
+        for seed, arm in itertools.product(self.seeds, self.arms):
+            if missing := self._missing(arm, seed):
+                name = f"{' / '.join(other.name for other in missing)}, seed {seed}"
+                jobs[arm.folder(self.output_dir, seed)] = (name, arm, seed)
+        failed = self._run_jobs(list(jobs.values())) if jobs else {}
         self.write()
         if failed:
-            raise TrainingError("\n".join([f"{len(failed)} of {len(jobs)} trainings failed:", *failed]))
+            raise TrainingError("\n".join([f"{len(failed)} of {len(jobs)} trainings failed:", *failed.values()]))
 
-    def _train_first(self, seed: int) -> str | None:
-        """Train what every arm needs, unless it is complete. Return a message if it fails."""
-        if self.first is None:
-            return None
-        folder = self.first.folder(self.output_dir, seed)
-        logger.info(f"{self.first_key}, seed {seed}: {folder}")
-        try:
-            train(self.first, seed, folder, self.threads)
-        except subprocess.CalledProcessError:
-            return f"{self.first_key}, seed {seed}: {_last_line(folder / 'log.txt')} (full log: {folder / 'log.txt'})"
-        return None
-
-    def _attempt(self, arm: Arm, seed: int) -> str | None:
-        """Train an arm and evaluate every arm that shares its weights. Return a message if a run fails."""
+    def _missing(self, arm: Arm, seed: int) -> list[Arm]:
+        """The arms with this training that are not evaluated yet."""
         folder = arm.folder(self.output_dir, seed)
         sharing = [other for other in self.arms if other.folder(self.output_dir, seed) == folder]
-        try:
-            missing = [
-                other for other in sharing if not (other.evaluation(self.output_dir, seed) / "summary.json").is_file()
-            ]
-            if missing:
-                logger.info(f"{' / '.join(other.name for other in sharing)}, seed {seed}: {folder}")
-                weights = train(self._after_first(arm, seed), seed, folder, self.threads)
-            for other in missing:
-                evaluate(other, seed, weights, other.evaluation(self.output_dir, seed), self.threads)
-        except subprocess.CalledProcessError:
-            return f"{arm.name}, seed {seed}: {_last_line(folder / 'log.txt')} (full log: {folder / 'log.txt'})"
-        return None
+        return [other for other in sharing if not (other.evaluation(self.output_dir, seed) / "summary.json").is_file()]
+
+    def _run_jobs(self, jobs: Sequence[tuple[str, Arm, int]]) -> dict[Any, str]:
+        """Run the jobs, after the first trainings of their seeds. Return a message for each that failed."""
+        seeds = sorted({seed for _, _, seed in jobs}) if self.first else []
+        failed: dict[Any, str] = {}
+        with workers(self.scheduler, self.processes) as client:
+            errors = run_all(client, self._train_first, [(seed,) for seed in seeds])
+            failed |= {s: f"{self.first_key}, seed {s}: {e}" for s, e in zip(seeds, errors, strict=True) if e}
+            ready = [job for job in jobs if job[2] not in failed]
+            errors = run_all(client, self._train_and_evaluate, [job[1:] for job in ready])
+            failed |= {job[0]: f"{job[0]}: {e}" for job, e in zip(ready, errors, strict=True) if e}
+        return failed
+
+    def _train_first(self, seed: int) -> None:
+        """Train what every arm needs, unless it is complete."""
+        assert self.first is not None
+        train(self.first, seed, self.first.folder(self.output_dir, seed), self.threads)
+
+    def _train_and_evaluate(self, arm: Arm, seed: int) -> None:
+        """Train an arm, and evaluate every arm that shares its weights."""
+        weights = train(self._after_first(arm, seed), seed, arm.folder(self.output_dir, seed), self.threads)
+        for other in self._missing(arm, seed):
+            evaluate(other, seed, weights, other.evaluation(self.output_dir, seed), self.threads)
 
     def _after_first(self, arm: Arm, seed: int) -> Arm:
         """The arm with the weights of the first training."""
@@ -279,7 +281,11 @@ def evaluate(arm: Arm, seed: int, weights: Path, folder: Path, threads: int) -> 
 
 
 def run_bundle(arm: Arm, configs: Sequence[str], keys: Mapping[str, Any], log: Path, threads: int) -> None:
-    """Run the files of an arm, and further ones, in a separate process, as on the command line."""
+    """Run the files of an arm, and further ones, in a separate process, as on the command line.
+
+    Raises:
+        TrainingError: with the last line of the log, if the process fails.
+    """
     files = str([f"configs/{name}" for name in (*arm.configs, *configs)])
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
     for key, value in keys.items():
@@ -287,7 +293,11 @@ def run_bundle(arm: Arm, configs: Sequence[str], keys: Mapping[str, Any], log: P
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as stream:
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
-        subprocess.run(command, cwd=arm.bundle, stdout=stream, stderr=stream, check=True, env=environment)
+        done = subprocess.run(
+            command, cwd=arm.bundle, stdout=stream, stderr=stream, env=environment, preexec_fn=end_with_parent
+        )
+    if done.returncode:
+        raise TrainingError(f"{_last_line(log)} (full log: {log})")
 
 
 def compare(runs: pd.DataFrame, subjects: pd.DataFrame, reference: str) -> pd.DataFrame:

@@ -1,0 +1,80 @@
+"""A grid on the workers of a Dask scheduler, one of which is killed. Run by `make conformance`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conftest import ROOT, make_phantoms
+
+ARMS = "{'plain': {}, 'anchor': {'conditioning': ['highway','anchor']}}"
+TINY = {"image_size": 32, "channels": [8, 8, 8], "calib_channels": [8, 8, 8], "slices_per_volume": 2, "batch_size": 8}
+
+
+@contextlib.contextmanager
+def program(*words: str, log: Path) -> Iterator[subprocess.Popen]:
+    """A program of Dask that runs until the end of the block."""
+    with log.open("w") as stream:
+        command = [str(Path(sys.executable).with_name("dask")), *words]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=stream, stderr=stream, env=os.environ | {"PYTHONPATH": "."}
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_for(condition, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return found
+
+
+def grid(data: Path, out: Path, **keys: object) -> subprocess.Popen:
+    """The command of docs/ablation.md with tiny networks: two arms, two seeds."""
+    sizes = {f"ablation::settings::{key}": value for key, value in TINY.items()}
+    given = {"dataset_dir": data, "output_dir": out, "configs": ["train.yaml"], "arms": ARMS, "seeds": [0, 1]}
+    given |= {"max_epochs": 3, "processes": 2} | sizes | keys
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", "configs/ablation.yaml"]
+    options = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> Path:
+    return make_phantoms(tmp_path_factory.mktemp("phantoms"), 10, 32, 32, 8)
+
+
+def test_a_grid_on_other_workers_has_the_table_of_this_machine(phantoms, tmp_path):
+    """One of the two workers is killed while it trains."""
+    here = grid(phantoms, tmp_path / "here")
+    printed, _ = here.communicate(timeout=600)
+    assert here.returncode == 0, printed[-3000:]
+    file = tmp_path / "scheduler.json"
+    with program("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), log=tmp_path / "s"):
+        wait_for(file.is_file)
+        worker = ("worker", "--scheduler-file", str(file), "--nthreads", "1", "--host", "127.0.0.1")
+        address = wait_for(lambda: [line for line in (tmp_path / "s").read_text().splitlines() if "tcp://" in line])
+        scheduler = "tcp://" + address[0].split("tcp://")[1].split()[0]
+        with program(*worker, log=tmp_path / "w1") as first, program(*worker, log=tmp_path / "w2"):
+            there = grid(phantoms, tmp_path / "there", scheduler=scheduler)
+            wait_for(lambda: list((tmp_path / "there").glob("*/last.pt")))  # an epoch is over
+            for process in [*psutil.Process(first.pid).children(recursive=True), first]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            printed, _ = there.communicate(timeout=600)
+    assert there.returncode == 0, printed[-3000:]
+    for name in ("table.csv", "runs.csv", "parts.csv"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()

@@ -1,0 +1,71 @@
+"""Workers for jobs that are independent of each other: processes of this machine, or of others, by Dask."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from scripts.config import InputError
+
+WAIT = "10s"  # for the answer of a scheduler
+
+
+@contextlib.contextmanager
+def workers(scheduler: str | None, processes: int) -> Iterator[Any]:
+    """A ``distributed.Client`` whose workers run one job at a time.
+
+    A job of a worker that dies is given to another. After three deaths it counts as failed.
+
+    Args:
+        scheduler: address of a Dask scheduler, such as ``tcp://host:8786``; None starts workers on this machine.
+        processes: number of these workers.
+
+    Raises:
+        InputError: if Dask is not installed, no scheduler answers, or ``processes`` is not positive.
+    """
+    try:
+        from distributed import Client, LocalCluster  # imported here because it is an extra
+    except ImportError as error:
+        raise InputError("jobs are run by Dask, which is not installed: pip install 'distributed>=2026.8'") from error
+    with contextlib.ExitStack() as stack:
+        if scheduler is None:
+            if not isinstance(processes, int) or processes < 1:
+                raise InputError(f"processes={processes!r} must be a whole number, 1 or more")
+            address = "127.0.0.1:0"  # of the dashboard; the default is open to the network
+            cluster: Any = LocalCluster(n_workers=processes, threads_per_worker=1, dashboard_address=address)
+            stack.enter_context(cluster)
+        try:
+            client = Client(cluster if scheduler is None else scheduler, timeout=WAIT)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"scheduler '{scheduler}' does not answer: {error}; start one with dask scheduler"
+            ) from error
+        yield stack.enter_context(client)
+
+
+def run_all(client: Any, function: Callable[..., None], jobs: Sequence[tuple]) -> list[Exception | None]:
+    """Run ``function(*job)`` for all jobs. Return the exception of each that failed, in their order.
+
+    A progress bar shows how many are done.
+    """
+    from distributed import as_completed
+
+    futures = [client.submit(function, *job, pure=False) for job in jobs]
+    for _ in tqdm(as_completed(futures), desc=function.__name__.strip("_"), total=len(futures), disable=None):
+        pass
+    return [future.exception() for future in futures]
+
+
+def end_with_parent() -> None:
+    """Let the calling process be killed when the one that started it ends; for ``preexec_fn``, on Linux alone.
+
+    Otherwise the program that a killed worker started would go on beside the one that takes up its job.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
