@@ -118,7 +118,7 @@ staged: $(VENV)/.installed
 # continues where it was interrupted
 weights: $(VENV)/.installed
 	test -f runs/weights/brains/name_mapping.csv || $(RUN) -m scripts.tools.phantom --output_dir runs/weights/brains \
-	    --num_subjects 120 --randomise 1 --size 64
+	    --num_subjects 60 --randomise 1 --size 64
 	$(RUN) -W ignore -m monai.bundle run --config_file "[$(WEIGHTS),'configs/resume.yaml']"
 	$(RUN) -W ignore -m monai.bundle run --config_file "[$(WEIGHTS),'configs/evaluate.yaml','configs/calibrate.yaml']" \
 	    --output_dir runs/weights/calibrate

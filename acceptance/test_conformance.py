@@ -147,7 +147,7 @@ def test_metadata_is_verified_against_the_schema_of_monai(bundle, tmp_path):
 def test_the_metrics_of_the_metadata_are_those_of_the_weights(tmp_path):
     """`make weights` gives the brains; the rest is its evaluation with the weights that are there."""
     data = str(tmp_path / "data")
-    sizes = ["--num_subjects", "40", "--randomise", "1", "--size", "64"]
+    sizes = ["--num_subjects", "60", "--randomise", "1", "--size", "64"]
     python(ROOT, True, tmp_path, "-m", "scripts.tools.phantom", "--output_dir", data, *sizes)
     names = configs(ROOT, True, "train.yaml", "weights.yaml", "evaluate.yaml")
     options = ["--dataset_dir", data, "--ckpt_dir", "models", "--output_dir", str(tmp_path / "evaluate")]

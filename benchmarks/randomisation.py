@@ -37,7 +37,7 @@ PARTS = [field.name for field in fields(Randomisation)]
 ARMS: dict[str, tuple[list[str], dict[str, object]]] = {
     FULL: ([], {}),
     "plain U-Net": (["baseline_unet.yaml"], {}),
-    **{f"without {part}": ([], {"train::random_transforms::0::randomisation": {part: 0}}) for part in PARTS},
+    **{f"without {part}": ([], {f"train::random_transforms::0::randomisation::{part}": 0}) for part in PARTS},
 }
 
 
