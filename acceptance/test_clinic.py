@@ -167,7 +167,7 @@ def test_series_on_different_grids_are_refused(server, archive, studies, tmp_pat
     assert "t2" in answer.json()["detail"]
 
 
-@pytest.mark.parametrize("image", ["1.2.3", "../../etc", "%2e%2e%2fmodels", "*", "1.2.3&StudyInstanceUID=1"])
+@pytest.mark.parametrize("image", ["1.2.3", "1" * 300, "../../etc", "%2e%2e%2fmodels", "*", "1.2.3&StudyInstanceUID=1"])
 def test_unknown_and_hostile_series_are_not_found(server, image):
     answer = ask(server, NAME, image)
     assert answer.status_code == 404
@@ -179,6 +179,19 @@ def test_store_needs_an_archive_that_takes_it(server, archive):
     synthesis = ask(server, "ncct_to_cta_synthesis", archive.series(PatientID="torso")["CT phantom"], store=True)
     assert synthesis.status_code == 422
     assert "makes no DICOM segmentations" in synthesis.json()["detail"]
+
+
+def test_corrected_masks_are_refused_with_the_reason(server, archive):
+    url = f"{server}/datastore/label?image={archive.series(PatientID='brain')['Ax T1']}&tag=final"
+    answer = requests.put(url, files={"params": (None, "{}"), "label": ("mask.nii.gz", b"mask")}, timeout=30)
+    assert answer.status_code == 422
+    assert "takes no corrected masks" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("params", [{"image": ["a"]}, {"volume": []}, {"logging": 5}, {"logging": "$import os"}])
+def test_options_of_the_wrong_type_are_refused(server, archive, params):
+    answer = ask(server, NAME, archive.series(PatientID="brain")["Ax T1"], **params)
+    assert answer.status_code == 422, answer.text
 
 
 def test_training_is_not_offered(server):

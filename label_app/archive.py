@@ -65,7 +65,7 @@ class Archive(DICOMWebDatastore):
             uid = str(series.SeriesInstanceUID)
             if uid not in self.referenced:
                 found = self._ask(self._client.retrieve_series_metadata, str(series.StudyInstanceUID), uid)
-                sequence = Dataset.from_json(found[0]).get("ReferencedSeriesSequence")
+                sequence = self._ask(Dataset.from_json, found[0]).get("ReferencedSeriesSequence")
                 self.referenced[uid] = str(sequence[0].SeriesInstanceUID) if sequence else ""
         now = {self.referenced[str(series.SeriesInstanceUID)] for series in segmentations}
         return sorted(now & self.studies().keys())
@@ -90,7 +90,9 @@ class Archive(DICOMWebDatastore):
             raise HTTPException(404, f"the archive has no series '{uid}'")
         return found[0]
 
-    def subject(self, uid: str, patterns: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
+    def subject(
+        self, uid: str, patterns: Mapping[str, str], modalities: Sequence[str] | None = None
+    ) -> tuple[Path, dict[str, str]]:
         """Folder with one sub-folder for each modality, of the study that a series belongs to.
 
         A series belongs to the first modality whose pattern its SeriesDescription matches, whatever the case. The asked
@@ -99,6 +101,7 @@ class Archive(DICOMWebDatastore):
         Args:
             uid: SeriesInstanceUID.
             patterns: a regular expression for each modality.
+            modalities: those that are needed; None needs all.
 
         Returns:
             The folder, and the description of the series that was taken for each modality.
@@ -114,7 +117,8 @@ class Archive(DICOMWebDatastore):
             matched = [name for name, pattern in patterns.items() if re.search(pattern, text, re.IGNORECASE)]
             if matched:
                 found[matched[0]].append(sibling)
-        chosen = {name: [s for s in series if s.SeriesInstanceUID == uid] or series for name, series in found.items()}
+        wanted = {name: found[name] for name in patterns if modalities is None or name in modalities}
+        chosen = {name: [s for s in series if s.SeriesInstanceUID == uid] or series for name, series in wanted.items()}
         for modality, series in chosen.items():
             if len(series) != 1:
                 names = [str(one.get("SeriesDescription", "")) for one in series or siblings]
@@ -146,13 +150,23 @@ class Archive(DICOMWebDatastore):
             study = str(series.StudyInstanceUID)
             instances = self._ask(self._client.retrieve_series, study, uid, media_types=AS_STORED)
             for instance in instances:
-                _check_whole(instance)
+                self._ask(_check_whole, instance)
                 instance.save_as(partial / f"{_name(instance.SOPInstanceUID)}.dcm", enforce_file_format=True)
             expected = int(series.get("NumberOfSeriesRelatedInstances", len(instances)))
             if len(instances) != expected or not instances:
                 raise HTTPException(502, f"the archive gave {len(instances)} of {expected} images of series '{uid}'")
             partial.rename(target)
         return target
+
+    def save_label(
+        self, image_id: str, label_filename: str, label_tag: str, label_info: Any, label_id: str = ""
+    ) -> str:
+        """Refuse a corrected mask: MONAI Label would convert it by programs that it downloads.
+
+        Raises:
+            HTTPException: 422.
+        """
+        raise HTTPException(422, "an archive takes no corrected masks; use a folder of studies (docs/monai_label.md)")
 
     def store(self, objects: Sequence[Dataset]) -> None:
         """Put DICOM objects into the archive.
@@ -165,12 +179,14 @@ class Archive(DICOMWebDatastore):
 
     def _search(self, *study: str, **filters: Any) -> list[Dataset]:
         answer = self._ask(self._client.search_for_series, *study, fields=FIELDS, **filters)
-        return [Dataset.from_json(series) for series in answer]
+        return [self._ask(Dataset.from_json, series) for series in answer]
 
     def _ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
-        """Call the archive; its failures are sent to the client with their reason."""
+        """Call the archive, or read what it sent; failures are sent to the client with their reason."""
         try:
             return function(*arguments, **options)
+        except HTTPException:
+            raise
         except requests.RequestException as error:
             raise HTTPException(502, f"the archive {self._client.base_url} does not answer: {error}") from error
         except Exception as error:  # pydicom raises many kinds for damaged files

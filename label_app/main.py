@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import re
 import shutil
 import sys
@@ -36,6 +37,7 @@ CHOICES = {
     "sampler": ("ddim", "ddpm", "dpm_solver", "unipc"),
     "fusion": ("mean", "majority", "staple"),
     "result_extension": (".nii.gz", ".nii", ".nrrd", ".seg.nrrd"),
+    "logging": tuple(name for level in ("DEBUG", "INFO", "WARNING", "ERROR") for name in (level, level.lower())),
 }
 RANGES = {"num_inference_steps": (0, 1000), "num_samples": (1, 32), "sw_batch_size": (1, 32), "batch_size": (1, 64)}
 SWITCHES = ("tta", "store")
@@ -80,6 +82,8 @@ class Infer(BundleInferTask):
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict]:
         if not request.get("image"):
             raise HTTPException(404, "the studies folder has no image of this name")
+        if not isinstance(request["image"], str):
+            raise HTTPException(422, "image must be one name")
         weights = tuple(file.name for file in Path(self.bundle_path, "models").glob("*.pt"))
         choices = CHOICES | {"volume": tuple(self.volumes), "model_filename": weights}
         check_options(request, choices, self._config.get("device", []))
@@ -142,8 +146,8 @@ def check_options(request: dict[str, Any], choices: Mapping[str, Sequence[str]],
         devices: names that the server offers.
     """
     for name, allowed in choices.items():
-        value = request.get(name, [])
-        for choice in value if isinstance(value, list) else [value]:
+        value = request.get(name, list(allowed))
+        for choice in value if isinstance(value, list) and value else [value] * bool(allowed):
             if choice not in allowed:
                 raise HTTPException(422, f"{name} '{choice}' is not one of {list(allowed)}")
     for name, (low, high) in RANGES.items():
@@ -167,9 +171,9 @@ def check_options(request: dict[str, Any], choices: Mapping[str, Sequence[str]],
             raise HTTPException(422, f"{name}: text that starts with '$', '@' or '%' is refused")
 
 
-def check_path(image: Any, folders: list[Path]) -> None:
+def check_path(image: str, folders: list[Path]) -> None:
     """Answer 403 unless the file of a request lies in one of the folders, symbolic links resolved."""
-    if isinstance(image, str) and not any(Path(image).resolve().is_relative_to(folder) for folder in folders):
+    if not any(Path(image).resolve().is_relative_to(folder) for folder in folders):
         raise HTTPException(403, "the image is not in the studies folder")
 
 
@@ -216,12 +220,13 @@ class BundlesApp(MONAILabelApp):
     def _infer(self, request: dict[str, Any], datastore: Any) -> dict:
         """The image of an archive is a series. A model of several modalities finds the others of its study."""
         archive, image, model = self.datastore(), request.get("image"), str(request.get("model"))
-        if not isinstance(archive, Archive) or not isinstance(image, str) or Path(image).exists():
+        if not isinstance(archive, Archive) or not isinstance(image, str) or os.path.exists(image):
             return super().infer(request, datastore)
-        patterns = self.series.get(model, {})
-        if "modalities" in self.conf:
-            patterns = {name: text for name, text in patterns.items() if name in self.conf["modalities"].split(",")}
-        folder, used = archive.subject(image, patterns) if patterns else (Path(archive.get_image_uri(image)), {})
+        if patterns := self.series.get(model, {}):
+            names = [name.strip() for name in self.conf["modalities"].split(",")] if "modalities" in self.conf else None
+            folder, used = archive.subject(image, patterns, names)
+        else:
+            folder, used = Path(archive.get_image_uri(image)), {}
         result = super().infer({**request, "image": str(folder)}, datastore)
         result["params"] = {**(result.get("params") or {}), **({"series": used} if used else {})}
         return result

@@ -61,7 +61,9 @@ class LeastExpectedDice(Strategy):
         if key not in self.known:
             try:
                 answer = self.infer({"model": self.model, "image": image})
-            except HTTPException:
+            except HTTPException as error:
+                if error.status_code >= 500:  # the archive may answer the next time
+                    return None
                 self.known[key] = None
             else:
                 Path(answer.get("file") or answer["label"]).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ WAIT = "10s"  # for the answer of a scheduler
 def workers(scheduler: str | None, processes: int) -> Iterator[Any]:
     """A ``distributed.Client`` whose workers run one job at a time.
 
-    A job of a worker that dies is given to another. After three deaths it counts as failed.
+    A job of a worker that dies is given to another. When the fourth worker dies of it, it counts as failed.
 
     Args:
         scheduler: address of a Dask scheduler, such as ``tcp://host:8786``; None starts workers on this machine.

@@ -85,6 +85,7 @@ def test_a_first_training_that_fails_halfway_is_named(tmp_path):
         ({"a": {"dataset_dir": "nowhere"}}, {}, "dataset_dir 'nowhere' is not a folder"),
         ({"a": {"stages": "three"}}, {}, "arm 'a': stages 'three'"),
         ({"a": {}}, {"reference": "b"}, "reference 'b'"),
+        ({"a": {"stages": "staged", "max_epochs": 3}}, {}, "arm 'a': three stages need max_epochs 4 or more, not 3"),
     ],
 )
 def test_bad_grids_are_refused_before_any_run(arms, options, message, tmp_path):

@@ -310,7 +310,7 @@ def items(tmp_path):
 def fit(checkpoint, tmp_path, evaluate_items):
     """Function that fits the calibration to evaluated items, and returns the network with the result."""
 
-    def run(evaluated, grade_from="head", measured=()):
+    def run(evaluated, grade_from="head", measured=(), **sampling):
         names = [item["subject"] for item in evaluated]
         labels = {"LGG": 0, "HGG": 1}
         handler = CalibrationFit(
@@ -318,7 +318,7 @@ def fit(checkpoint, tmp_path, evaluate_items):
         )
         network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
         network.calibration.foreground_temperature.fill_(9)  # an earlier fit must not change this one
-        evaluate_items(handler, evaluated, network=network, inferer=VolumeInferer(num_samples=3))
+        evaluate_items(handler, evaluated, network=network, inferer=VolumeInferer(num_samples=3, **sampling))
         assert (network.calibration.foreground_temperature == 1).all()
         load_weights(network, checkpoint, {"seed": 1})
         return network.calibration
@@ -351,6 +351,11 @@ def test_fits_and_stores_in_the_checkpoint(checkpoint, tmp_path, items, fit, cap
     assert report["grade"]["after"]["log_loss"] < math.log(2)  # that of the frequencies
     assert read_checkpoint(checkpoint)["settings"] == {"seed": 1}  # the rest of the checkpoint is kept
     assert read_checkpoint(checkpoint)["lineage"]["validation"] == {"d": [f"s{i}" for i in range(6)]}
+
+
+def test_other_fusions_are_refused(items, fit):
+    with pytest.raises(InputError, match="fusion=majority: the calibration is fitted to masks of fusion=mean"):
+        fit(items(), fusion="majority")
 
 
 def test_the_threshold_of_the_parts_is_fitted_and_the_expected_dice_to_what_is_kept(tmp_path, items, fit):

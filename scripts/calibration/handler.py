@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import numpy as np
@@ -111,7 +111,9 @@ class CalibrationFit:
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: SupervisedEvaluator) -> None:
-        network: Any = engine.network
+        network, inferer = cast(Any, engine.network), cast(Any, engine.inferer)
+        if inferer.fusion != "mean":
+            raise InputError(f"fusion={inferer.fusion}: the calibration is fitted to masks of fusion=mean")
         self.calibration: Calibration = network.calibration
         self.calibration.reset()  # the fit needs probabilities that are not calibrated
         self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
@@ -228,7 +230,7 @@ class CalibrationFit:
             helps = scores["cross_fitted"]["dice"] > scores["before"]["dice"]  # also patients that it was not fitted to
             high = float(HIGH[position if helps else 0])
             new.high_threshold[channel] = high
-            report[region]["parts"] = {"high_threshold": high} | scores
+            report[region]["parts"] = {"high_threshold": high} | scores | ({} if helps else {"after": scores["before"]})
             scores, numbers = scored_fit(
                 [np.array([parts.confidence(high)]) for parts in masks],
                 [np.array([parts.dice(high)]) for parts in masks],

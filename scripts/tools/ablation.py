@@ -28,6 +28,7 @@ from scripts.report.results import Results
 logger = logging.getLogger(__name__)
 
 STAGES = {"stage1_segmentation": 0.5, "stage2_grading": 0.25, "stage3_joint": 0.25}  # shares of max_epochs
+MIN_STAGED = 4  # epochs that they can share
 TRAINING_MODES = ("joint", "staged")
 INFERER = "validate::inferer::"  # start of keys that only evaluation uses
 
@@ -250,6 +251,8 @@ def _parse_arm(
         raise InputError(f"arm '{name}': {absent} are not files of configs/")
     if "max_epochs" not in keys:
         raise InputError(f"arm '{name}': settings must give max_epochs, so that all arms train for the same time")
+    if stages == "staged" and keys["max_epochs"] < MIN_STAGED:
+        raise InputError(f"arm '{name}': three stages need max_epochs {MIN_STAGED} or more, not {keys['max_epochs']}")
     if not Path(keys.get("dataset_dir", ".")).is_dir():
         raise InputError(f"arm '{name}': dataset_dir '{keys['dataset_dir']}' is not a folder")
     check_keys({key.split("::")[0]: value for key, value in keys.items()}, bundle / "configs" / "train.yaml")
@@ -265,8 +268,9 @@ def train(arm: Arm, seed: int, folder: Path, threads: int) -> Path:
         keys = arm.training | {"seed": seed, "val_interval": epochs, "output_dir": folder, "ckpt_dir": folder}
         run_bundle(arm, ["resume.yaml"], keys, log, threads)
         return folder / "last.pt"
-    for stage, share in STAGES.items():
-        count = max(1, round(share * epochs))
+    counts = {stage: round(share * epochs) for stage, share in STAGES.items()}
+    counts["stage3_joint"] += epochs - sum(counts.values())
+    for stage, count in counts.items():
         stage_folder = folder / stage
         keys = arm.training | {"seed": seed, "val_interval": count, "max_epochs": count}
         keys |= {"output_dir": stage_folder, "ckpt_dir": stage_folder}
@@ -291,13 +295,14 @@ def run_bundle(arm: Arm, configs: Sequence[str], keys: Mapping[str, Any], log: P
     for key, value in keys.items():
         command += [f"--{key}", "$None" if value is None else str(value)]  # MONAI leaves out a value of None
     log.parent.mkdir(parents=True, exist_ok=True)
+    before = log.stat().st_size if log.is_file() else 0
     with log.open("a", encoding="utf-8") as stream:
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(
             command, cwd=arm.bundle, stdout=stream, stderr=stream, env=environment, preexec_fn=end_with_parent
         )
     if done.returncode:
-        raise TrainingError(f"{_last_line(log)} (full log: {log})")
+        raise TrainingError(f"{_last_line(log, before)} (full log: {log})")
 
 
 def compare(runs: pd.DataFrame, subjects: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -352,7 +357,8 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
-def _last_line(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8").strip().splitlines() if file.is_file() else []
+def _last_line(file: Path, start: int) -> str:
+    """The last error, or the last line, of a log from a position on."""
+    lines = file.read_bytes()[start:].decode(errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["no output"])[-1]
