@@ -93,7 +93,7 @@ def server(process):
     return process.url
 
 
-def ask(server: str, model: str, image: str, **params) -> requests.Response:
+def ask(server: str, model: str, image: str, /, **params) -> requests.Response:
     url = f"{server}/infer/{model}?image={image}&output=json"
     return requests.post(url, files={"params": (None, json.dumps(params))}, timeout=120)
 
