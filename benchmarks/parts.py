@@ -68,7 +68,7 @@ def scores(masks: list[tuple[Parts, float]], threshold: float) -> dict[str, floa
     ]
     empty = [volume for size, volume in false if not size]
     return {
-        "threshold": threshold,
+        "parts kept": f"p >= {threshold:g}",
         "mean Dice": float(np.mean(full)) if full else np.nan,
         "parts without a true voxel (ml)": np.mean([volume for size, volume in false if size]),
         f"empty subjects below {SMALL:g} ml": float(np.mean(np.array(empty) < SMALL)) if empty else np.nan,

@@ -1,6 +1,6 @@
 """Is each part of the random brains worth it? Short trainings without one of them, judged on patients.
 
-Trains ``weights.yaml`` as it is, a plain U-Net on the same brains, and once for each part of
+Trains ``weights.yaml`` with all parts at 1, a plain U-Net on the same brains, and once for each part of
 ``scripts.brains.brain.Randomisation`` with that part at 0. Then it evaluates all of them on the subjects of a folder.
 The same command continues an interrupted run. Keys of ``train.yaml`` can follow; they hold for trainings and
 evaluations.
@@ -31,13 +31,14 @@ from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.brains.brain import Randomisation  # noqa: E402
 from scripts.report.intervals import with_intervals  # noqa: E402
 
+STRENGTHS = "train::random_transforms::0::randomisation"  # those that are not named are 1
 FULL, CONFIGS = "all parts", ["train.yaml", "weights.yaml"]
 PARTS = [field.name for field in fields(Randomisation)]
 # of each arm: further configuration files, and keys of the training
 ARMS: dict[str, tuple[list[str], dict[str, object]]] = {
-    FULL: ([], {}),
-    "plain U-Net": (["baseline_unet.yaml"], {}),
-    **{f"without {part}": ([], {f"train::random_transforms::0::randomisation::{part}": 0}) for part in PARTS},
+    FULL: ([], {STRENGTHS: {}}),
+    "plain U-Net": (["baseline_unet.yaml"], {STRENGTHS: {}}),
+    **{f"without {part}": ([], {STRENGTHS: {part: 0}}) for part in PARTS},
 }
 
 
