@@ -11,7 +11,7 @@ from scipy.special import expit
 
 from scripts.sampling.parts import connected_parts
 
-# thresholds that are tried, up to 0.9999: higher ones leave out whole tumours (docs/weights.md); the first has no effect
+# thresholds that are tried; the first has no effect, and higher ones leave out whole tumours (docs/weights.md)
 HIGH = expit(np.linspace(0, 9.25, 38)).astype(np.float32)
 
 
