@@ -1,9 +1,10 @@
-"""A grid on the workers of a Dask scheduler, one of which is killed. Run by `make conformance`."""
+"""Jobs and grids on Dask's workers, some of which are killed. Run by `make conformance`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ import psutil
 import pytest
 
 from conftest import ROOT, make_phantoms
+from scripts.cluster import end_with_parent, run_all, workers
+from scripts.config import InputError
 
 ARMS = "{'plain': {}, 'anchor': {'conditioning': ['highway','anchor']}}"
 TINY = {"image_size": 32, "channels": [8, 8, 8], "calib_channels": [8, 8, 8], "slices_per_volume": 2, "batch_size": 8}
@@ -78,3 +81,52 @@ def test_a_grid_on_other_workers_has_the_table_of_this_machine(phantoms, tmp_pat
     assert there.returncode == 0, printed[-3000:]
     for name in ("table.csv", "runs.csv", "parts.csv"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+def job(folder: Path, kind: str) -> None:
+    """Write a file. A job of the kind ``first dies`` kills its worker at the first attempt, ``dies`` always."""
+    with (folder / f"{kind}.attempts").open("a") as stream:
+        stream.write("attempt\n")
+    attempts = len((folder / f"{kind}.attempts").read_text().splitlines())
+    if kind == "fails":
+        raise ValueError("of this job")
+    if kind == "dies" or (kind == "first dies" and attempts == 1):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], preexec_fn=end_with_parent)
+        (folder / f"{kind}.child").write_text(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / f"{kind}.done").write_text(str(os.getpid()))
+
+
+def test_jobs_of_killed_workers_are_taken_up(tmp_path):
+    kinds = ["good", "first dies", "fails", "other"]
+    with workers(None, 2) as client:
+        errors = run_all(client, job, [(tmp_path, kind) for kind in kinds])
+    assert [str(error) for error in errors] == ["None", "None", "of this job", "None"]
+    assert all((tmp_path / f"{kind}.done").is_file() for kind in ("good", "first dies", "other"))
+    assert (tmp_path / "first dies.attempts").read_text().count("attempt") == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_what_a_killed_worker_started_ends_with_it(tmp_path):
+    with workers(None, 1) as client:
+        assert run_all(client, job, [(tmp_path, "first dies")]) == [None]
+    child, end = int((tmp_path / "first dies.child").read_text()), time.monotonic() + 10
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_job_that_kills_every_worker_fails_alone(tmp_path):
+    with workers(None, 2) as client:
+        errors = run_all(client, job, [(tmp_path, "dies"), (tmp_path, "good")])
+    assert errors[1] is None
+    assert "Attempted to run task" in str(errors[0])
+    assert (tmp_path / "dies.attempts").read_text().count("attempt") == 4
+
+
+def test_a_scheduler_that_does_not_answer_is_named():
+    with (
+        pytest.raises(InputError, match="scheduler 'tcp://127.0.0.1:1' does not answer"),
+        workers("tcp://127.0.0.1:1", 1),
+    ):
+        raise AssertionError("it runs")

@@ -352,7 +352,10 @@ CHECKPOINTS = {
         spoiled(lambda c, _: c["model"].update({"denoiser.out.2.conv.weight": torch.ones(7, 7)})),
         "does not fit the configured network",
     ),
-    "missing weights": (spoiled(lambda c, _: c["model"].popitem()), "does not fit the configured network"),
+    "missing weights": (
+        spoiled(lambda c, _: c["model"].pop(next(iter(c["model"])))),
+        "does not fit the configured network",
+    ),
     "text as weights": (
         spoiled(lambda c, _: c["model"].update({"denoiser.out.2.conv.weight": "$import os"})),
         "does not fit the configured network",
