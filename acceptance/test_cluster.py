@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -27,8 +28,9 @@ def program(*words: str, log: Path) -> Iterator[subprocess.Popen]:
     """A program of Dask that runs until the end of the block."""
     with log.open("w") as stream:
         command = [str(Path(sys.executable).with_name("dask")), *words]
+        paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "acceptance", "tests"))
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=stream, stderr=stream, env=os.environ | {"PYTHONPATH": "."}
+            command, cwd=ROOT, stdout=stream, stderr=stream, env=os.environ | {"PYTHONPATH": paths}
         )
     try:
         yield process
@@ -43,6 +45,17 @@ def wait_for(condition, seconds: float = 120):
         assert time.monotonic() < end
         time.sleep(0.2)
     return found
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A scheduler and two workers: its address, and one of them."""
+    file = folder / "scheduler.json"
+    with program("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), log=folder / "s"):
+        wait_for(file.is_file)
+        worker = ("worker", "--scheduler-file", str(file), "--nthreads", "1", "--host", "127.0.0.1")
+        with program(*worker, log=folder / "w1") as first, program(*worker, log=folder / "w2"):
+            yield wait_for(lambda: json.loads(file.read_text() or "{}").get("address")), first
 
 
 def grid(data: Path, out: Path, **keys: object) -> subprocess.Popen:
@@ -65,19 +78,13 @@ def test_a_grid_on_other_workers_has_the_table_of_this_machine(phantoms, tmp_pat
     here = grid(phantoms, tmp_path / "here")
     printed, _ = here.communicate(timeout=600)
     assert here.returncode == 0, printed[-3000:]
-    file = tmp_path / "scheduler.json"
-    with program("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), log=tmp_path / "s"):
-        wait_for(file.is_file)
-        worker = ("worker", "--scheduler-file", str(file), "--nthreads", "1", "--host", "127.0.0.1")
-        address = wait_for(lambda: [line for line in (tmp_path / "s").read_text().splitlines() if "tcp://" in line])
-        scheduler = "tcp://" + address[0].split("tcp://")[1].split()[0]
-        with program(*worker, log=tmp_path / "w1") as first, program(*worker, log=tmp_path / "w2"):
-            there = grid(phantoms, tmp_path / "there", scheduler=scheduler)
-            wait_for(lambda: list((tmp_path / "there").glob("*/last.pt")))  # an epoch is over
-            for process in [*psutil.Process(first.pid).children(recursive=True), first]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            printed, _ = there.communicate(timeout=600)
+    with cluster(tmp_path) as (scheduler, first):
+        there = grid(phantoms, tmp_path / "there", scheduler=scheduler)
+        wait_for(lambda: list((tmp_path / "there").glob("*/last.pt")))  # an epoch is over
+        for process in [*psutil.Process(first.pid).children(recursive=True), first]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        printed, _ = there.communicate(timeout=600)
     assert there.returncode == 0, printed[-3000:]
     for name in ("table.csv", "runs.csv", "parts.csv"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
@@ -98,30 +105,25 @@ def job(folder: Path, kind: str) -> None:
 
 
 def test_jobs_of_killed_workers_are_taken_up(tmp_path):
+    """What a killed worker started ends with it. A job that kills every worker fails alone."""
     kinds = ["good", "first dies", "fails", "other"]
-    with workers(None, 2) as client:
+    with cluster(tmp_path) as (scheduler, _), workers(scheduler, 2) as client:
         errors = run_all(client, job, [(tmp_path, kind) for kind in kinds])
+        killed = run_all(client, job, [(tmp_path, "dies")])
     assert [str(error) for error in errors] == ["None", "None", "of this job", "None"]
-    assert all((tmp_path / f"{kind}.done").is_file() for kind in ("good", "first dies", "other"))
-    assert (tmp_path / "first dies.attempts").read_text().count("attempt") == 2
+    assert "Attempted to run task" in str(killed[0])
+    assert {file.stem for file in tmp_path.glob("*.done")} == {"good", "first dies", "other"}
+    attempts = {kind: (tmp_path / f"{kind}.attempts").read_text().count("attempt") for kind in ("first dies", "dies")}
+    assert attempts == {"first dies": 2, "dies": 4}
+    for file in tmp_path.glob("*.child") if sys.platform == "linux" else ():
+        child = int(file.read_text())
+        wait_for(lambda pid=child: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_what_a_killed_worker_started_ends_with_it(tmp_path):
-    with workers(None, 1) as client:
-        assert run_all(client, job, [(tmp_path, "first dies")]) == [None]
-    child, end = int((tmp_path / "first dies.child").read_text()), time.monotonic() + 10
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def test_a_job_that_kills_every_worker_fails_alone(tmp_path):
+def test_failures_on_this_machine_are_returned(tmp_path):
     with workers(None, 2) as client:
-        errors = run_all(client, job, [(tmp_path, "dies"), (tmp_path, "good")])
-    assert errors[1] is None
-    assert "Attempted to run task" in str(errors[0])
-    assert (tmp_path / "dies.attempts").read_text().count("attempt") == 4
+        errors = run_all(client, job, [(tmp_path, kind) for kind in ("good", "fails")])
+    assert [str(error) for error in errors] == ["None", "of this job"]
 
 
 def test_a_scheduler_that_does_not_answer_is_named():

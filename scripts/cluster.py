@@ -1,4 +1,4 @@
-"""Workers for jobs that are independent of each other: processes of this machine, or of others, by Dask."""
+"""Workers for jobs that are independent of each other, on this machine or on others, by Dask."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from tqdm import tqdm
 from scripts.config import InputError
 
 WAIT = "10s"  # for the answer of a scheduler
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @contextlib.contextmanager
 def workers(scheduler: str | None, processes: int) -> Iterator[Any]:
     """A ``distributed.Client`` whose workers run one job at a time.
 
-    A job of a worker that dies is given to another. When the fourth worker dies of it, it counts as failed.
+    On this machine they are threads: a job starts a process of its own. A job of another machine's worker that dies is
+    given to another worker. When the fourth worker dies of it, it counts as failed.
 
     Args:
         scheduler: address of a Dask scheduler, such as ``tcp://host:8786``; None starts workers on this machine.
@@ -38,8 +40,9 @@ def workers(scheduler: str | None, processes: int) -> Iterator[Any]:
             if not isinstance(processes, int) or processes < 1:
                 raise InputError(f"processes={processes!r} must be a whole number, 1 or more")
             address = "127.0.0.1:0"  # of the dashboard; the default is open to the network
-            cluster: Any = LocalCluster(n_workers=processes, threads_per_worker=1, dashboard_address=address)
-            stack.enter_context(cluster)
+            cluster: Any = stack.enter_context(
+                LocalCluster(n_workers=processes, threads_per_worker=1, processes=False, dashboard_address=address)
+            )
         try:
             client = Client(cluster if scheduler is None else scheduler, timeout=WAIT)
         except (OSError, ValueError) as error:
@@ -67,5 +70,5 @@ def end_with_parent() -> None:
 
     Otherwise the program that a killed worker started would go on beside the one that takes up its job.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if LIBC is not None:
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
