@@ -150,7 +150,9 @@ def reduced_ablation(words: list[str], files: list[str]) -> list[str]:
     (reference,) = values_of(words, "--reference") or [config.get("reference") or next(iter(arms))]
     kept = dict.fromkeys([reference, list(arms)[-1]])
     grid = {key: values[:1] for key, values in config.get("grid", {}).items()}
-    words = put(words, EPOCHS | {"--seeds": ["[0]"], "--arms": [str({n: arms[n] for n in kept})]}, replace=True)
+    chosen = str({name: arms[name] for name in kept})
+    epochs = {"--max_epochs": ["4"]} if "staged" in chosen else EPOCHS  # the stages share them
+    words = put(words, epochs | {"--seeds": ["[0]"], "--arms": [chosen]}, replace=True)
     sizes = sizes_of(files[0]).items()
     settings = {f"--ablation::settings::{key[2:]}": value for key, value in sizes if key != "--val_interval"}
     return put(words, {"--grid": [str(grid)]} | settings, replace=False)

@@ -3,7 +3,7 @@
 Reads the masks that inference wrote, and the truth of a folder like that of BraTS.
 
 Example:
-    python benchmarks/false_volume.py --dataset_dir runs/brains --masks runs/brains/masks
+    python benchmarks/false_volume.py --dataset_dir runs/brains --masks runs/masks
 """
 
 from __future__ import annotations
