@@ -26,7 +26,7 @@ def workers(scheduler: str | None, processes: int) -> Iterator[Any]:
 
     Args:
         scheduler: address of a Dask scheduler, such as ``tcp://host:8786``; None starts workers on this machine.
-        processes: number of these workers.
+        processes: number of these workers; with a scheduler, of those on each machine.
 
     Raises:
         InputError: if Dask is not installed, no scheduler answers, or ``processes`` is not positive.
@@ -35,10 +35,10 @@ def workers(scheduler: str | None, processes: int) -> Iterator[Any]:
         from distributed import Client, LocalCluster  # imported here because it is an extra
     except ImportError as error:
         raise InputError("jobs are run by Dask, which is not installed: pip install 'distributed>=2026.8'") from error
+    if not isinstance(processes, int) or processes < 1:
+        raise InputError(f"processes={processes!r} must be a whole number, 1 or more")
     with contextlib.ExitStack() as stack:
         if scheduler is None:
-            if not isinstance(processes, int) or processes < 1:
-                raise InputError(f"processes={processes!r} must be a whole number, 1 or more")
             address = "127.0.0.1:0"  # of the dashboard; the default is open to the network
             cluster: Any = stack.enter_context(
                 LocalCluster(n_workers=processes, threads_per_worker=1, processes=False, dashboard_address=address)

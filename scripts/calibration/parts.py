@@ -6,10 +6,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import maximum, sum_labels
+from scipy.ndimage import label, maximum, sum_labels
 from scipy.special import expit
-
-from scripts.sampling.parts import connected_parts
 
 # thresholds that are tried; the first has no effect, and higher ones leave out whole tumours (docs/weights.md)
 HIGH = expit(np.linspace(0, 9.25, 38)).astype(np.float32)
@@ -37,7 +35,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(mask: np.ndarray, truth: np.ndarray, seg_prob: np.ndarray, prob: np.ndarray) -> Parts:
-    """Parts of a mask.
+    """Parts of a mask, as :func:`scripts.sampling.parts.without_unsure_parts` finds them.
 
     Args:
         mask: bool ``[H, W, S]``.
@@ -45,7 +43,7 @@ def parts_of(mask: np.ndarray, truth: np.ndarray, seg_prob: np.ndarray, prob: np
         seg_prob: probability of the mask, from which the peaks are read.
         prob: probability by which the network is sure; that of the calibration map in a stochastic network.
     """
-    parts, count = connected_parts(mask)
+    parts, count = label(mask)
     numbers = np.arange(1, count + 1)
     size, shared, total = (np.asarray(sum_labels(values, parts, numbers)) for values in (mask, truth, prob))
     peak = np.maximum(HIGH[0], np.asarray(maximum(seg_prob, parts, numbers), np.float32))  # less: of a nested region

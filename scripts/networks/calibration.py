@@ -19,7 +19,7 @@ MIN_PROBABILITY = 1e-8  # with a larger bound, a high temperature would turn the
 
 
 class Calibration(nn.Module):
-    """Temperatures of masks and grades, thresholds of the masks' parts, weights of the measurements, and the rest.
+    """Temperatures, thresholds of masks' parts, weights of measurements, prior of the grades, margin of the volumes.
 
     Until ``calibrate.yaml`` fits it, it changes nothing: temperatures are 1, the margin is infinite. A fit is valid
     only for the weights and the sampling settings that it was made with. Training therefore resets it, and

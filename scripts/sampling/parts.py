@@ -7,18 +7,11 @@ import torch
 from scipy.ndimage import label
 
 
-def connected_parts(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number of the part that each voxel of ``[H, W, S]`` belongs to, 0 outside of the mask, and how many there are.
-
-    Voxels that share a face are connected.
-    """
-    return label(mask)
-
-
 def without_unsure_parts(pred: torch.Tensor, prob: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """``pred`` with 0 in each part of the mask ``pred > 0.5`` in which ``prob`` is below ``high`` everywhere.
 
-    With ``pred`` for ``prob`` this is hysteresis thresholding (Canny, IEEE PAMI 1986).
+    Voxels that share a face are connected. With ``pred`` for ``prob`` this is hysteresis thresholding (Canny, IEEE PAMI
+    1986).
 
     Args:
         pred: ``[R, H, W, S]``.
@@ -27,7 +20,7 @@ def without_unsure_parts(pred: torch.Tensor, prob: torch.Tensor, high: torch.Ten
     """
     kept = pred.clone()
     for channel in torch.nonzero(high > 0.5).flatten().tolist():
-        parts, _ = connected_parts((pred[channel] > 0.5).cpu().numpy())
+        parts, _ = label((pred[channel] > 0.5).cpu().numpy())
         sure = np.unique(parts[(prob[channel] >= high[channel]).cpu().numpy()])
         unsure = (parts > 0) & ~np.isin(parts, sure)
         kept[channel][torch.from_numpy(unsure).to(pred.device)] = 0
