@@ -48,14 +48,18 @@ def wait_for(condition, seconds: float = 120):
 
 
 @contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A scheduler and two workers: its address, and one of them."""
+def cluster(folder: Path, stop: bool = False) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A scheduler and two workers: its address, and one of them. With ``stop``, the scheduler is killed first."""
     file = folder / "scheduler.json"
-    with program("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), log=folder / "s"):
+    with program(
+        "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), log=folder / "s"
+    ) as first_of_all:
         wait_for(file.is_file)
         worker = ("worker", "--scheduler-file", str(file), "--nthreads", "1", "--host", "127.0.0.1")
         with program(*worker, log=folder / "w1") as first, program(*worker, log=folder / "w2"):
             yield wait_for(lambda: json.loads(file.read_text() or "{}").get("address")), first
+            if stop:
+                first_of_all.kill()
 
 
 def grid(data: Path, out: Path, **keys: object) -> subprocess.Popen:
@@ -88,6 +92,85 @@ def test_a_grid_on_other_workers_has_the_table_of_this_machine(phantoms, tmp_pat
     assert there.returncode == 0, printed[-3000:]
     for name in ("table.csv", "runs.csv", "parts.csv"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+def bundle(configs: list[str], **keys: object) -> subprocess.Popen:
+    """A command of the main bundle."""
+    files = str([f"configs/{name}" for name in configs])
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
+    options = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}  # as Dask's workers have: more round otherwise
+    return subprocess.Popen(
+        [*command, *options], cwd=ROOT, env=threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(configs: list[str], **keys: object) -> str:
+    """What a command of the main bundle that succeeds prints."""
+    process = bundle(configs, **keys)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed[-3000:]
+    return printed
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Contents of the files of a run by name, without those that say when or with which command it ran."""
+    others = {"report.html", "evaluate.yaml"}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name not in others and "manifest" not in file.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms, tmp_path_factory) -> Path:
+    """Folder of tiny weights."""
+    out = tmp_path_factory.mktemp("trained")
+    run(["train.yaml"], dataset_dir=phantoms, output_dir=out, ckpt_dir=out, max_epochs=1, val_interval=2, **TINY)
+    return out
+
+
+def test_inference_and_evaluation_on_workers_are_those_of_one_process(phantoms, trained, tmp_path):
+    """A worker is stopped for some seconds and then killed while it infers; the other does the rest."""
+    common = {"dataset_dir": phantoms, "ckpt_dir": trained, "num_samples": 2}
+    judged = ["train.yaml", "evaluate.yaml"]
+    run(["inference.yaml"], **common, output_dir=tmp_path / "here" / "infer")
+    run(judged, **common, **TINY, subset="all", output_dir=tmp_path / "here" / "evaluate")
+    with cluster(tmp_path) as (scheduler, first):
+        there = {"scheduler": scheduler, **common}
+        process = bundle(["inference.yaml"], **there, output_dir=tmp_path / "there" / "infer")
+        wait_for(lambda: list((tmp_path / "there").glob("infer/manifest/*.json")))
+        workers_ = [*psutil.Process(first.pid).children(recursive=True), first]
+        signals = (signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL)
+        for number, seconds in zip(signals, (2, 0.5, 0), strict=True):
+            for worker in workers_:
+                with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                    worker.send_signal(number)
+            time.sleep(seconds)
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, printed[-3000:]
+        run(judged, **there, **TINY, subset="all", output_dir=tmp_path / "there" / "evaluate")
+    for name in ("infer", "evaluate"):
+        ours, theirs = results(tmp_path / "here" / name), results(tmp_path / "there" / name)
+        assert {"infer": "grades.csv", "evaluate": "summary.json"}[name] in ours
+        assert [file for file in ours.keys() | theirs.keys() if ours.get(file) != theirs.get(file)] == []
+
+
+def test_a_lost_scheduler_is_named_and_the_next_start_continues(phantoms, trained, tmp_path):
+    common = {"dataset_dir": phantoms, "ckpt_dir": trained, "output_dir": tmp_path / "out"}
+    with cluster(tmp_path, stop=True) as (scheduler, _):
+        process = bundle(["inference.yaml"], scheduler=scheduler, **common)
+        wait_for(lambda: list((tmp_path / "out").glob("manifest/*.json")))
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: the scheduler was lost; start it and the run again: what is finished is kept" in printed
+    finished = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / "manifest").glob("*.json")}
+    assert 0 < len(finished) < 10
+    assert f"{len(finished)} of 10 subjects are finished already" in run(["inference.yaml"], **common)
+    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / "manifest").glob("*.json")}
+    assert len(after) == 10
+    assert finished.items() <= after.items()
 
 
 def job(folder: Path, kind: str) -> None:

@@ -65,7 +65,7 @@ class Infer(BundleInferTask):
         self._config["volume"] = list(volumes)
         self.store: Callable[[Sequence[Any]], None] | None = None
         objects = bundle / "configs" / "dicom_seg.yaml"
-        self.objects = yaml.safe_load(objects.read_text())["+handlers"][0] if objects.is_file() else None
+        self.objects = yaml.safe_load(objects.read_text())["+reports"][0] if objects.is_file() else None
         own = (
             settings.MONAI_LABEL_SESSION_PATH,
             settings.MONAI_LABEL_DATASTORE_CACHE_PATH,
@@ -120,7 +120,7 @@ class Infer(BundleInferTask):
         """UIDs of the segmentation and of the report that are put into the archive; empty if nothing was found."""
         if self.store is None or self.objects is None:
             raise HTTPException(422, "store: the studies are no archive, or this model makes no DICOM segmentations")
-        self.bundle_config["dicom_objects"] = {**self.objects, "data": [], "output_dir": UPLOADS}
+        self.bundle_config["dicom_objects"] = {**self.objects, "output_dir": UPLOADS}
         found = self.bundle_config.get_parsed_content("dicom_objects").objects(item)
         self.store(list(found.values()))
         return {kind: str(one.SOPInstanceUID) for kind, one in found.items()}
@@ -220,7 +220,7 @@ class BundlesApp(MONAILabelApp):
     def _infer(self, request: dict[str, Any], datastore: Any) -> dict:
         """The image of an archive is a series. A model of several modalities finds the others of its study."""
         archive, image, model = self.datastore(), request.get("image"), str(request.get("model"))
-        if not isinstance(archive, Archive) or not isinstance(image, str) or os.path.exists(image):
+        if not isinstance(archive, Archive) or not isinstance(image, str) or os.path.isabs(image):
             return super().infer(request, datastore)
         if patterns := self.series.get(model, {}):
             names = [name.strip() for name in self.conf["modalities"].split(",")] if "modalities" in self.conf else None

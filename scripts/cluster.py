@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from scripts.config import InputError
+from scripts.config import InputError, TrainingError
 
+WAITING = 1000  # jobs that the scheduler knows: it slows down with many
 WAIT = "10s"  # for the answer of a scheduler
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @contextlib.contextmanager
-def workers(scheduler: str | None, processes: int) -> Iterator[Any]:
+def workers(scheduler: str | None, processes: int = 1) -> Iterator[Any]:
     """A ``distributed.Client`` whose workers run one job at a time.
 
     On this machine they are threads: a job starts a process of its own. A job of another machine's worker that dies is
@@ -57,12 +59,34 @@ def run_all(client: Any, function: Callable[..., None], jobs: Sequence[tuple]) -
 
     A progress bar shows how many are done.
     """
+    errors: list[Exception | None] = [None] * len(jobs)
+    name = function.__name__.strip("_")
+    for index, future in tqdm(results_of(client, function, jobs), name, len(jobs), disable=None):
+        errors[index] = future.exception()
+    return errors
+
+
+def results_of(client: Any, function: Callable[..., Any], jobs: Iterable[tuple]) -> Iterator[tuple[int, Any]]:
+    """Run ``function(*job)`` for all jobs: the number of each job and its finished future, in the order they finish.
+
+    Raises:
+        TrainingError: if the scheduler is lost.
+    """
     from distributed import as_completed
 
-    futures = [client.submit(function, *job, pure=False) for job in jobs]
-    for _ in tqdm(as_completed(futures), desc=function.__name__.strip("_"), total=len(futures), disable=None):
-        pass
-    return [future.exception() for future in futures]
+    numbers, rest = {}, enumerate(jobs)
+
+    def submit(index: int, job: tuple) -> Any:
+        future = client.submit(function, *job, pure=False)
+        numbers[future.key] = index
+        return future
+
+    running = as_completed([submit(*job) for job in itertools.islice(rest, WAITING)])
+    for future in running:
+        if future.cancelled():
+            raise TrainingError("the scheduler was lost; start it and the run again: what is finished is kept")
+        yield numbers.pop(future.key), future
+        running.update([submit(*job) for job in itertools.islice(rest, 1)])
 
 
 def end_with_parent() -> None:

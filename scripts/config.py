@@ -257,6 +257,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes left of the files that they were writing in a folder and its folders."""
+    for file in folder.rglob(".partial_*"):
+        file.unlink(missing_ok=True)
+
+
 def check_all(items: Iterable[Any], check: Callable[[Any], Any]) -> list[Any]:
     """Results of ``check`` for all items. If it refuses some of them, raise one InputError with all reasons."""
     results, reasons = [], []

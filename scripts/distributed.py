@@ -1,4 +1,4 @@
-"""Several processes: share subjects among them, gather their results, synchronise the network."""
+"""Several processes of one training: share subjects among them, gather their results, synchronise the network."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def join_processes(distributed: bool) -> None:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if distributed and "RANK" not in os.environ:
-        raise InputError("configs/multi_gpu.yaml needs processes that torchrun starts: see docs/several_gpus.md")
+        raise InputError("configs/multi_gpu.yaml needs processes that torchrun starts: see docs/scale.md")
     if processes > 1 and not distributed:
         raise InputError(
             f"torchrun started {processes} processes, but each of them would do all of the work: add "
-            "configs/multi_gpu.yaml"
+            "configs/multi_gpu.yaml in training; evaluation and inference are shared by scheduler (docs/scale.md)"
         )
     if distributed and idist.backend() is None:
         idist.initialize("nccl" if torch.cuda.is_available() else "gloo")

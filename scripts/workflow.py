@@ -16,10 +16,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from scripts.config import InputError, running_parser, save_config
 from scripts.data.datalist import describe
 from scripts.data.grades import check_alpha
-from scripts.data.subjects import check_output_dir
 from scripts.data.transforms import check_modalities
 from scripts.net import SETTINGS
 from scripts.networks.base import SegmentationNetwork
+from scripts.sampling.jobs import evaluate_subjects, infer_subjects
 from scripts.tools.monai_label import apply_label_request, option
 from scripts.tools.onnx_network import export_onnx
 from scripts.training.autocast import has_bfloat16
@@ -74,22 +74,16 @@ def train() -> None:
 
 def evaluate() -> None:
     """Score or calibrate the weights of ``ckpt_path`` on subjects that they were not trained on."""
-    _, value = start("train.yaml", "evaluate.yaml")
-    network = value("network_def")
-    value("validate::inferer").check(network, value("image_size"))
-    load_weights(value("network"), value("ckpt_path"), value("settings"))
+    parser, value = start("train.yaml", "evaluate.yaml")
+    value("validate::inferer").check(value("network_def"), value("image_size"))
+    value("network")  # refuses a checkpoint that does not fit
     value("chosen_by")  # refuses subjects that the weights were trained on
-    evaluator = value("validate::evaluator")
     save_config(value("output_dir") + "/evaluate.yaml")
-    evaluator.run()
+    evaluate_subjects(parser, value("validate::dataset").data)
 
 
-def infer(load: bool = True) -> None:
-    """Segment and grade every subject of ``dataset_dir``.
-
-    Args:
-        load: load the weights of ``ckpt_path``; false if ``network_def`` already has its weights, as an ONNX export.
-    """
+def infer() -> None:
+    """Segment and grade every subject of ``dataset_dir``."""
     parser, value = start("inference.yaml", "train.yaml")
     network, trained = value("network_def"), value("settings")
     given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
@@ -98,12 +92,10 @@ def infer(load: bool = True) -> None:
     for key in NAMING:
         if key in given and given[key] != trained[key]:
             logger.warning(f"{key}={given[key]} is ignored: the checkpoint has {trained[key]}")
-    if load:
-        load_weights(value("network"), value("ckpt_path"), trained)
     value("inferer").check(network, trained["image_size"])
     masks = value("mask_dir") and Path(value("dataset_dir"), value("mask_dir"))
-    check_output_dir(value("output_dir"), value("data"), masks)
-    value("evaluator").run()
+    value("data").check_output_dir(value("output_dir"), masks)
+    infer_subjects(parser)
 
 
 def export() -> None:

@@ -13,7 +13,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
 from monai.data import MetaTensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,13 +224,11 @@ def item(tmp_path):
 
 @pytest.fixture
 def evaluate_items():
-    """Function that runs an ignite engine with a handler over evaluated items, one per iteration."""
+    """Function that lets a report write what it says of computed items. Returns their rows."""
 
-    def run(handler, items, **attributes) -> None:
-        engine = Engine(lambda engine, item: [item])
-        for name, value in attributes.items():
-            setattr(engine, name, value)
-        handler.attach(engine)
-        engine.run(items, max_epochs=1)
+    def run(report, items) -> list[dict]:
+        rows = [row for order, item in enumerate(items) for row in report.rows_of(item | {"order": order})]
+        report.write(rows)
+        return rows
 
     return run

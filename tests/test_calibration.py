@@ -313,12 +313,11 @@ def fit(checkpoint, tmp_path, evaluate_items):
     def run(evaluated, grade_from="head", measured=(), **sampling):
         names = [item["subject"] for item in evaluated]
         labels = {"LGG": 0, "HGG": 1}
-        handler = CalibrationFit(
-            checkpoint, str(tmp_path), ["TC", "WT"], labels, "(.+)", evaluated, {"d": names}, grade_from, measured
-        )
         network = MedSegDiff(GaussianDiffusion(), out_channels=2, **TINY)
         network.calibration.foreground_temperature.fill_(9)  # an earlier fit must not change this one
-        evaluate_items(handler, evaluated, network=network, inferer=VolumeInferer(num_samples=3, **sampling))
+        inferer = VolumeInferer(num_samples=3, **sampling)
+        files, data = (checkpoint, str(tmp_path)), (["TC", "WT"], labels, "(.+)", evaluated, {"d": names})
+        evaluate_items(CalibrationFit(network, inferer, *files, *data, grade_from, measured), evaluated)
         assert (network.calibration.foreground_temperature == 1).all()
         load_weights(network, checkpoint, {"seed": 1})
         return network.calibration

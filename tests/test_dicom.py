@@ -13,9 +13,10 @@ from dicom_phantom import AXIAL, OBLIQUE, SAGITTAL, SHAPE, write_series, write_s
 
 from conftest import MODALITIES, run_configs
 from scripts.config import InputError
+from scripts.data.datalist import Subjects
 from scripts.data.dicom import ordered_series
 from scripts.data.pictures import read_grid, read_volume
-from scripts.data.subjects import check_output_dir, find_subjects, subject_of
+from scripts.data.subjects import find_subjects, subject_of
 from scripts.data.transforms import LoadVolumesd
 
 pydicom = pytest.importorskip("pydicom")
@@ -26,7 +27,7 @@ REGIONS = ["TC", "WT", "ET"]
 @pytest.mark.parametrize("affine", [AXIAL, OBLIQUE, SAGITTAL], ids=["axial", "oblique", "sagittal"])
 def test_a_series_is_the_volume_it_was_written_from(tmp_path, affine):
     images = write_subject(tmp_path / "case1", affine)
-    (item,) = find_subjects(str(tmp_path), MODALITIES, require_label=False)
+    (item,) = Subjects(str(tmp_path), MODALITIES)
     assert item["subject"] == "case1"
     assert subject_of(str(tmp_path / "case1"), MODALITIES) == item  # MONAI Label gives the folder
     read = LoadVolumesd("image", MODALITIES)(item)["image"]
@@ -54,7 +55,7 @@ def test_inference_is_that_of_the_same_volumes_in_nifti(tmp_path, three_regions,
     names = {path.name for path in theirs.iterdir()}
     assert {path.name for path in ours.iterdir()} == names
     volumes = {f"case1_{kind}.nii.gz" for kind in ("seg", "prob", "uncertainty", "variance")}
-    assert names == volumes | {"case1_overlay.png", "grades.csv", "report.html"}
+    assert names == volumes | {"case1_overlay.png", "grades.csv", "manifest", "report.html"}
     for name in volumes:
         one, other = nib.load(ours / name), nib.load(theirs / name)
         np.testing.assert_array_equal(one.get_fdata(), other.get_fdata())
@@ -64,7 +65,7 @@ def test_inference_is_that_of_the_same_volumes_in_nifti(tmp_path, three_regions,
 
 
 def find(folder: Path, modalities: list[str] = MODALITIES) -> list[dict]:
-    return find_subjects(str(folder), modalities, require_label=False)
+    return list(Subjects(str(folder), modalities))
 
 
 def volume(slices: int = 6, seed: int = 0) -> np.ndarray:
@@ -213,6 +214,5 @@ def test_a_changed_file_is_read_anew(tmp_path):
 
 def test_no_output_among_the_images(tmp_path):
     write_subject(tmp_path / "case1")
-    (item,) = find(tmp_path)
-    with pytest.raises(InputError, match="holds the volumes of 'case1'"):
-        check_output_dir(str(tmp_path / "case1" / "ax_t1"), [item])
+    with pytest.raises(InputError, match="holds volumes of the subjects"):
+        Subjects(str(tmp_path), MODALITIES).check_output_dir(str(tmp_path / "case1"))

@@ -64,7 +64,7 @@ def test_segments_are_the_regions_of_the_mask(tmp_path, three_regions, affine):
 def writer(out, item, regions=("WT",), **settings) -> DicomSegWriter:
     to_regions = LabelToRegionsd("pred", RegionCoding(regions, REGION_LABELS))
     table = GradeTable(str(out), {"LGG": 0, "HGG": 1}, regions, MODALITIES, to_regions)
-    return DicomSegWriter(str(out), [item], str(ROOT), table, regions, to_regions, **settings)
+    return DicomSegWriter(str(out), str(ROOT), table, regions, to_regions, **settings)
 
 
 def inferred(item, mask, **values):
@@ -129,12 +129,12 @@ def test_headers_that_cannot_be_referred_to(tmp_path):
         image.save_as(file)
     (item,) = find(tmp_path, ["t1"])
     with pytest.raises(InputError, match=r"'case1': .* has no FrameOfReferenceUID"):
-        writer(tmp_path, item)
+        writer(tmp_path, item).check(item)
 
 
 def test_unknown_codes_and_a_missing_extra(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="property_type='Nonsense'"):
-        DicomSegWriter(str(tmp_path), [], str(ROOT), None, ["WT"], dict, property_type="Nonsense")
+        DicomSegWriter(str(tmp_path), str(ROOT), None, ["WT"], dict, property_type="Nonsense")
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(InputError, match=r"pip install -e '.\[dicom\]'"):
         writer(tmp_path, {})

@@ -41,8 +41,7 @@ def test_evaluation_judges_uncertainty(tmp_path, item, evaluate_items):
     unsure = item["uncertainty"].clone()
     unsure[:, 2, 3, 1:3] = 1
     report = SubjectReport(str(tmp_path / "out"), ["WT"], GRADES, {}, results(tmp_path))
-    evaluate_items(report, [item | {"pred": wrong, "uncertainty": unsure}])
-    row = report.rows[0]
+    (row,) = evaluate_items(report, [item | {"pred": wrong, "uncertainty": unsure}])
     assert row["error_auroc_WT"] == 1
     share = share_of_lesion(item)  # its probability is 0.92, that of the other voxels 0.02
     assert row["ece_lesion_WT"] == pytest.approx(0.08 * share + 0.02 * (1 - share), abs=1e-3)

@@ -39,7 +39,7 @@ def inferred(item, labels):
 
 
 def writer(out, item):
-    return StructureSegWriter(str(out), [item], BUNDLE, StatisticsTable(str(out), list(catalogue())))
+    return StructureSegWriter(str(out), BUNDLE, StatisticsTable(str(out), list(catalogue())))
 
 
 def test_segments_are_the_structures_that_were_found(tmp_path, item, evaluate_items):
@@ -86,7 +86,7 @@ def test_the_label_map_of_real_slices(tmp_path, shared_data, evaluate_items):
     folder = shared_data / "totalsegmentator"
     (found,) = find(folder / "example_ct_dicom", ["ct"])
     with pytest.raises(InputError, match="has no SOPClassUID, SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID"):
-        writer(tmp_path, found)
+        writer(tmp_path, found).check(found)
     series, study = highdicom.UID(), highdicom.UID()
     (tmp_path / "case1").mkdir()
     for number, file in enumerate((folder / "example_ct_dicom").iterdir()):

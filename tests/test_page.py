@@ -93,16 +93,14 @@ def handler(tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.page.handler.read_background", lambda item: np.ones(SHAPE))
     root = str(Path(__file__).parents[1])
     grades = {"low": 0, "high": 1}
-    page = ReportPage(str(tmp_path), "subjects.csv", 2, REGIONS, grades, root, "none.pt", "cpu", {"sampler": "ddim"})
-    page.started(None)
-    return page
+    return ReportPage(str(tmp_path), "subjects.csv", 2, REGIONS, grades, root, "none.pt", "cpu", {"sampler": "ddim"})
 
 
 def test_names_are_text_and_never_code(handler, tmp_path):
     name = "</script><script>alert(1)</script>"
     table = pd.DataFrame({"subject": [name, "x"], "patient": ["a", "<b>"], "grade": [1, -1], "dice_WT": [0.5, np.nan]})
     table.to_csv(tmp_path / "subjects.csv", index=False)
-    handler.write(handler.rows_of(make_item(name)))
+    handler.write(handler.rows_of(make_item(name) | {"order": 0}))
     text, data = page_of(tmp_path)
     assert "alert(1)</script>" not in text
     assert [subject["name"] for subject in data["subjects"]] == [name, "x"]
@@ -115,7 +113,7 @@ def test_names_are_text_and_never_code(handler, tmp_path):
 
 def test_the_page_fetches_nothing(handler, tmp_path):
     pd.DataFrame({"subject": ["s1"]}).to_csv(tmp_path / "subjects.csv", index=False)
-    handler.write(handler.rows_of(make_item()))
+    handler.write(handler.rows_of(make_item() | {"order": 0}))
     text, _ = page_of(tmp_path)
     assert "default-src 'none'" in text
     text = re.sub(r"data:image/\w+;base64,[\w+/=]*", "", text)

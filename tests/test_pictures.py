@@ -18,11 +18,11 @@ from PIL import Image
 
 from conftest import ROOT, settings_of
 from scripts.config import InputError
-from scripts.data.datalist import describe, read_datalist
+from scripts.data.datalist import Subjects, describe, read_datalist
 from scripts.data.pictures import read_grid, read_picture
 from scripts.data.regions import LabelToRegionsd, RegionCoding
 from scripts.data.split import split
-from scripts.data.subjects import check_output_dir, find_subjects, load_subjects
+from scripts.data.subjects import find_subjects, load_subjects
 from scripts.data.transforms import LoadVolumesd
 from scripts.data.writing import LikeInputWriter, subject_name
 
@@ -379,7 +379,7 @@ def test_masks_are_found_by_stem(ddti, caplog):
         items = find(ddti)
     assert [Path(item["label"][0]).name for item in items] == ["1_mask.png", "2_segmentation.PNG", "3.PNG"]
     assert "without an image are left out: ['9']" in caplog.text
-    assert "label" not in find(ddti, require_label=False)[0]
+    assert "label" not in Subjects(str(ddti), ["grey"], "images")[0]
     assert "subjects=3 patients=3 slices=3" in describe({"all": items})
 
 
@@ -404,11 +404,11 @@ def test_further_lesions_are_united(ddti, tmp_path):
 
 
 def test_output_goes_neither_among_images_nor_masks(ddti):
-    items = find(ddti, require_label=False)
+    found = Subjects(str(ddti), ["grey"], "images")
     for folder in ("images", "masks"):
         with pytest.raises(InputError, match="choose another"):
-            check_output_dir(str(ddti / folder), items, ddti / "masks")
-    check_output_dir(str(ddti / "out"), items, ddti / "masks")
+            found.check_output_dir(str(ddti / folder), ddti / "masks")
+    found.check_output_dir(str(ddti / "out"), ddti / "masks")
 
 
 def test_a_data_list_is_of_pictures(ddti):

@@ -9,6 +9,7 @@ import pytest
 from conftest import MODALITIES
 from scripts.config import InputError
 from scripts.data import subjects
+from scripts.data.datalist import Subjects
 
 
 def write_csv(path, text):
@@ -69,16 +70,17 @@ def test_another_segmentation_is_not_taken_for_the_truth(tmp_path, make_subject_
 
 def test_output_may_not_go_among_the_volumes(tmp_path, make_subject_folder, volumes):
     folder = make_subject_folder(tmp_path, "s1", volumes)
-    items = subjects.find_subjects(str(folder), MODALITIES)
-    subjects.check_output_dir(str(tmp_path / "out"), items)
-    with pytest.raises(InputError, match="holds the volumes of 's1'"):
-        subjects.check_output_dir(str(folder), items)
+    for root in (folder, tmp_path):
+        found = Subjects(str(root), MODALITIES)
+        found.check_output_dir(str(tmp_path / "out"))
+        with pytest.raises(InputError, match="holds volumes of the subjects"):
+            found.check_output_dir(str(folder))
 
 
 def test_inference_needs_no_segmentation(tmp_path, make_subject_folder, volumes):
     del volumes["seg"]
     make_subject_folder(tmp_path, "a", volumes)
-    (item,) = subjects.find_subjects(str(tmp_path), MODALITIES, require_label=False)
+    (item,) = Subjects(str(tmp_path), MODALITIES)
     assert "label" not in item
     with pytest.raises(InputError, match="'a': no segmentation"):
         subjects.find_subjects(str(tmp_path), MODALITIES)
@@ -178,10 +180,10 @@ def test_a_file_that_is_only_called_like_its_modality_belongs_to_its_folder(tmp_
     folder.mkdir()
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), folder / "ct.nii.gz")
     assert subjects.subject_of(str(folder / "ct.nii.gz"), ["ct"])["subject"] == "s0001"
-    assert subjects.find_subjects(str(tmp_path), ["ct"], require_label=False)[0]["subject"] == "s0001"
+    assert Subjects(str(tmp_path), ["ct"])[0]["subject"] == "s0001"
     (folder / "segmentations").mkdir()
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), folder / "segmentations" / "liver.nii.gz")
-    assert subjects.find_subjects(str(folder), ["ct"], require_label=False)[0]["subject"] == "s0001"
+    assert Subjects(str(folder), ["ct"])[0]["subject"] == "s0001"
     monkeypatch.chdir(folder)
     assert subjects.subject_of("ct.nii.gz", ["ct"])["subject"] == "s0001"
 

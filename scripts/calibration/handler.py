@@ -1,4 +1,4 @@
-"""Handler that fits the calibration to the subjects of an evaluation, and saves it in the checkpoint."""
+"""Report that fits the calibration to the subjects of an evaluation, and saves it in the checkpoint."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import itertools
 import json
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import torch
-from ignite.engine import Events
-from monai.engines import SupervisedEvaluator
 from sklearn.metrics import brier_score_loss
 
 from scripts.calibration.cross_fit import scored_fit
 from scripts.calibration.fits import fit_expected_dice, fit_temperature, to_classes
 from scripts.calibration.grades import GradeFit, Measured, calibrate_grades, fit_grades
-from scripts.calibration.parts import HIGH, Parts, dice_curve, fit_high_threshold, parts_of
+from scripts.calibration.parts import HIGH, dice_curve, fit_high_threshold, parts_of
 from scripts.calibration.volumes import COVERAGE, Volume, conformal_margin, held_share, volume_curve
 from scripts.config import InputError, atomic_path
 from scripts.data.grades import class_frequencies
 from scripts.data.split import patient
-from scripts.distributed import gather_from_all
+from scripts.networks.base import SegmentationNetwork
 from scripts.networks.calibration import (
     CALIBRATED_FOR,
     GRADE_FROM,
@@ -44,6 +40,8 @@ from scripts.report.uncertainty import (
     size_unit,
     true_masks,
 )
+from scripts.sampling.inferer import VolumeInferer
+from scripts.sampling.report import Report
 from scripts.training.checkpoints import read_checkpoint, store_calibration
 
 logger = logging.getLogger(__name__)
@@ -51,8 +49,8 @@ logger = logging.getLogger(__name__)
 MAX_VOXELS = 200_000  # per subject and region: bounds the memory and the weight of one subject
 
 
-class CalibrationFit:
-    """Evaluation handler that fits the :class:`~scripts.networks.calibration.Calibration` of a checkpoint.
+class CalibrationFit(Report):
+    """Report of an evaluation that fits the :class:`~scripts.networks.calibration.Calibration` of a checkpoint.
 
     There are two sets of voxels. ``foreground`` are the voxels of the first modality that are not 0. ``lesion`` are the
     voxels of truth or prediction, dilated (:func:`~scripts.report.uncertainty.region_of_interest`). The second set
@@ -65,6 +63,8 @@ class CalibrationFit:
     the test subjects.
 
     Args:
+        network: whose calibration is fitted. It is reset: the fit needs probabilities that are not calibrated.
+        inferer: that samples it.
         ckpt_path: the checkpoint.
         output_dir: folder of ``calibration.json``.
         regions: names of the region channels.
@@ -77,11 +77,13 @@ class CalibrationFit:
             the mask say of the grade, and only if the checkpoint was trained on them.
 
     Raises:
-        InputError: for another ``grade_from``.
+        InputError: for another ``grade_from``, or another ``fusion`` of the inferer than ``mean``.
     """
 
     def __init__(
         self,
+        network: SegmentationNetwork,
+        inferer: VolumeInferer,
         ckpt_path: str,
         output_dir: str,
         regions: Sequence[str],
@@ -94,6 +96,11 @@ class CalibrationFit:
     ) -> None:
         if grade_from not in GRADE_FROM:
             raise InputError(f"grade_from '{grade_from}' is not one of {list(GRADE_FROM)}")
+        if inferer.fusion != "mean":
+            raise InputError(f"fusion={inferer.fusion}: the calibration is fitted to masks of fusion=mean")
+        self.calibration = network.calibration
+        self.calibration.reset()
+        self.sampling = inferer.sampling
         self.grade_from = grade_from
         self.ckpt_path = ckpt_path
         self.output_dir = Path(output_dir)
@@ -104,65 +111,45 @@ class CalibrationFit:
         self.measured = {item["subject"] for item in measured}
         self.known = {name for dataset in lineage for name in _trained_on(ckpt_path, dataset)}
 
-    def attach(self, engine: SupervisedEvaluator) -> None:
-        """Attach to the evaluator."""
-        engine.add_event_handler(Events.STARTED, self.started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self.completed)
+    def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if item["subject"] in self.measured:
+            if "measurements" not in item or item["subject"] not in self.known:
+                return []
+            return [{"trained": (torch.as_tensor(item["measurements"]).tolist(), int(item["grade"]))}]
+        row: dict[str, Any] = {"patient": patient(item["subject"], self.patient_pattern)}
+        foreground = read_background(item) != 0
+        for channel, region in enumerate(self.regions):
+            row[region] = self._region(item, channel, foreground, row["patient"])
+        if int(item["grade"]) >= 0 and "grade_prob" in item:
+            found = [] if self.grade_from == "head" else torch.as_tensor(item["measurements"]).tolist()
+            row["grade"] = ([*torch.as_tensor(item["grade_prob"]).tolist(), *found], int(item["grade"]))
+        return [row]
 
-    def started(self, engine: SupervisedEvaluator) -> None:
-        network, inferer = cast(Any, engine.network), cast(Any, engine.inferer)
-        if inferer.fusion != "mean":
-            raise InputError(f"fusion={inferer.fusion}: the calibration is fitted to masks of fusion=mean")
-        self.calibration: Calibration = network.calibration
-        self.calibration.reset()  # the fit needs probabilities that are not calibrated
-        self.voxels: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, str]]] = defaultdict(list)
-        self.volumes: dict[str, list[Volume]] = defaultdict(list)
-        self.parts: dict[str, list[tuple[Parts, str]]] = defaultdict(list)  # of each mask, and its patient
-        self.grades: list[tuple[list[float], int, str]] = []  # probabilities and measurements, grade, patient
-        self.trained: list[tuple[list[float], int]] = []  # measurements and grade of training subjects
-        self.rng = np.random.default_rng(0)
+    def _region(self, item: Mapping[str, Any], channel: int, foreground: np.ndarray, name: str) -> dict[str, Any]:
+        """Voxels of both sets, volumes and parts of a region of an item."""
+        prob, pred, majority = (np.asarray(item[key][channel].cpu()) for key in ("prob", "pred", "label"))
+        seg_prob = np.asarray(item["seg_prob"][channel].cpu()) if "seg_prob" in item else prob
+        truths = true_masks(item, channel)
+        lesion = region_of_interest(pred > 0, np.any(truths, axis=0))
+        sampled = {}
+        if "sample_volumes" in item:
+            sampled = sampled_volume(item["sample_volumes"][channel :: len(self.regions)])
+        size, rng = size_unit(item).voxel, np.random.default_rng(0)
+        bounds = {kind: value * size for kind, value in sampled.items()}
+        return {
+            "foreground": [_drawn(prob[foreground], label[foreground], rng) for label in truths],
+            "lesion": [_drawn(prob[lesion], label[lesion], rng) for label in truths],
+            "volumes": [Volume(volume_curve(prob) * size, bounds, float(mask.sum()) * size, name) for mask in truths],
+            "parts": parts_of(pred > 0, majority > 0, seg_prob, prob),
+        }
 
-    def iteration_completed(self, engine: SupervisedEvaluator) -> None:
-        for item in engine.state.output:
-            if item["subject"] in self.measured:
-                if "measurements" in item and item["subject"] in self.known:
-                    self.trained.append((torch.as_tensor(item["measurements"]).tolist(), int(item["grade"])))
-                continue
-            name = patient(item["subject"], self.patient_pattern)
-            foreground = read_background(item) != 0
-            for channel, region in enumerate(self.regions):
-                prob, pred, majority = (np.asarray(item[key][channel].cpu()) for key in ("prob", "pred", "label"))
-                truths = true_masks(item, channel)
-                lesion = region_of_interest(pred > 0, np.any(truths, axis=0))
-                sampled = {}
-                if "sample_volumes" in item:
-                    sampled = sampled_volume(item["sample_volumes"][channel :: len(self.regions)])
-                seg_prob = np.asarray(item["seg_prob"][channel].cpu()) if "seg_prob" in item else prob
-                self.parts[region].append((parts_of(pred > 0, majority > 0, seg_prob, prob), name))
-                for label in truths:
-                    self._keep(region, "foreground", prob[foreground], label[foreground], name)
-                    self._keep(region, "lesion", prob[lesion], label[lesion], name)
-                    size = size_unit(item).voxel
-                    bounds = {kind: value * size for kind, value in sampled.items()}
-                    self.volumes[region].append(
-                        Volume(volume_curve(prob) * size, bounds, float(label.sum()) * size, name)
-                    )
-            if int(item["grade"]) >= 0 and "grade_prob" in item:
-                found = [] if self.grade_from == "head" else torch.as_tensor(item["measurements"]).tolist()
-                self.grades.append(([*torch.as_tensor(item["grade_prob"]).tolist(), *found], int(item["grade"]), name))
-
-    def _keep(self, region: str, voxels: str, prob: np.ndarray, label: np.ndarray, name: str) -> None:
-        if len(prob) > MAX_VOXELS:
-            drawn = self.rng.choice(len(prob), MAX_VOXELS, replace=False)
-            prob, label = prob[drawn], label[drawn]
-        self.voxels[region, voxels].append((to_classes(prob), label, name))
-
-    def completed(self, engine: SupervisedEvaluator) -> None:
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        judged = [row for row in rows if "patient" in row]
         new = self.calibration.like()
         report: dict[str, Any] = {region: {} for region in self.regions}
         for region, voxels in itertools.product(self.regions, CALIBRATED_FOR):
-            probs, truths, patients = map(list, zip(*gather_from_all(self.voxels[region, voxels]), strict=True))
+            found = [(*pair, row["patient"]) for row in judged for pair in row[region][voxels]]
+            probs, truths, patients = map(list, zip(*found, strict=True))
             if not any(truth.any() for truth in truths):
                 raise InputError(
                     f"region '{region}' has no voxel in any true mask, so it cannot be calibrated; use more subjects"
@@ -170,24 +157,23 @@ class CalibrationFit:
             scores, (temperature,) = scored_fit(probs, truths, patients, fit_temperature, voxel_scores)
             new.get_buffer(f"{voxels}_temperature")[self.regions.index(region)] = temperature
             report[region][voxels] = {"temperature": temperature, **scores}
-        self._fit_volumes(new, report)
-        self._fit_parts(new, report)
-        if fitted := self._fit_grades(new):
+        self._fit_volumes(judged, new, report)
+        self._fit_parts(judged, new, report)
+        trained = [row["trained"] for row in rows if "trained" in row]
+        if fitted := self._fit_grades([row for row in judged if "grade" in row], trained, new):
             report["grade"] = fitted
-        if idist.get_rank() == 0:
-            inferer: Any = engine.inferer
-            new.sampling = inferer.sampling
-            store_calibration(self.ckpt_path, new.state_dict(), self.lineage)
-            with atomic_path(self.output_dir / "calibration.json") as path:
-                path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-            logger.info("\n" + json.dumps(report, indent=1))
+        new.sampling = self.sampling
+        store_calibration(self.ckpt_path, new.state_dict(), self.lineage)
+        with atomic_path(self.output_dir / "calibration.json") as path:
+            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        logger.info("\n" + json.dumps(report, indent=1))
 
-    def _fit_volumes(self, new: Calibration, report: dict[str, Any]) -> None:
+    def _fit_volumes(self, judged: Sequence[Mapping[str, Any]], new: Calibration, report: dict[str, Any]) -> None:
         """Choose what the volume intervals are read from, and fit their margins.
 
         The choice is the source whose uncorrected intervals hold a share of the volumes that is nearest to 90 %.
         """
-        volumes = {region: gather_from_all(self.volumes[region]) for region in self.regions}
+        volumes = {region: [volume for row in judged for volume in row[region]["volumes"]] for region in self.regions}
         patients = {region: [volume.patient for volume in found] for region, found in volumes.items()}
         sources = VOLUMES_FROM if all(volume.sampled for volume in volumes[self.regions[0]]) else VOLUMES_FROM[:1]
         scores = {
@@ -210,14 +196,14 @@ class CalibrationFit:
                     "are needed. None will be given; raise validation_share"
                 )
 
-    def _fit_parts(self, new: Calibration, report: dict[str, Any]) -> None:
+    def _fit_parts(self, judged: Sequence[Mapping[str, Any]], new: Calibration, report: dict[str, Any]) -> None:
         """Fit which parts of a mask are left out, and what Dice to expect of the others.
 
         The report holds the mean Dice with all parts and with those that are kept, and the mean difference of the
         expected Dice to the true one.
         """
         for channel, region in enumerate(self.regions):
-            masks, patients = map(list, zip(*gather_from_all(self.parts[region]), strict=True))
+            masks, patients = [row[region]["parts"] for row in judged], [row["patient"] for row in judged]
             curves = [dice_curve(parts) for parts in masks]
             scores, (position,) = scored_fit(
                 curves,
@@ -245,18 +231,26 @@ class CalibrationFit:
                 key: None if math.isinf(value) else value for key, value in named
             } | scores
 
-    def _fit_grades(self, new: Calibration) -> dict[str, Any]:
-        """Fit the grades, write the result into ``new``, and return what is reported; empty without grades."""
-        grades = gather_from_all(self.grades)
-        if len({grade for _, grade, _ in grades}) < 2:
+    def _fit_grades(
+        self, graded: Sequence[Mapping[str, Any]], trained: Sequence[tuple[list[float], int]], new: Calibration
+    ) -> dict[str, Any]:
+        """Fit the grades, write the result into ``new``, and return what is reported; empty without grades.
+
+        Args:
+            graded: rows of the subjects with a grade.
+            trained: measurements and grade of training subjects.
+            new: the calibration.
+        """
+        if len({row["grade"][1] for row in graded}) < 2:
             logger.warning("fewer than two grades are present: the grade is not calibrated")
             return {}
-        *columns, patients = map(list, zip(*grades, strict=True))
-        probs, truths = (list(np.array(column)[:, None]) for column in columns)
+        probs, truths = (
+            list(np.array(column)[:, None]) for column in zip(*(row["grade"] for row in graded), strict=True)
+        )
+        patients = [row["patient"] for row in graded]
         alpha = read_checkpoint(self.ckpt_path)["loss"]["cls_loss.class_weight"].double().numpy()
         prior_bias = -np.log(alpha / alpha.mean())
         count = len(self.prior)
-        trained = gather_from_all(self.trained)
         measured = Measured(*map(np.array, zip(*trained, strict=True))) if trained else None
         if self.grade_from != "head" and len({grade for _, grade in trained}) < 2:
             logger.warning(
@@ -289,6 +283,14 @@ class CalibrationFit:
         temperature = None if math.isinf(found.temperature) else found.temperature
         fitted = {"temperature": temperature, "bias": found.bias.tolist(), "prior": list(map(float, self.prior))}
         return {"grade_from": self.grade_from} | fitted | scores
+
+
+def _drawn(prob: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Class probabilities and truth of at most :data:`MAX_VOXELS` voxels."""
+    if len(prob) > MAX_VOXELS:
+        drawn = rng.choice(len(prob), MAX_VOXELS, replace=False)
+        prob, label = prob[drawn], label[drawn]
+    return to_classes(prob), label
 
 
 def _trained_on(ckpt_path: str, dataset: str) -> list[str]:

@@ -13,13 +13,18 @@ import nibabel as nib
 import numpy as np
 
 from scripts.config import InputError, check_all, warn_some
-from scripts.data.dicom import Series, find_series, series_item, share_study
+from scripts.data.dicom import find_series, series_item
 from scripts.data.grades import GRADE_LABELS, UNKNOWN_GRADE, read_grades
 from scripts.data.pictures import Grid, check_channels, file_stem, find_images, is_picture, read_grid
 
 logger = logging.getLogger(__name__)
 
 MAX_DISTANCE = 0.1  # between the same corner in two files of a subject, in voxels
+
+
+class EmptyFolder(InputError):
+    """A folder among those of the subjects holds no volume."""
+
 
 Item = dict  # {"subject": str, "image": [file per modality], "label": [masks] (if any), "grade": int}
 
@@ -98,67 +103,81 @@ def find_subjects(
     mask_names: Sequence[str] = (),
     image_dir: str | None = None,
     mask_dir: str | None = None,
-    require_label: bool = True,
 ) -> list[Item]:
-    """Find every subject below ``dataset_dir`` and check the headers of its files; see :func:`load_subjects`.
+    """Find every labelled subject below ``dataset_dir`` and check the headers of its files; see :func:`load_subjects`.
 
-    ``dataset_dir`` may also be the folder of a single subject. With ``require_label``, which training and evaluation
-    need, a subject without a segmentation is refused. Without it, a folder may hold DICOM series instead of NIfTI
-    volumes, one series per modality.
+    ``dataset_dir`` may also be the folder of a single subject.
     """
+    root = check_names(dataset_dir, modalities)
+    if isinstance(mask_names, str) or len(set(mask_names)) != len(mask_names):
+        raise InputError(f"the masks {mask_names!r} must be a list of distinct names, such as ['1', '2']")
+    if image_dir is None:
+        suffixes = [f"{label_suffix}_{name}" for name in mask_names] or [label_suffix]
+        return _find_folders(root, modalities, suffixes)
+    if mask_dir is None:
+        raise InputError(f"image_dir='{image_dir}' needs mask_dir, the folder of the masks below dataset_dir")
+    items = find_images(dataset_dir, image_dir, mask_dir, mask_names)
+    return check_all(items, lambda item: check_headers(item, modalities))
+
+
+def check_names(dataset_dir: str, modalities: Sequence[str]) -> Path:
+    """The folder of the data set, if it is one and the modalities are distinct names; otherwise an InputError."""
     root = Path(dataset_dir)
     if not root.is_dir():
         raise InputError(f"dataset_dir '{dataset_dir}' is not a folder")
     if isinstance(modalities, str) or len(set(modalities)) != len(modalities) or not modalities:
         raise InputError(f"modalities={modalities!r} must be a list of distinct file suffixes, such as ['t1', 'flair']")
-    if isinstance(mask_names, str) or len(set(mask_names)) != len(mask_names):
-        raise InputError(f"the masks {mask_names!r} must be a list of distinct names, such as ['1', '2']")
-    if image_dir is None:
-        suffixes = [f"{label_suffix}_{name}" for name in mask_names] or [label_suffix]
-        return _find_folders(root, modalities, suffixes if require_label else [])
-    if require_label and mask_dir is None:
-        raise InputError(f"image_dir='{image_dir}' needs mask_dir, the folder of the masks below dataset_dir")
-    items = find_images(dataset_dir, image_dir, mask_dir if require_label else None, mask_names)
-    return check_all(items, lambda item: check_headers(item, modalities))
+    return root
+
+
+def subject_folders(root: Path, modalities: Sequence[str]) -> list[Path]:
+    """The folders below ``root``, sorted; none if ``root`` is the folder of a subject."""
+    if with_suffix(_volumes(root), modalities[0]):
+        return []
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _find_folders(root: Path, modalities: Sequence[str], label_suffixes: Sequence[str]) -> list[Item]:
-    """Items of the folders below ``root``; without ``label_suffixes`` they have no label."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if with_suffix(_volumes(root), modalities[0]):  # a subject, whose own folders are not subjects
-        folders = []
-    require_label = bool(label_suffixes)
-    volumes, series = _contents(folders, require_label)
-    empty = [folder.name for folder in folders if folder not in volumes and folder not in series]
-    if not volumes and share_study(series.values()):
-        series, empty = {root.resolve(): find_series(root.resolve())}, []
-    elif not volumes and not series:
-        volumes, series = _contents([root.resolve()], require_label)
+    """Items of the folders below ``root``, or of ``root`` itself."""
+    folders = subject_folders(root, modalities)
+    volumes = {folder: files for folder in folders if (files := _volumes(folder))}
+    empty = [folder.name for folder in folders if folder not in volumes]
+    if not volumes and (files := _volumes(root.resolve())):
+        volumes = {root.resolve(): files}
+    if not volumes:
+        raise no_subject(root, f"folders with files such as <subject>/<subject>_{modalities[0]}.nii.gz")
 
     def item_of(folder: Path) -> Item:
-        if folder in series:
-            item = series_item(folder, series[folder], modalities)
-        else:
-            item = _subject_item(folder.name, volumes[folder], modalities, label_suffixes)
-        return check_headers(item, modalities)
+        return check_headers(_subject_item(folder.name, volumes[folder], modalities, label_suffixes), modalities)
 
-    items = check_all([*volumes, *series], item_of)
-    if not items:
-        files = [str(path.relative_to(root)) for path in islice(filter(Path.is_file, root.rglob("*")), 5)]
-        raise InputError(
-            f"no subject found in '{root}', which holds {files or 'no file'}: expected folders with files such as "
-            f"<subject>/<subject>_{modalities[0]}.nii.gz{'' if require_label else ' or DICOM series'}; if all images "
-            "are in one folder, set 'image_dir'"
-        )
+    items = check_all(volumes, item_of)
     warn_some(f"folders of {root} hold no volume and are left out", empty)
     return sorted(items, key=lambda item: item["subject"])
 
 
-def _contents(folders: Sequence[Path], require_label: bool) -> tuple[dict[Path, list[Path]], dict[Path, list[Series]]]:
-    """NIfTI volumes of each folder, and DICOM series of the folders without volumes. Series have no label."""
-    volumes = {folder: files for folder in folders if (files := _volumes(folder))}
-    without_volumes = [] if require_label else [folder for folder in folders if folder not in volumes]
-    return volumes, {folder: found for folder in without_volumes if (found := find_series(folder))}
+def no_subject(root: Path, expected: str) -> InputError:
+    """The error that ``root`` holds no subject, with the names of some of its files."""
+    files = [str(path.relative_to(root)) for path in islice(filter(Path.is_file, root.rglob("*")), 5)]
+    return InputError(
+        f"no subject found in '{root}', which holds {files or 'no file'}: expected {expected}; if all images are in "
+        "one folder, set 'image_dir'"
+    )
+
+
+def folder_item(folder: Path, modalities: Sequence[str]) -> Item:
+    """Item of a subject's folder, which holds NIfTI volumes or DICOM series; without a label.
+
+    Raises:
+        EmptyFolder: if it holds neither.
+        InputError: naming what is wrong with its files.
+    """
+    if volumes := _volumes(folder):
+        item = _subject_item(folder.name, volumes, modalities, [])
+    elif series := find_series(folder):
+        item = series_item(folder, series, modalities)
+    else:
+        raise EmptyFolder(f"folder '{folder}' holds neither a NIfTI volume nor a DICOM series")
+    return check_headers(item, modalities)
 
 
 def subject_of(file: str, modalities: Sequence[str]) -> Item:
@@ -167,7 +186,7 @@ def subject_of(file: str, modalities: Sequence[str]) -> Item:
     A picture, or a 4D file with all modalities, is a subject itself. A file of one modality belongs to the subject
     whose other files lie in the same folder and differ only in the suffix: ``7_t1.nii.gz``, ``7_flair.nii.gz``. A file
     that has only the suffix as its name, such as ``s0001/ct.nii.gz``, belongs to the subject of its folder. A folder
-    holds the DICOM series of a subject.
+    is that of a subject (:func:`folder_item`).
 
     Raises:
         InputError: if the file cannot be read, or has neither all modalities nor the files of the others beside it.
@@ -175,8 +194,8 @@ def subject_of(file: str, modalities: Sequence[str]) -> Item:
     path, stem = Path(file), file_stem(file)
     suffix = next((m for m in modalities if with_suffix([path], m)), None)
     if file and path.is_dir():  # Path("") is the current folder
-        item = series_item(path, find_series(path), modalities)
-    elif not path.is_file():
+        return folder_item(path, modalities)
+    if not path.is_file():
         raise InputError(f"'{file}' is not a file")
     elif suffix is None:
         item = {"subject": stem, "image": [str(path)]}
@@ -194,6 +213,11 @@ def subject_of(file: str, modalities: Sequence[str]) -> Item:
         subject = prefix.rstrip("-_.") or path.absolute().parent.name
         item = {"subject": subject, "image": [in_folder[name] for name in expected]}
     return check_headers(item, modalities)
+
+
+def holds_volumes(folder: Path) -> bool:
+    """Whether a NIfTI volume lies in the folder."""
+    return bool(_volumes(folder))
 
 
 def _volumes(folder: Path) -> list[Path]:
@@ -287,15 +311,3 @@ def _read_header(subject: str, file: str) -> Grid:
         return read_grid(file)
     except InputError as error:
         raise InputError(f"subject '{subject}': {error}") from error
-
-
-def check_output_dir(output_dir: str, items: Sequence[Item], mask_dir: Path | None = None) -> None:
-    """Raise InputError if ``output_dir`` is a folder of volumes or masks: a prediction could replace a true mask."""
-    folder = Path(output_dir).resolve()
-    for item in items:
-        if Path(item["image"][0]).resolve().parent == folder:
-            raise InputError(
-                f"output_dir '{output_dir}' holds the volumes of '{item['subject']}'; choose another folder"
-            )
-    if mask_dir and mask_dir.resolve() == folder:
-        raise InputError(f"output_dir '{output_dir}' holds the masks; choose another folder")

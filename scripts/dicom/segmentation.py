@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Events
-from monai.engines.workflow import Workflow
 
 from scripts.config import InputError, atomic_path
 from scripts.data.dicom import is_dicom, ordered_series
 from scripts.dicom.report import EXPECTED_DICE, VOLUME, Measured, structured_report
+from scripts.sampling.report import Report
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +31,22 @@ TYPE_2 = (
 )  # fmt: skip
 
 
-class SegmentationWriter:
-    """Inference handler that writes ``<subject>_seg.dcm`` and ``<subject>_sr.dcm`` on the first image.
+class SegmentationWriter(Report):
+    """Report of an inference that writes ``<subject>_seg.dcm`` and ``<subject>_sr.dcm`` on the first image.
 
     A subclass says what the segments are and what was measured of them.
 
     Args:
         output_dir: folder of the files.
-        data: all items of the run; their headers are checked before inference starts.
         bundle_root: folder of the bundle, whose name and version are written.
-        table: handler whose ``answer`` to an item says what was measured.
+        table: report whose ``answer`` to an item says what was measured.
 
     Raises:
-        InputError: if highdicom is not installed, or a subject (which the message names) is not DICOM or has headers to
-            which no segmentation can refer.
+        InputError: if highdicom is not installed. Of a subject (which the message names), if it is not DICOM or has
+            headers to which no segmentation can refer.
     """
 
-    def __init__(self, output_dir: str, data: Sequence[Mapping[str, Any]], bundle_root: str, table: Any) -> None:
+    def __init__(self, output_dir: str, bundle_root: str, table: Any) -> None:
         try:
             self.highdicom, self.pydicom = (importlib.import_module(name) for name in ("highdicom", "pydicom"))
         except ImportError as error:
@@ -56,34 +54,34 @@ class SegmentationWriter:
         self.output_dir, self.table = Path(output_dir), table
         metadata = json.loads(Path(bundle_root, "configs", "metadata.json").read_text(encoding="utf-8"))
         self.name, self.version = metadata["name"], metadata["version"]
-        for item in data:
-            file = item["image"][0]
-            if not is_dicom(file):
-                raise InputError(
-                    f"subject '{item['subject']}' is not DICOM ({file}), so no DICOM segmentation can refer to it; run "
-                    "inference without configs/dicom_seg.yaml"
-                )
-            header = self._read(file)
-            if absent := [name for name in UIDS if not header.get(name)]:
-                raise InputError(
-                    f"subject '{item['subject']}': {file} has no {', '.join(absent)}, so no DICOM segmentation can "
-                    "refer to it; give the files new UIDs, or run inference without configs/dicom_seg.yaml"
-                )
-            anything = self.segment(1, "test", TISSUE, TISSUE)
-            self._segmentation(item["subject"], [header], np.zeros((1, header.Rows, header.Columns)), [anything])
 
-    def attach(self, engine: Workflow) -> None:
-        """Attach to the evaluator."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+    def check(self, item: Mapping[str, Any]) -> None:
+        file = item["image"][0]
+        if not is_dicom(file):
+            raise InputError(
+                f"subject '{item['subject']}' is not DICOM ({file}), so no DICOM segmentation can refer to it; run "
+                "inference without configs/dicom_seg.yaml"
+            )
+        header = self._read(file)
+        if absent := [name for name in UIDS if not header.get(name)]:
+            raise InputError(
+                f"subject '{item['subject']}': {file} has no {', '.join(absent)}, so no DICOM segmentation can refer "
+                "to it; give the files new UIDs, or run inference without configs/dicom_seg.yaml"
+            )
+        anything = self.segment(1, "test", TISSUE, TISSUE)
+        self._segmentation(item["subject"], [header], np.zeros((1, header.Rows, header.Columns)), [anything])
 
-    def iteration_completed(self, engine: Workflow) -> None:
-        for item in engine.state.output:
-            objects = self.objects(item)
-            if not objects:
-                logger.warning(f"subject '{item['subject']}': nothing was found, so no DICOM segmentation is written")
-            for kind, found in objects.items():
-                with atomic_path(self.output_dir / f"{item['subject']}_{kind}.dcm") as path:
-                    found.save_as(path)
+    def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        objects = self.objects(item)
+        if not objects:
+            logger.warning(f"subject '{item['subject']}': nothing was found, so no DICOM segmentation is written")
+        for kind, found in objects.items():
+            with atomic_path(self.output_dir / f"{item['subject']}_{kind}.dcm") as path:
+                found.save_as(path)
+        return []
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Nothing is written of all subjects together."""
 
     def objects(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """The segmentation ``seg`` and the report ``sr`` of an inferred item; none if nothing was found."""
@@ -174,7 +172,6 @@ class DicomSegWriter(SegmentationWriter):
 
     Args:
         output_dir: see :class:`SegmentationWriter`.
-        data: likewise.
         bundle_root: likewise.
         table: likewise.
         regions: names of the region channels.
@@ -189,7 +186,6 @@ class DicomSegWriter(SegmentationWriter):
     def __init__(
         self,
         output_dir: str,
-        data: Sequence[Mapping[str, Any]],
         bundle_root: str,
         table: Any,
         regions: Sequence[str],
@@ -197,7 +193,7 @@ class DicomSegWriter(SegmentationWriter):
         property_type: str = "Neoplasm",
         property_category: str = "MorphologicallyAbnormalStructure",
     ) -> None:
-        super().__init__(output_dir, data, bundle_root, table)
+        super().__init__(output_dir, bundle_root, table)
         self.to_regions = to_regions
         codes = importlib.import_module("pydicom.sr.codedict").codes
         found = {}

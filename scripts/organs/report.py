@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -23,14 +22,14 @@ from scripts.organs.structures import catalogue
 from scripts.organs.training_labels import prior_of
 from scripts.report.intervals import with_intervals
 from scripts.report.results import Results
-from scripts.sampling.rows import RowsHandler
+from scripts.sampling.report import Report
 
 TOLERANCE = 3.0  # mm, of the normalised surface distance
 SCORES = ("dice", "nsd", "hd95", "prior_dice")
 
 
-class StructureReport(RowsHandler):
-    """Evaluation handler: ``structures.csv``, ``summary.json``, ``structures.png`` and an overlay of each subject.
+class StructureReport(Report):
+    """Report of an evaluation: ``structures.csv``, ``summary.json``, ``structures.png`` and an overlay of each subject.
 
     A row of the table is a structure of a subject that is in the truth or in the prediction. A structure that is only
     in the prediction is ``invented`` and has no score; one that is only in the truth has Dice and NSD 0 and no HD95.
@@ -70,7 +69,6 @@ class StructureReport(RowsHandler):
         rows = structure_rows(pred, truth, prior, nib.affines.voxel_sizes(affine), self.structures)
         return [subject | row for row in rows]
 
-    @idist.one_rank_only()
     def write(self, rows: list[dict[str, Any]]) -> None:
         table = pd.DataFrame(rows)
         write_csv(table, self.output_dir / "structures.csv")

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -18,13 +17,13 @@ from scripts.data.pictures import read_volume
 from scripts.data.writing import write_csv
 from scripts.organs.plots import plot_preview
 from scripts.organs.structures import catalogue
-from scripts.sampling.rows import RowsHandler
+from scripts.sampling.report import Report
 
 NUM_LABELS = 118
 
 
-class StatisticsTable(RowsHandler):
-    """Inference handler: ``<subject>_statistics.json``, ``<subject>_preview.png`` and one ``statistics.csv``.
+class StatisticsTable(Report):
+    """Report of an inference: ``<subject>_statistics.json``, ``<subject>_preview.png`` and one ``statistics.csv``.
 
     The JSON has ``volume`` (mm3) and ``intensity`` (mean HU) of every structure, 0 where it is absent, as
     TotalSegmentator writes it. The table has a row for each structure that was found.
@@ -33,8 +32,6 @@ class StatisticsTable(RowsHandler):
         output_dir: folder of the files.
         structures: names of the classes, for their probabilities.
     """
-
-    write_each = True
 
     def __init__(self, output_dir: str, structures: Sequence[str]) -> None:
         self.output_dir = Path(output_dir)
@@ -62,7 +59,6 @@ class StatisticsTable(RowsHandler):
             if values["volume_mm3"]
         ]
 
-    @idist.one_rank_only()
     def write(self, rows: list[dict]) -> None:
         columns = ["subject", "structure", "volume_mm3", "mean_hu", "probability", "touches_border"]
         write_csv(pd.DataFrame(rows, columns=columns), self.output_dir / "statistics.csv")

@@ -12,8 +12,8 @@ import ignite.distributed as idist
 
 from scripts.config import InputError, bundle_root, running_parser, save_config
 from scripts.data.datalist import describe
-from scripts.data.subjects import check_output_dir
 from scripts.organs.structures import chosen
+from scripts.sampling.jobs import evaluate_subjects, infer_subjects
 from scripts.tools import onnx_files
 from scripts.tools.monai_label import apply_label_request, option
 from scripts.training.checkpoints import check_settings, load_weights
@@ -46,29 +46,17 @@ def train() -> None:
     run_training(parser, value("network_def"), datalist)
 
 
-def evaluate(load: bool = True) -> None:
-    """Score the weights of ``ckpt_path`` on subjects that they were not trained on.
-
-    Args:
-        load: load the weights; false if ``network_def`` already has them, as an ONNX export.
-    """
-    _, value = start("train.yaml", "evaluate.yaml")
-    if load:
-        load_weights(value("network"), value("ckpt_path"), value("settings"))
-    else:
-        check_settings(value("network_def").settings, value("settings"), f"onnx_dir '{value('onnx_dir')}'")
+def evaluate() -> None:
+    """Score the weights of ``ckpt_path`` on subjects that they were not trained on."""
+    parser, value = start("train.yaml", "evaluate.yaml")
+    value("network")  # refuses a checkpoint or an export that does not fit
     value("chosen_by")  # refuses subjects that the weights were trained on
-    evaluator = value("validate::evaluator")
     save_config(value("output_dir") + "/evaluate.yaml")
-    evaluator.run()
+    evaluate_subjects(parser, value("validate::dataset").data)
 
 
-def infer(load: bool = True) -> None:
-    """Segment every subject of ``dataset_dir``.
-
-    Args:
-        load: see :func:`evaluate`.
-    """
+def infer() -> None:
+    """Segment every subject of ``dataset_dir``."""
     parser, value = start("inference.yaml", "train.yaml")
     trained = value("settings")
     try:
@@ -80,10 +68,8 @@ def infer(load: bool = True) -> None:
         given["structures"] = chosen(given["structures"])
     check_settings(trained, given, "the model")
     value("subset")  # refuses names that the weights do not know
-    if load:
-        load_weights(value("network"), value("ckpt_path"), trained)
-    check_output_dir(value("output_dir"), value("data"))
-    value("evaluator").run()
+    value("data").check_output_dir(value("output_dir"))
+    infer_subjects(parser)
 
 
 def export_int8() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -18,7 +17,7 @@ from scripts.data.grades import grade_names
 from scripts.page.layers import layers_of
 from scripts.page.origin import origin
 from scripts.report.plots import read_background
-from scripts.sampling.rows import RowsHandler
+from scripts.sampling.report import Report
 from scripts.training.checkpoints import read_checkpoint
 
 MAX_BYTES = 30_000_000  # of the page
@@ -31,10 +30,10 @@ PLOTS = {
 }
 
 
-class ReportPage(RowsHandler):
-    """Handler that writes ``report.html``: table, slices, curves, and how all of it was made.
+class ReportPage(Report):
+    """Writes ``report.html``: table, slices, curves, and how all of it was made.
 
-    It comes after the handler that writes the table. Nothing in the page is fetched from elsewhere. Up to 200 subjects
+    It comes after the report that writes the table. Nothing in the page is fetched from elsewhere. Up to 200 subjects
     have pictures; they are reduced until the page has at most 30 MB.
 
     Args:
@@ -71,7 +70,7 @@ class ReportPage(RowsHandler):
         self.to_regions = to_regions
 
     def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
-        if len(self.rows) >= MAX_PICTURED // idist.get_world_size():
+        if item["order"] >= MAX_PICTURED:
             return []
         masks = {"mask": self._channels(item["pred"])}
         if "label" in item:
@@ -92,10 +91,9 @@ class ReportPage(RowsHandler):
         step = 1 if self.to_regions else len(self.regions)
         return [np.asarray((samples[i : i + step].cpu() > 0).any(dim=0)) for i in range(0, len(samples), step)]
 
-    @idist.one_rank_only()
     def write(self, rows: list[dict[str, Any]]) -> None:
         table = pd.read_csv(self.folder / self.table, dtype={"subject": str, "patient": str})
-        pictured = {row["subject"]: row["layers"] for row in rows[:MAX_PICTURED]}
+        pictured = {row["subject"]: row["layers"] for row in rows}
         columns, values = summary_columns(table, self.regions, self.grades)
         subjects = [
             {"name": name, "cells": cells, "all": _filled(row), "layers": pictured.get(name)}

@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import pandas as pd
-from monai.engines.workflow import Workflow
 from scipy.stats import spearmanr
 from sklearn.metrics import brier_score_loss
 
@@ -19,7 +17,6 @@ from scripts.config import atomic_path
 from scripts.data.grades import grade_names
 from scripts.data.split import PATIENT_PATTERN, patient
 from scripts.data.writing import write_csv
-from scripts.distributed import gather_from_all
 from scripts.networks.calibration import CALIBRATED_FOR
 from scripts.report.annotators import METHODS, SCORES, annotator_scores
 from scripts.report.intervals import with_intervals
@@ -43,13 +40,13 @@ from scripts.report.uncertainty import (
     size_unit,
     true_masks,
 )
-from scripts.sampling.rows import RowsHandler
+from scripts.sampling.report import Report
 
 logger = logging.getLogger(__name__)
 
 
-class SubjectReport(RowsHandler):
-    """Evaluation handler that writes one row and one overlay per subject, then a summary with 95 % intervals.
+class SubjectReport(Report):
+    """Report of an evaluation: one row and one overlay per subject, and a summary with 95 % intervals.
 
     Writes ``subjects.csv``, ``summary.json``, ``evaluation_results.json``, ``reliability.png``, ``risk_coverage.png``,
     ``grade_calibration.png`` (with grades) and ``overlays/<subject>_overlay.png``. Intervals are over patients.
@@ -84,11 +81,6 @@ class SubjectReport(RowsHandler):
         self.patient_pattern = patient_pattern
         self.seed = seed
 
-    def started(self, engine: Workflow) -> None:
-        super().started(engine)
-        self.bins: list[dict[str, np.ndarray]] = []  # one dictionary per subject
-        self.risks: list[dict[str, np.ndarray]] = []
-
     def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
         background = read_background(item)
         spacing = item["label"].pixdim.tolist()
@@ -98,12 +90,12 @@ class SubjectReport(RowsHandler):
             row |= grade_columns(item, self.grades, "prior")
         row |= mask_scores(item["pred"], item["label"], spacing, self.regions)
         size = size_unit(item)
-        self.bins.append({})
-        self.risks.append({})
+        bins: dict[str, np.ndarray] = {}
+        risks: dict[str, np.ndarray] = {}
         for channel, region in enumerate(self.regions):
             row[size.column("", "", region)] = float(item["pred"][channel].sum()) * size.voxel
             row[size.column("true", "", region)] = float(item["label"][channel].sum()) * size.voxel
-            self._score_uncertainty(item, channel, background != 0, row)
+            self._score_uncertainty(item, channel, background != 0, row, bins, risks)
         row |= estimates(item, self.regions)
         for channel, region in enumerate(self.regions):
             low, high = (row[size.column("", name, region)] for name in ("low", "high"))
@@ -113,33 +105,32 @@ class SubjectReport(RowsHandler):
         title = f"{item['subject']}  Dice {row[f'dice_{self.regions[0]}']:.2f}"
         samples = item["samples"].unflatten(0, (-1, len(self.regions))) if "samples" in item else ()
         write_overlay(item, background, title, self.output_dir / "overlays", samples)
-        return [row]
+        return [row | {"bins": bins, "risks": risks}]
 
-    def _score_uncertainty(self, item: Mapping[str, Any], channel: int, foreground: np.ndarray, row: dict) -> None:
+    def _score_uncertainty(
+        self, item: Mapping[str, Any], channel: int, foreground: np.ndarray, row: dict, all_bins: dict, risks: dict
+    ) -> None:
         region = self.regions[channel]
         prob, uncertainty = (np.asarray(item[key][channel].cpu()) for key in ("prob", "uncertainty"))
         pred, label = (np.asarray(item[key][channel].cpu()) > 0 for key in ("pred", "label"))
         lesion, wrong = region_of_interest(pred, label), (pred != label)[foreground]
         for voxels, mask in (("foreground", foreground), ("lesion", lesion)):
             bins = calibration_bins(prob[mask], label[mask])
-            self.bins[-1][f"{region} {voxels}"] = bins
+            all_bins[f"{region} {voxels}"] = bins
             row[f"ece_{voxels}_{region}"] = expected_calibration_error(bins[None])
         risk = risk_coverage(uncertainty[foreground], wrong)
-        self.risks[-1][region] = risk
+        risks[region] = risk
         row[f"brier_{region}"] = brier_score_loss(label[lesion], prob[lesion].clip(0, 1)) if lesion.any() else np.nan
         row[f"error_auroc_{region}"] = error_auroc(uncertainty[foreground], wrong)
         row[f"aurc_{region}"] = risk.mean()
         if "annotations" in item:
             scores, votes = annotator_scores(item, channel, prob, size_unit(item).voxel)
             row |= {f"{name}_{region}": value for name, value in scores.items()}
-            self.bins[-1] |= {f"{region} votes {name}": values for name, values in votes.items()}
+            all_bins |= {f"{region} votes {name}": values for name, values in votes.items()}
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        table, bins, risks = pd.DataFrame(rows), _stacked(self.bins), _stacked(self.risks)
-        if idist.get_rank() == 0:
-            self._write(table, bins, risks)
-
-    def _write(self, table: pd.DataFrame, bins: dict[str, np.ndarray], risks: dict[str, np.ndarray]) -> None:
+        bins, risks = (_stacked([row[name] for row in rows]) for name in ("bins", "risks"))
+        table = pd.DataFrame(rows).drop(columns=["bins", "risks"])
         write_csv(table, self.output_dir / "subjects.csv")
         voxels = [f"{region} {name}" for region in self.regions for name in CALIBRATED_FOR]
         plot_reliability({name: bins[name] for name in voxels}, self.output_dir / "reliability.png")
@@ -219,9 +210,8 @@ def grade_scores(table: pd.DataFrame, grades: Sequence[str]) -> Callable[[np.nda
 
 
 def _stacked(subjects: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays of the subjects of all processes, stacked by name."""
-    everyone = gather_from_all(subjects)
-    return {name: np.stack([arrays[name] for arrays in everyone]) for name in everyone[0]}
+    """Arrays of the subjects, stacked by name."""
+    return {name: np.stack([arrays[name] for arrays in subjects]) for name in subjects[0]}
 
 
 def _centre(values: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:

@@ -7,25 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
-from monai.engines.workflow import Workflow
 
 from scripts.data.grades import grade_names
 from scripts.data.writing import write_csv
-from scripts.distributed import gather_from_all
 from scripts.networks.calibration import VOLUMES_FROM
 from scripts.networks.measurements import measurement_names
 from scripts.report.plots import read_background, write_overlay
 from scripts.report.uncertainty import sampled_volume, size_unit, volume_estimate, volume_interval
 from scripts.sampling.probability import temperature_scaled
-from scripts.sampling.rows import RowsHandler
+from scripts.sampling.report import Report
 
 
-class GradeTable(RowsHandler):
-    """Inference handler: ``grades.csv``, ``grade_reasons.csv`` and one overlay per subject.
+class GradeTable(Report):
+    """Report of an inference: ``grades.csv``, ``grade_reasons.csv`` and one overlay per subject.
 
     A row holds the probability of each grade, the likeliest grade, volumes and quality of each region, and the
     modalities that were used. The reasons are only written if the grade depends on measurements of the mask
@@ -38,8 +35,6 @@ class GradeTable(RowsHandler):
         modalities: names of the image channels.
         to_regions: turns the label map ``pred`` of an item back into region channels.
     """
-
-    write_each = True
 
     def __init__(
         self,
@@ -61,30 +56,20 @@ class GradeTable(RowsHandler):
         row = grade_row(self.to_regions(item), self.regions, self.grades)
         return row | ({"reasons": reasons} if reasons else {})
 
-    def started(self, engine: Workflow) -> None:
-        super().started(engine)
-        self.reasons: list[dict[str, Any]] = []
-
     def rows_of(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
-        found = self.to_regions(item)
-        row = grade_row(found, self.regions, self.grades)
-        self.reasons += grade_reasons(item, self.measured, self.grades)
+        row, found = self.answer(item), self.to_regions(item)
         grade = row["grade"]
         title = item["subject"] + (f"  {grade}: {row[f'prob_{grade}']:.2f}" if grade else "")
         samples = [self.to_regions({"pred": mask[None]})["pred"] for mask in item.get("samples", ())]
         write_overlay(found, read_background(item), title, self.output_dir, samples)
         return [row]
 
-    def completed(self, engine: Workflow) -> None:
-        self.reasons = gather_from_all(self.reasons)
-        super().completed(engine)
-
-    @idist.one_rank_only()
-    def write(self, rows: list[dict]) -> None:
-        write_csv(pd.DataFrame(rows), self.output_dir / "grades.csv")
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        reasons = [reason for row in rows for reason in row.get("reasons", ())]
+        write_csv(pd.DataFrame(rows).drop(columns="reasons", errors="ignore"), self.output_dir / "grades.csv")
         file = self.output_dir / "grade_reasons.csv"
-        if self.reasons:
-            write_csv(pd.DataFrame(self.reasons), file)
+        if reasons:
+            write_csv(pd.DataFrame(reasons), file)
         else:
             file.unlink(missing_ok=True)  # of an earlier run, whose grades were others
 

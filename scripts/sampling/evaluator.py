@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from monai.engines import SupervisedEvaluator
@@ -34,6 +35,14 @@ class VolumeEvaluator(SupervisedEvaluator):
         """Evaluate. All processes use the buffers of the first process, whose network is saved."""
         broadcast_buffers(self.network)
         super().run(global_epoch)
+
+    def run_on(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """The postprocessed output for one item of the data set instead of all."""
+        self.data_loader.dataset.data = [item]  # type: ignore[union-attr]
+        self.state.epoch_length = 1
+        self.run()
+        (output,) = self.state.output
+        return output
 
     def _iteration(self, engine: VolumeEvaluator, batchdata: dict) -> dict:  # type: ignore[override]
         device = engine.state.device

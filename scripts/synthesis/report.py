@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
@@ -18,15 +17,15 @@ from scripts.data.split import patient
 from scripts.data.writing import write_csv
 from scripts.report.intervals import with_intervals
 from scripts.report.results import Results
-from scripts.sampling.rows import RowsHandler
+from scripts.sampling.report import Report
 from scripts.synthesis.plots import plot_projections
 from scripts.synthesis.scores import SCORES, body_mask, looked_up, mask_file, scores
 
 METHODS = ("identity", "lookup", "generator", "refined")
 
 
-class SynthesisReport(RowsHandler):
-    """Evaluation handler: ``subjects.csv``, ``summary.json`` and ``overlays/<subject>_mip.png``.
+class SynthesisReport(Report):
+    """Report of an evaluation: ``subjects.csv``, ``summary.json`` and ``overlays/<subject>_mip.png``.
 
     A row is a subject and a method: ``identity`` is the native CT, ``lookup`` the best map from native to contrast HU
     in the training subjects, ``generator`` and ``refined`` are the networks.
@@ -74,7 +73,6 @@ class SynthesisReport(RowsHandler):
             for name, volume in volumes.items()
         ]
 
-    @idist.one_rank_only()
     def write(self, rows: list[dict[str, Any]]) -> None:
         table = pd.DataFrame(rows)
         write_csv(table, self.output_dir / "subjects.csv")

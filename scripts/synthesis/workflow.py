@@ -14,7 +14,8 @@ from scripts.adversarial.step import d_channels
 from scripts.config import InputError, bundle_root, check_all, running_parser, save_config
 from scripts.data.datalist import describe
 from scripts.data.pictures import read_grid
-from scripts.data.subjects import Item, check_output_dir
+from scripts.data.subjects import Item
+from scripts.sampling.jobs import evaluate_subjects, infer_subjects
 from scripts.synthesis.inferer import DIVISOR
 from scripts.synthesis.transforms import check_hu_range
 from scripts.tools.monai_label import apply_label_request, option
@@ -60,12 +61,11 @@ def train() -> None:
 
 def evaluate() -> None:
     """Score the weights of ``ckpt_path`` on subjects that they were not trained on."""
-    _, value = start("train.yaml", "evaluate.yaml")
-    load_weights(value("network"), value("ckpt_path"), value("settings"))
+    parser, value = start("train.yaml", "evaluate.yaml")
+    value("network")  # refuses a checkpoint that does not fit
     value("chosen_by")  # refuses subjects that the weights were trained on
-    evaluator = value("validate::evaluator")
     save_config(value("output_dir") + "/evaluate.yaml")
-    evaluator.run()
+    evaluate_subjects(parser, value("validate::dataset").data)
 
 
 def infer() -> None:
@@ -76,9 +76,8 @@ def infer() -> None:
         raise InputError(f"ckpt_path '{value('ckpt_path')}' has no settings {absent}: it is not of this bundle")
     given = {key: value(key) for key in SETTINGS if key in parser.get()}  # from the command line or an overlay
     check_settings(trained, given, "the model")
-    load_weights(value("network"), value("ckpt_path"), trained)
-    check_output_dir(value("output_dir"), value("data"))
-    value("evaluator").run()
+    value("data").check_output_dir(value("output_dir"))
+    infer_subjects(parser)
 
 
 def _check_training(value: Callable[[str], Any]) -> None:

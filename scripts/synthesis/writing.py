@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ import torch
 
 from scripts.data.pictures import read_volume
 from scripts.data.writing import LikeInputWriter, write_csv
-from scripts.sampling.rows import RowsHandler
+from scripts.sampling.report import Report
 from scripts.synthesis.plots import plot_projections
 from scripts.synthesis.scores import ENHANCED, body_mask
 
@@ -32,8 +31,8 @@ class SyntheticWriter(LikeInputWriter):
         return image
 
 
-class EnhancementTable(RowsHandler):
-    """Inference handler: ``enhancement.csv`` and ``<subject>_mip.png``.
+class EnhancementTable(Report):
+    """Report of an inference: ``enhancement.csv`` and ``<subject>_mip.png``.
 
     A row has the mean enhancement of the body (HU above the native CT), its 99.9 % quantile, and the volume that is
     enhanced by more than 100 HU (ml).
@@ -41,8 +40,6 @@ class EnhancementTable(RowsHandler):
     Args:
         output_dir: folder of the files.
     """
-
-    write_each = True
 
     def __init__(self, output_dir: str) -> None:
         self.output_dir = Path(output_dir)
@@ -65,7 +62,6 @@ class EnhancementTable(RowsHandler):
         plot_projections(volumes, np.asarray(item["pred"].affine), item["subject"], file)
         return [self.answer(item)]
 
-    @idist.one_rank_only()
     def write(self, rows: list[dict[str, Any]]) -> None:
         columns = ["subject", "mean_enhancement_hu", "highest_enhancement_hu", "enhanced_ml"]
         write_csv(pd.DataFrame(rows, columns=columns), self.output_dir / "enhancement.csv")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from scripts.config import InputError, atomic_path, check_plain
+from scripts.training.checkpoints import check_settings
 
 METADATA = "medsegdiff"
 TOLERANCE = 1e-4  # absolute and relative
@@ -169,3 +170,9 @@ def _import(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise InputError(f"ONNX files need {package}: pip install -e '.[onnx]'") from error
+
+
+def exported_network(network: OnnxImageNetwork, onnx_dir: str, settings: Mapping[str, Any]) -> OnnxImageNetwork:
+    """The network, if it was exported with these settings; otherwise an InputError that names ``onnx_dir``."""
+    check_settings(network.settings, settings, f"onnx_dir '{onnx_dir}'")
+    return network

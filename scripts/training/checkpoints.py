@@ -295,6 +295,12 @@ def load_weights(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]
         raise InputError(f"ckpt_path '{ckpt_path}' does not fit the configured network: {error}") from error
 
 
+def trained_network(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) -> nn.Module:
+    """The network, after :func:`load_weights`."""
+    load_weights(network, ckpt_path, settings)
+    return network
+
+
 def start_from(network: nn.Module, ckpt_path: str, settings: Mapping[str, Any]) -> None:
     """Load the weights from which a training starts.
 

@@ -34,7 +34,7 @@ def start(*bases: str) -> tuple[ConfigParser, Callable[[str], Any]]:
     """
     parser = start_run(*bases)
     value = parser.get_parsed_content
-    join_processes(value("distributed"))
+    join_processes("distributed" in parser.get() and value("distributed"))
     set_determinism(value("seed"))
     warn_of_slow_amp(value("amp"), torch.device(value("device")))
     return parser, value

@@ -1,0 +1,193 @@
+"""The subjects of an evaluation or an inference as jobs, which run here or on Dask's workers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from monai.bundle import ConfigParser
+from monai.utils import set_determinism
+from tqdm import tqdm
+
+from scripts.cluster import results_of, workers
+from scripts.config import InputError, explain, refuse_all, remove_partial, warn_some
+from scripts.data.subjects import EmptyFolder, Item
+from scripts.sampling.evaluator import VolumeEvaluator
+from scripts.sampling.manifest import Manifest, origin_of
+from scripts.sampling.report import Report
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("ckpt_path", "onnx_dir")  # keys of the files that hold weights
+LOCK = threading.Lock()  # a worker with several threads has one network
+
+
+class Run(NamedTuple):
+    """What every worker has to know: enough to build the engine of the run."""
+
+    config: str  # JSON
+    group: str  # of the keys evaluator and reports: "" or "validate::"
+    origin: str  # see origin_of
+    folder: str  # of the command, to which paths are relative
+
+
+class Engine(NamedTuple):
+    """What computes a subject."""
+
+    evaluator: VolumeEvaluator
+    reports: Sequence[Report]
+    open: Callable[[Any], Item]
+    manifest: Manifest | None
+
+
+class Result(NamedTuple):
+    """What became of a subject: rows of each report, or a reason why there are none."""
+
+    order: int
+    rows: list[list[dict[str, Any]]]
+    error: str | None = None
+    empty: bool = False  # a folder without a volume
+
+
+_engine: dict[Run, Engine] = {}  # of the last run; kept by the worker's process
+
+
+def evaluate_subjects(parser: ConfigParser, items: Sequence[Item]) -> None:
+    """Compute the reports ``validate::reports`` of all items, with the workers of ``scheduler``.
+
+    Raises:
+        InputError: for the first subject that cannot be computed.
+    """
+    run = _start(parser, "validate::")
+    found: dict[int, list[list[dict[str, Any]]]] = {}
+    with closing(_results(run, parser.get_parsed_content("scheduler"), list(enumerate(items)))) as results:
+        for result in results:
+            if result.error is not None:
+                raise InputError(result.error)
+            found[result.order] = result.rows
+    _write(_engine[run].reports, [found[order] for order in sorted(found)])
+
+
+def infer_subjects(parser: ConfigParser) -> None:
+    """Compute all subjects of ``data`` that are not finished yet, then write the reports ``reports`` of all.
+
+    A subject that cannot be computed does not stop the others.
+
+    Raises:
+        InputError: at the end, naming the subjects that could not be computed.
+    """
+    run, data = _start(parser, ""), parser.get_parsed_content("data")
+    reports, manifest = _engine[run].reports, _engine[run].manifest
+    assert manifest is not None
+    waiting = [order for order, name in enumerate(data.names) if not manifest.has(name)]
+    if len(waiting) < len(data):
+        logger.info(f"{len(data) - len(waiting)} of {len(data)} subjects are finished already")
+    errors, empty = [], []
+    jobs = [(order, data.sources[order]) for order in waiting]
+    try:
+        with closing(_results(run, parser.get_parsed_content("scheduler"), jobs)) as results:
+            for result in results:
+                errors += [] if result.error is None else [(result.order, result.error)]
+                empty += [data.names[result.order]] if result.empty else []
+    finally:  # also of an interrupted run
+        remove_partial(manifest.folder.parent)
+        records = manifest.records(data.names)
+        if records.rows and not records.are_written():
+            _write(reports, records.rows)
+            records.set_written()
+    warn_some("folders hold no volume and are left out", sorted(empty))
+    refuse_all([error for _, error in sorted(errors)])
+
+
+def _start(parser: ConfigParser, group: str) -> Run:
+    """The run of a configuration, whose engine is ready in this process."""
+    config = {key: value for key, value in parser.get().items() if key != ConfigParser.meta_key}
+    if config.get("distributed"):
+        raise InputError("configs/multi_gpu.yaml is for training: workers of scheduler share subjects (docs/scale.md)")
+    weights = [parser.get_parsed_content(key) for key in WEIGHTS if key in config]
+    run = Run(json.dumps(config, default=str), group, origin_of(config, weights), os.getcwd())
+    _engine.clear()
+    _engine[run] = _engine_of(parser, run)
+    return run
+
+
+def _engine_of(parser: ConfigParser, run: Run) -> Engine:
+    value = parser.get_parsed_content
+    evaluator, reports = value(f"{run.group}evaluator"), value(f"{run.group}reports")
+    if run.group:
+        return Engine(evaluator, reports, lambda item: item, None)
+    return Engine(evaluator, reports, value("data").open, Manifest(value("output_dir"), run.origin))
+
+
+def _results(run: Run, scheduler: str | None, jobs: Sequence[tuple[int, Any]]) -> Generator[Result]:
+    """Results of the jobs, as they finish. A progress bar counts them."""
+    if scheduler is None:
+        yield from tqdm((compute(run, *job) for job in jobs), "Subjects", len(jobs), disable=None)
+    elif jobs:
+        with workers(scheduler) as client:
+            for index, future in tqdm(
+                results_of(client, compute, ((run, *job) for job in jobs)), "Subjects", len(jobs), disable=None
+            ):
+                killed = future.exception()  # of Dask: compute returns its own errors
+                order, source = jobs[index]
+                yield Result(order, [], f"subject '{_name(source)}': {killed}") if killed else future.result()
+
+
+def compute(run: Run, order: int, source: Any) -> Result:
+    """Compute a subject in this process.
+
+    Args:
+        run: that it belongs to.
+        order: number of the subject in the run.
+        source: what the engine opens.
+    """
+    with LOCK:
+        try:
+            return Result(order, _compute(_ready(run), order, source))
+        except EmptyFolder:
+            return Result(order, [], empty=True)
+        except Exception as error:
+            name, known = _name(source), explain(error)
+            if known is None:
+                logger.error(f"subject '{name}':\n{traceback.format_exc()}")
+            text = known or f"{type(error).__name__}: {error}"
+            return Result(order, [], text if f"'{name}'" in text else f"subject '{name}': {text}")
+
+
+def _name(source: Any) -> str:
+    return source["subject"] if isinstance(source, Mapping) else source.name
+
+
+def _ready(run: Run) -> Engine:
+    """The engine of the run. It is built once in a process."""
+    if run not in _engine:
+        os.chdir(run.folder)
+        parser = ConfigParser(json.loads(run.config))
+        set_determinism(parser.get_parsed_content("seed"))
+        _engine.clear()
+        _engine[run] = _engine_of(parser, run)
+    return _engine[run]
+
+
+def _compute(engine: Engine, order: int, source: Any) -> list[list[dict[str, Any]]]:
+    item = engine.open(source)
+    for report in engine.reports:
+        report.check(item)
+    output = engine.evaluator.run_on(item) | {"order": order}
+    rows = [list(report.rows_of(output)) for report in engine.reports]
+    if engine.manifest is None:
+        return rows
+    engine.manifest.write(item, rows)
+    return []
+
+
+def _write(reports: Sequence[Report], subjects: Iterable[list[list[dict[str, Any]]]]) -> None:
+    """Write the reports of the rows of all subjects."""
+    for report, found in zip(reports, zip(*subjects, strict=True), strict=True):
+        report.write([row for rows in found for row in rows])
