@@ -46,7 +46,7 @@ SHARED = [
         "docs/dicom.md",
         "docs/export.md",
         "docs/training.md",
-        "docs/several_gpus.md",
+        "docs/scale.md",
         "docs/performance.md",
         "docs/conditioning.md",
     ],
@@ -70,6 +70,7 @@ EXEMPT = {
     "mlflow ui": "a server: it does not end",
     "torchrun --nnodes 2": "needs two machines",
     "python -m monai.bundle run --config_file configs/ablation.yaml --scheduler": "test_cluster.py has a scheduler",
+    "python -m monai.bundle run --scheduler": "test_cluster.py has a scheduler",
 }
 IDENTITY = ["-c", "user.name=docs", "-c", "user.email=docs@example.org"]
 COMMAND = re.compile(r"(python|make|pip|torchrun|git|pytest|tensorboard|mlflow|OMP_\w+=\S+) \S")
@@ -79,6 +80,14 @@ CODE = re.compile(r"^```(?P<language>\w*)\n(?P<fenced>.*?)^```$|`(?P<inline>[^`]
 # ---- the data sets of the pages
 def phantoms(folder: Path, count: int = 10) -> None:
     make_dataset(folder, num_subjects=count, shape=(32, 32, 8), seed=3)
+
+
+def listed(folder: Path) -> None:
+    """Two subjects in a table."""
+    phantoms(folder, 2)
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    rows = [{"subject": n} | {m: f"{n}/{n}_{m}.nii.gz" for m in ("t1", "t1ce", "t2", "flair")} for n in names]
+    pd.DataFrame(rows).to_csv(folder / "subjects.csv", index=False)
 
 
 def one_subject(folder: Path) -> None:
@@ -184,6 +193,7 @@ DATA: dict[str, Callable[[Path], None]] = {  # by the name behind /path/to
     "drishti": drishti,
     "new": grey_pictures,
     "new_subjects": lambda folder: phantoms(folder, 2),
+    "listed_subjects": listed,
     "own": grey_pictures,
     "studies": dicom,
     "tcga_lgg": tcga_lgg,

@@ -34,7 +34,7 @@ PARTS = {  # methods timed, outer ones less their inner ones
     "sample": ["scripts.sampling.inferer.VolumeInferer.sample"],
     "fuse": ["scripts.sampling.inferer.VolumeInferer.predict"],
     "back to the grid": ["monai.transforms.Invertd.__call__"],
-    "write": ["monai.transforms.SaveImaged.__call__", "scripts.report.tables.GradeTable.iteration_completed"],
+    "write": ["monai.transforms.SaveImaged.__call__", "scripts.report.tables.GradeTable.rows_of"],
 }
 
 

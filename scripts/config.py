@@ -36,6 +36,8 @@ KNOWN_ERRORS = {
     "Connection closed by peer": "another process of this run died; its own message gives the reason. Continue with "
     "configs/resume.yaml",
     "No module named 'mlflow'": "MLflow is not installed: pip install -e '.[tracking]'",
+    "No space left on device": "the disk is full: free some space, then start the same command again; a training "
+    "continues with configs/resume.yaml",
     "CUDA out of memory": "the GPU is out of memory. In training, lower batch_size and raise "
     "train::trainer::accumulation_steps. In evaluation and inference, lower sampling_batch_size of the inferer",
 }

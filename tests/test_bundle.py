@@ -178,6 +178,7 @@ def test_inference_writes_on_the_inputs_own_grid(trained, copied, run_bundle, tm
             *(f"{s}_{kind}" for s in ("BraTS20_Training_002", "BraTS20_Training_005")
               for kind in ("seg.nii.gz", "prob.nii.gz", "uncertainty.nii.gz", "variance.nii.gz", "overlay.png")),
             "grades.csv",
+            "manifest",
             "report.html",
         ]
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -192,6 +193,17 @@ def test_a_file_without_a_list_is_refused(some, text):
         Subjects(str(some), MODALITIES, datalist_file=str(some / "list.json"))
 
 
-def test_several_processes_are_for_training(infer):
-    with pytest.raises(InputError, match=r"multi_gpu.yaml needs processes that torchrun starts"):
-        infer(distributed=True)
+def test_a_full_disk_is_named_for_each_subject(infer, some):
+    """Files cannot grow beyond 10 kB, as on a full disk; the next start does what is missing."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(InputError, match="3 errors in the data") as caught:
+            infer()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert all(f"subject '{name}': " in str(caught.value) for name in "abc")
+    assert str(caught.value).count("File too large") == 3
+    out = some.parent / "out"
+    assert not list(out.rglob(".partial_*")) + list(out.rglob("*.csv")) + list(out.rglob("manifest/*.json"))
+    assert {f"{name}_prob.nii.gz" for name in "abc"} <= infer().keys()

@@ -110,7 +110,7 @@ def test_refuge2_end_to_end(run_bundle, tmp_path):
     table = train_evaluate_infer(run_bundle, overlays, tmp_path, tmp_path / "out", learning_rate=0.01)
     pred = tmp_path / "out" / "pred"
     names = {f"T000{i}_{end}" for i in (5, 6) for end in ("seg.png", "prob.tif", "uncertainty.tif", "overlay.png")}
-    assert {path.name for path in pred.iterdir()} == names | {"grades.csv", "report.html"}
+    assert {path.name for path in pred.iterdir()} == names | {"grades.csv", "manifest", "report.html"}
     for name, row in table.iterrows():
         truth = np.asarray(Image.open(tmp_path / "Test" / "Disc_Cup_Masks" / f"{name}.bmp"))
         with Image.open(pred / f"{name}_seg.png") as image:

@@ -40,7 +40,10 @@ class VolumeEvaluator(SupervisedEvaluator):
         """The postprocessed output for one item of the data set instead of all."""
         self.data_loader.dataset.data = [item]  # type: ignore[union-attr]
         self.state.epoch_length = 1
+        self.state.output = None
         self.run()
+        if self.state.output is None:  # ignite does not run after a run that failed, but once more
+            self.run()
         (output,) = self.state.output
         return output
 

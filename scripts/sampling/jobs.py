@@ -108,8 +108,6 @@ def infer_subjects(parser: ConfigParser) -> None:
 def _start(parser: ConfigParser, group: str) -> Run:
     """The run of a configuration, whose engine is ready in this process."""
     config = {key: value for key, value in parser.get().items() if key != ConfigParser.meta_key}
-    if config.get("distributed"):
-        raise InputError("configs/multi_gpu.yaml is for training: workers of scheduler share subjects (docs/scale.md)")
     weights = [parser.get_parsed_content(key) for key in WEIGHTS if key in config]
     run = Run(json.dumps(config, default=str), group, origin_of(config, weights), os.getcwd())
     _engine.clear()
@@ -156,8 +154,16 @@ def compute(run: Run, order: int, source: Any) -> Result:
             name, known = _name(source), explain(error)
             if known is None:
                 logger.error(f"subject '{name}':\n{traceback.format_exc()}")
-            text = known or f"{type(error).__name__}: {error}"
+            text = known or _first_cause(error)
             return Result(order, [], text if f"'{name}'" in text else f"subject '{name}': {text}")
+
+
+def _first_cause(error: BaseException) -> str:
+    """One line for the error that MONAI's transforms hide: as a cause, or at the end of a traceback in a message."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {error}"
 
 
 def _name(source: Any) -> str:

@@ -31,10 +31,15 @@ def start(*bases: str) -> tuple[ConfigParser, Callable[[str], Any]]:
 
     Returns:
         The parser of the running configuration, and the function that reads one of its keys.
+
+    Raises:
+        InputError: also for several processes in an evaluation or inference.
     """
     parser = start_run(*bases)
-    value = parser.get_parsed_content
-    join_processes("distributed" in parser.get() and value("distributed"))
+    value, distributed = parser.get_parsed_content, parser.get().get("distributed", False)
+    if distributed and bases != ("train.yaml",):
+        raise InputError("multi_gpu.yaml is for training; workers of scheduler share subjects (docs/scale.md)")
+    join_processes(distributed)
     set_determinism(value("seed"))
     warn_of_slow_amp(value("amp"), torch.device(value("device")))
     return parser, value
