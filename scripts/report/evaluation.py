@@ -102,7 +102,8 @@ class SubjectReport(Report):
             volumes = true_masks(item, channel).sum(axis=(1, 2, 3)) * size.voxel
             outside = np.array([nonconformity(low, high, volume) for volume in volumes])
             row[f"covered_{region}"] = float((outside < 1e-6).mean()) if np.isfinite(low) else np.nan
-        title = f"{item['subject']}  Dice {row[f'dice_{self.regions[0]}']:.2f}"
+        scores = ", ".join(f"{region} {row[f'dice_{region}']:.2f}" for region in self.regions)
+        title = f"{item['subject']}  Dice {scores}"
         samples = item["samples"].unflatten(0, (-1, len(self.regions))) if "samples" in item else ()
         write_overlay(item, background, title, self.output_dir / "overlays", samples)
         return [row | {"bins": bins, "risks": risks}]

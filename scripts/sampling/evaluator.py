@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ class VolumeEvaluator(SupervisedEvaluator):
 
     def run_on(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """The postprocessed output for one item of the data set instead of all."""
+        self.logger.setLevel(logging.CRITICAL)  # ignite logs three lines for each run, and errors that it raises, too
         self.data_loader.dataset.data = [item]  # type: ignore[union-attr]
         self.state.epoch_length = 1
         self.state.output = None

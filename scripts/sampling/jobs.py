@@ -93,7 +93,9 @@ def infer_subjects(parser: ConfigParser) -> None:
     try:
         with closing(_results(run, parser.get_parsed_content("scheduler"), jobs)) as results:
             for result in results:
-                errors += [] if result.error is None else [(result.order, result.error)]
+                if result.error is not None:
+                    logger.error(result.error)  # now, and all together at the end
+                    errors.append((result.order, result.error))
                 empty += [data.names[result.order]] if result.empty else []
     finally:  # also of an interrupted run
         remove_partial(manifest.folder.parent)
