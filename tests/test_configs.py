@@ -25,6 +25,7 @@ ABLATIONS = sorted(path for folder in FOLDERS for path in folder.glob("ablation*
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
 OVERLAYS = [path for path in FILES if path.name not in BASES and not path.name.startswith("ablation")]
 EVALUATION = (
+    "scheduler",
     "subset",
     "num_eval_cases",
     "chosen_by",

@@ -124,7 +124,7 @@ def test_a_subset_is_written_and_a_typo_is_refused(trained, cts, tmp_path):
         infer(trained, cts / "s0", tmp_path / "b", roi_subset=["hip_lft"])
     with pytest.raises(InputError, match="trained with spacing=10, now it is 5"):
         infer(trained, cts / "s0", tmp_path / "b", spacing=5)
-    with pytest.raises(InputError, match="holds the volumes"):
+    with pytest.raises(InputError, match="holds volumes"):
         infer(trained, cts, cts / "s0")
     assert not (tmp_path / "b").exists()
 
