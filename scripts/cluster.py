@@ -8,6 +8,7 @@ import itertools
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 
 from tqdm import tqdm
@@ -61,13 +62,15 @@ def run_all(client: Any, function: Callable[..., None], jobs: Sequence[tuple]) -
     """
     errors: list[Exception | None] = [None] * len(jobs)
     name = function.__name__.strip("_")
-    for index, future in tqdm(results_of(client, function, jobs), name, len(jobs), disable=None):
-        errors[index] = future.exception()
+    for index, error, _ in tqdm(results_of(client, function, jobs), name, len(jobs), disable=None):
+        errors[index] = error
     return errors
 
 
-def results_of(client: Any, function: Callable[..., Any], jobs: Iterable[tuple]) -> Iterator[tuple[int, Any]]:
-    """Run ``function(*job)`` for all jobs: the number of each job and its finished future, in the order they finish.
+def results_of(
+    client: Any, function: Callable[..., Any], jobs: Iterable[tuple]
+) -> Iterator[tuple[int, Exception | None, Any]]:
+    """Run ``function(*job)`` for all jobs: the number of each job, its exception and its result, as they finish.
 
     Raises:
         TrainingError: if the scheduler is lost.
@@ -83,10 +86,19 @@ def results_of(client: Any, function: Callable[..., Any], jobs: Iterable[tuple])
 
     running = as_completed([submit(*job) for job in itertools.islice(rest, WAITING)])
     for future in running:
-        if future.cancelled():
-            raise TrainingError("the scheduler was lost; start it and the run again: what is finished is kept")
-        yield numbers.pop(future.key), future
+        error, result = _outcome(future)
+        yield numbers.pop(future.key), error, result
         running.update([submit(*job) for job in itertools.islice(rest, 1)])
+
+
+def _outcome(future: Any) -> tuple[Exception | None, Any]:
+    """Exception and result of a finished future. Those of a lost scheduler are cancelled, or cannot be fetched."""
+    try:
+        error = future.exception()  # None if it is cancelled
+        return error, None if error else future.result()
+    except (OSError, CancelledError) as lost:
+        message = "the scheduler was lost; start it and the run again: what is finished is kept"
+        raise TrainingError(message) from lost
 
 
 def end_with_parent() -> None:

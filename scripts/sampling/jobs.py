@@ -131,12 +131,12 @@ def _results(run: Run, scheduler: str | None, jobs: Sequence[tuple[int, Any]]) -
         yield from tqdm((compute(run, *job) for job in jobs), "Subjects", len(jobs), disable=None)
     elif jobs:
         with workers(scheduler) as client:
-            for index, future in tqdm(
+            for index, killed, result in tqdm(
                 results_of(client, compute, ((run, *job) for job in jobs)), "Subjects", len(jobs), disable=None
             ):
-                killed = future.exception()  # of Dask: compute returns its own errors
                 order, source = jobs[index]
-                yield Result(order, [], f"subject '{_name(source)}': {killed}") if killed else future.result()
+                # the error is Dask's: compute returns its own
+                yield Result(order, [], f"subject '{_name(source)}': {killed}") if killed else result
 
 
 def compute(run: Run, order: int, source: Any) -> Result:
