@@ -18,6 +18,7 @@ from scripts.data.dicom import ordered_series
 from scripts.data.pictures import read_grid, read_volume
 from scripts.data.subjects import find_subjects, subject_of
 from scripts.data.transforms import LoadVolumesd
+from scripts.sampling.manifest import Manifest
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -210,6 +211,17 @@ def test_a_changed_file_is_read_anew(tmp_path):
     assert len(ordered_series(str(files[0]))) == 6
     files[5].unlink()
     assert [Path(image.file) for image in ordered_series(str(files[3]))] == files[:5]
+
+
+def test_a_series_that_changed_is_not_finished(tmp_path):
+    files = write_series(tmp_path / "case1", volume(), AXIAL)
+    (item,) = find(tmp_path, ["t1"])
+    manifest = Manifest(str(tmp_path / "out"), "digest")
+    manifest.write(item, [[{"subject": "case1"}]])
+    assert manifest.has("case1")
+    assert not Manifest(str(tmp_path / "out"), "other").has("case1")
+    files[5].unlink()
+    assert not manifest.has("case1")
 
 
 def test_no_output_among_the_images(tmp_path):

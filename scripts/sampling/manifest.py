@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.config import BUNDLE_ROOT, atomic_path
+from scripts.data.dicom import is_dicom
 from scripts.data.subjects import Item, item_files
 
 # keys that decide where and how fast an inference runs, not what it finds
@@ -37,7 +38,7 @@ class Manifest:
     """Records of the finished subjects of an inference: ``<output_dir>/manifest/<subject>.json``.
 
     A record is written in one step, after all other files of its subject. It holds the origin of the results
-    (:func:`origin_of`), size and time of the images, and the rows of the reports.
+    (:func:`origin_of`), size and time of the images, or of a folder of DICOM images, and the rows of the reports.
 
     Args:
         output_dir: of the inference.
@@ -57,7 +58,9 @@ class Manifest:
 
     def write(self, item: Item, rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
         """Add the record of an item: the rows of each report."""
-        images = {file: _state(file) for file in item_files(item)}
+        files = item_files(item)  # of a series one image; its folder tells of others that come or go
+        files += sorted({str(Path(file).parent) for file in files if is_dicom(file)})
+        images = {file: _state(file) for file in files}
         record = {"origin": self.origin, "images": images, "rows": rows}
         with atomic_path(self._file(item["subject"])) as path:
             path.write_text(json.dumps(record, default=lambda number: number.item()), encoding="utf-8")
