@@ -58,7 +58,7 @@ BENCHMARKS = {
     "inference.py": {},
     "int8.py": {"--image_size": ["32"], "--repeats": ["1"]},
     "network.py": {"--repeats": ["1"], "--image_size": ["32"]},
-    "scale.py": {"--counts": ["2"], "--shared": ["2"]},
+    "scale.py": {"--counts": ["2"], "--shared": ["0"]},
     "run.py": {"--minutes": ["0.01"], "--folds": ["0"], "--seeds": ["0"], "--arms": ["this bundle"]},
     "structure.py": {},
     "threads.py": {"--seconds": ["0.2"], "--loads": ["0"]},

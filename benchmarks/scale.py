@@ -33,13 +33,14 @@ def main() -> None:
     """Print one table for the start, and one for two workers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[10, 1000, 10000], help="numbers of subjects")
-    parser.add_argument("--shared", type=int, default=64, help="phantoms that two workers share")
+    parser.add_argument("--shared", type=int, default=64, help="phantoms that two workers share; 0: none")
     parser.add_argument("--ckpt_path", default=str(ROOT / "models" / "model.pt"))
     args = parser.parse_args()
     print(hardware())
     with tempfile.TemporaryDirectory() as name:
         print(markdown(pd.DataFrame([start(Path(name) / str(n), n, args.ckpt_path) for n in args.counts])), flush=True)
-        print("\n" + markdown(share(Path(name) / "shared", args.shared, args.ckpt_path)))
+        if args.shared:
+            print("\n" + markdown(share(Path(name) / "shared", args.shared, args.ckpt_path)))
 
 
 def command(data: Path, out: Path, ckpt_path: str, *options: str) -> list[str]:
