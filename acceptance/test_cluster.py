@@ -212,9 +212,7 @@ def test_failures_on_this_machine_are_returned(tmp_path):
     assert [str(error) for error in errors] == ["None", "of this job"]
 
 
-def test_a_scheduler_that_does_not_answer_is_named():
-    with (
-        pytest.raises(InputError, match="scheduler 'tcp://127.0.0.1:1' does not answer"),
-        workers("tcp://127.0.0.1:1", 1),
-    ):
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", 5])
+def test_a_scheduler_that_does_not_answer_is_named(address):
+    with pytest.raises(InputError, match=f"scheduler '{address}' does not answer"), workers(address):
         raise AssertionError("it runs")

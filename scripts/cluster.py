@@ -48,7 +48,7 @@ def workers(scheduler: str | None, processes: int = 1) -> Iterator[Any]:
             )
         try:
             client = Client(cluster if scheduler is None else scheduler, timeout=WAIT)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise InputError(
                 f"scheduler '{scheduler}' does not answer: {error}; start one with dask scheduler"
             ) from error
