@@ -226,5 +226,6 @@ def test_a_series_that_changed_is_not_finished(tmp_path):
 
 def test_no_output_among_the_images(tmp_path):
     write_subject(tmp_path / "case1")
-    with pytest.raises(InputError, match="holds volumes of the subjects"):
-        Subjects(str(tmp_path), MODALITIES).check_output_dir(str(tmp_path / "case1"))
+    for folder in ("case1", "case1/ax_t1"):
+        with pytest.raises(InputError, match="holds volumes of the subjects"):
+            Subjects(str(tmp_path), MODALITIES).check_output_dir(str(tmp_path / folder))

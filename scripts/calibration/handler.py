@@ -118,8 +118,8 @@ class CalibrationFit(Report):
             return [{"trained": (torch.as_tensor(item["measurements"]).tolist(), int(item["grade"]))}]
         row: dict[str, Any] = {"patient": patient(item["subject"], self.patient_pattern)}
         foreground = read_background(item) != 0
-        for channel, region in enumerate(self.regions):
-            row[region] = self._region(item, channel, foreground, row["patient"])
+        names = enumerate(self.regions)
+        row["regions"] = {name: self._region(item, index, foreground, row["patient"]) for index, name in names}
         if int(item["grade"]) >= 0 and "grade_prob" in item:
             found = [] if self.grade_from == "head" else torch.as_tensor(item["measurements"]).tolist()
             row["grade"] = ([*torch.as_tensor(item["grade_prob"]).tolist(), *found], int(item["grade"]))
@@ -148,7 +148,7 @@ class CalibrationFit(Report):
         new = self.calibration.like()
         report: dict[str, Any] = {region: {} for region in self.regions}
         for region, voxels in itertools.product(self.regions, CALIBRATED_FOR):
-            found = [(*pair, row["patient"]) for row in judged for pair in row[region][voxels]]
+            found = [(*pair, row["patient"]) for row in judged for pair in row["regions"][region][voxels]]
             probs, truths, patients = map(list, zip(*found, strict=True))
             if not any(truth.any() for truth in truths):
                 raise InputError(
@@ -173,7 +173,10 @@ class CalibrationFit(Report):
 
         The choice is the source whose uncorrected intervals hold a share of the volumes that is nearest to 90 %.
         """
-        volumes = {region: [volume for row in judged for volume in row[region]["volumes"]] for region in self.regions}
+        volumes = {
+            region: [volume for row in judged for volume in row["regions"][region]["volumes"]]
+            for region in self.regions
+        }
         patients = {region: [volume.patient for volume in found] for region, found in volumes.items()}
         sources = VOLUMES_FROM if all(volume.sampled for volume in volumes[self.regions[0]]) else VOLUMES_FROM[:1]
         scores = {
@@ -203,7 +206,7 @@ class CalibrationFit(Report):
         expected Dice to the true one.
         """
         for channel, region in enumerate(self.regions):
-            masks, patients = [row[region]["parts"] for row in judged], [row["patient"] for row in judged]
+            masks, patients = [row["regions"][region]["parts"] for row in judged], [row["patient"] for row in judged]
             curves = [dice_curve(parts) for parts in masks]
             scores, (position,) = scored_fit(
                 curves,

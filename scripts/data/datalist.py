@@ -15,7 +15,7 @@ import pandas as pd
 from monai.utils import ensure_tuple
 
 from scripts.config import InputError, atomic_path, check_all
-from scripts.data.dicom import find_series, share_study
+from scripts.data.dicom import find_series, is_dicom, share_study
 from scripts.data.grades import GRADE_LABELS, UNKNOWN_GRADE, grade_names
 from scripts.data.pictures import file_stem, find_images, read_grid
 from scripts.data.split import PATIENT_PATTERN, SUBSETS, check_pattern, patient, split
@@ -30,6 +30,7 @@ from scripts.data.subjects import (
     with_suffix,
 )
 
+OWN_DICOM = ("_seg.dcm", "_sr.dcm")  # ends of what inference writes
 PROBED = 5  # folders of DICOM series that are read to see whether they are subjects, or series of one subject
 
 
@@ -275,7 +276,9 @@ class Subjects(Sequence[Item]):
         """Raise InputError if ``output_dir`` holds volumes or masks: a prediction could replace a true mask."""
         folder = Path(output_dir).resolve()
         places = {source if isinstance(source, Path) else Path(source["image"][0]).parent for source in self.sources}
-        if any(place.name == folder.name and place.resolve() == folder for place in places):
+        below = folder.is_dir() and folder.is_relative_to(self.root.resolve())
+        series = below and any(map(is_dicom, (f for f in folder.iterdir() if not f.name.endswith(OWN_DICOM))))
+        if series or (folder.is_dir() and any(place.is_dir() and place.samefile(folder) for place in places)):
             raise InputError(f"output_dir '{output_dir}' holds volumes of the subjects; choose another folder")
         if mask_dir and mask_dir.resolve() == folder:
             raise InputError(f"output_dir '{output_dir}' holds the masks; choose another folder")

@@ -93,7 +93,7 @@ class ReportPage(Report):
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         table = pd.read_csv(self.folder / self.table, dtype={"subject": str, "patient": str})
-        pictured = {row["subject"]: row["layers"] for row in rows}
+        pictured = {row["subject"]: row["layers"] for row in rows[:MAX_PICTURED]}
         columns, values = summary_columns(table, self.regions, self.grades)
         subjects = [
             {"name": name, "cells": cells, "all": _filled(row), "layers": pictured.get(name)}
