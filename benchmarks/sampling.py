@@ -31,7 +31,6 @@ from scripts.data.writing import write_csv  # noqa: E402
 from scripts.net import MedSegDiff  # noqa: E402
 from scripts.report.uncertainty import calibration_bins, expected_calibration_error, region_of_interest  # noqa: E402
 from scripts.sampling.inferer import VolumeInferer  # noqa: E402
-from scripts.training.checkpoints import load_weights  # noqa: E402
 
 
 def main() -> None:
@@ -52,9 +51,8 @@ def main() -> None:
         settings = ["--dataset_dir", args.dataset_dir, "--prediction_type", prediction_type, *overrides]
         if not (folder / "last.pt").is_file():
             run_bundle(args.configs, [*settings, "--output_dir", folder, "--ckpt_dir", folder])
-        config = configured(args, settings)
+        config = configured(args, [*settings, "--ckpt_path", str(folder / "last.pt")])
         network, items = config.get_parsed_content("network"), list(config.get_parsed_content("validate::dataset"))
-        load_weights(network, str(folder / "last.pt"), config.get_parsed_content("settings"))
         for sampler in args.samplers:
             for steps in args.steps:
                 inferer = VolumeInferer(steps, args.num_samples, sampler=sampler)
@@ -71,7 +69,7 @@ def configured(args: argparse.Namespace, settings: list[str]) -> ConfigParser:
     values = {
         key.removeprefix("--"): yaml.safe_load(text) for key, text in zip(settings[::2], settings[1::2], strict=True)
     }
-    values |= {"num_eval_cases": args.num_eval_cases, "settings::judged": None}  # there is no checkpoint yet
+    values |= {"num_eval_cases": args.num_eval_cases}
     return read_configs([*args.configs, "evaluate.yaml"], values)
 
 
