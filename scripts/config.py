@@ -38,8 +38,11 @@ KNOWN_ERRORS = {
     "No module named 'mlflow'": "MLflow is not installed: pip install -e '.[tracking]'",
     "No space left on device": "the disk is full: free some space, then start the same command again; a training "
     "continues with configs/resume.yaml",
-    "CUDA out of memory": "the GPU is out of memory. In training, lower batch_size and raise "
-    "train::trainer::accumulation_steps. In evaluation and inference, lower sampling_batch_size of the inferer",
+    "CUDA out of memory": "the GPU is out of memory. In training steps, lower batch_size and raise "
+    "train::trainer::accumulation_steps. In validation and evaluation, lower validate::inferer::sampling_batch_size; "
+    "in inference, inferer::sampling_batch_size. num_samples must not exceed it, so lower that, too, if need be",
+    "CUDA error: out of memory": "the GPU has no memory left to start with: another program uses it (nvidia-smi). End "
+    "that program, or set device=cpu",
 }
 # keys that may differ when training is resumed: they decide where and how fast it runs, not what is learned
 FREE_ON_RESUME = (

@@ -34,5 +34,13 @@ def test_unknown_amp_dtype():
 def test_processors_without_bfloat16_are_told(amp, device, known, warns, monkeypatch, caplog):
     assert {"architecture"} <= torch.cpu.get_capabilities().keys()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
-    warn_of_slow_amp(amp, torch.device(device))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    warn_of_slow_amp(amp, torch.device(device), lambda: {"dtype": torch.bfloat16})
     assert ("amp=True is very slow" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(("dtype", "warns"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_graphics_cards_without_bfloat16_are_told(dtype, warns, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    warn_of_slow_amp(True, torch.device("cuda"), lambda: {"dtype": dtype})
+    assert ("this GPU has no bfloat16" in caplog.text) == warns

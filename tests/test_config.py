@@ -95,6 +95,7 @@ def test_other_errors_keep_their_traceback(capsys):
     [
         (InputError("fold=7 is none"), "fold=7 is none"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower batch_size"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "another program uses it"),
         (ModuleNotFoundError("No module named 'mlflow'"), r"pip install -e '.\[tracking\]'"),
         (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"), "another process of this run died"),
     ],

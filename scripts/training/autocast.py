@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from monai.inferers import Inferer
@@ -44,7 +46,17 @@ def has_bfloat16() -> bool:
     return known.get("architecture") != "x86_64" or known["avx512_bf16"] or known["amx_bf16"]
 
 
-def warn_of_slow_amp(amp: bool, device: torch.device) -> None:
-    """Warn of half precision on a processor without bfloat16: it was 30 times slower than float32 (performance.md)."""
+def warn_of_slow_amp(amp: bool, device: torch.device, kwargs: Callable[[], dict[str, Any]]) -> None:
+    """Warn of half precision that is emulated: on a processor it was 30 times slower than float32 (performance.md).
+
+    Args:
+        amp: whether half precision is used.
+        device: that computes.
+        kwargs: reads ``amp_kwargs`` of the evaluator, whose type training has, too. It is called only if it matters.
+    """
     if amp and device.type == "cpu" and not has_bfloat16():
         logger.warning("amp=True is very slow on this processor, which has no bfloat16: leave it out, or use a GPU")
+    # torch does not refuse bfloat16 on a GPU without it, such as Turing and Volta
+    emulated = amp and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if emulated and kwargs().get("dtype") == torch.bfloat16:
+        logger.warning("this GPU has no bfloat16, which torch emulates: set float16 (docs/training.md)")

@@ -41,7 +41,8 @@ def start(*bases: str) -> tuple[ConfigParser, Callable[[str], Any]]:
         raise InputError("multi_gpu.yaml is for training; workers of scheduler share subjects (docs/scale.md)")
     join_processes(distributed)
     set_determinism(value("seed"))
-    warn_of_slow_amp(value("amp"), torch.device(value("device")))
+    group = "validate::" if bases[0] == "train.yaml" else ""
+    warn_of_slow_amp(value("amp"), torch.device(value("device")), lambda: value(f"{group}evaluator::amp_kwargs"))
     return parser, value
 
 
@@ -69,9 +70,7 @@ def run_training(
         check_resumable(value("ckpt_dir"), network, value("settings"), checkpoints.config, value("lineage"))
     value("optimizer")  # freezes parameters, which must be done before the network is wrapped for several processes
     if value("train::compile"):
-        for child in network.children():
-            if next(child.parameters(), None) is not None:
-                child.compile()
+        compile_parts(network)
     output_dir = Path(value("output_dir"))
     files = [output_dir / name for name in ("metrics.csv", "learning_curves.png", "config.yaml")]
     files += [Path(value("ckpt_dir"), name) for name in ("model.pt", "last.pt")]
@@ -89,6 +88,13 @@ def run_training(
         trainer.run()
     else:
         print("training is complete")
+
+
+def compile_parts(network: nn.Module) -> None:
+    """Compile each part of a network in place: its own methods call the parts, and their names stay the same."""
+    for child in network.children():
+        if next(child.parameters(), None) is not None:
+            child.compile()
 
 
 def _early_stopping(patience: int | None, trainer: Trainer, evaluator: Evaluator) -> EarlyStopping | None:
