@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
-import yaml
 from monai.bundle import ConfigParser
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.bundle import parsed  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 
 OFFICIAL = {64: 61.4, 256: 521.5}  # GFLOP per evaluation
@@ -35,26 +36,30 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     config = ConfigParser()
     config.read_config(str(ROOT / "configs" / args.config))
-    pairs = zip(overrides[::2], overrides[1::2], strict=True)
-    config.update({key.removeprefix("--"): yaml.safe_load(text) for key, text in pairs})
-    network = config.get_parsed_content("network_def").eval()
+    config.update(parsed(overrides))
+    print(hardware())
+    print(markdown(slices(config)))
+
+
+def slices(config: ConfigParser, sizes: Sequence[int] = (64, 128, 256)) -> pd.DataFrame:
+    """GFLOP of a slice of each size (pixels) with the configured network and sampling."""
+    network, device = config.get_parsed_content("network").eval(), config.get_parsed_content("device")
     samples = config.get_parsed_content("num_samples")
     evaluations = config.get_parsed_content("num_inference_steps") * samples
     evaluations += network.is_stochastic and samples > 1  # its mask
     modalities = len(config.get_parsed_content("modalities"))
     rows = []
-    for size in (64, 128, 256):
-        image = torch.zeros(1, modalities, size, size)
-        x_t = torch.zeros(1, network.out_channels, size, size)
-        condition = network.condition(image)
+    for size in sizes:
+        image = torch.zeros(1, modalities, size, size, device=device)
+        x_t = torch.zeros(1, network.out_channels, size, size, device=device)
+        timesteps, condition = torch.zeros(1, dtype=torch.long, device=device), network.condition(image)
         branch = count(lambda image=image: network.condition(image))
-        denoiser = count(lambda: network(image, x_t, torch.tensor([0]), condition))  # noqa: B023
+        denoiser = count(lambda: network(image, x_t, timesteps, condition))  # noqa: B023
         total = branch + evaluations * denoiser
         official = OFFICIAL[size] * OFFICIAL_EVALUATIONS if size in OFFICIAL else float("nan")
         row = {"size": size, "image branch": branch, "denoiser": denoiser, "evaluations": evaluations, "slice": total}
         rows.append(row | {"official slice": official, "times less": official / total})
-    print(hardware())
-    print(markdown(pd.DataFrame(rows).astype({"size": object, "evaluations": object})))
+    return pd.DataFrame(rows).astype({"size": object, "evaluations": object})
 
 
 @torch.no_grad()

@@ -9,23 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-import yaml
-from monai.bundle import ConfigParser
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.bundle import finish, options, parsed, read_configs  # noqa: E402
+from benchmarks.device import peak_memory, start_memory, synchronize  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 
 PARTS = {  # methods timed, outer ones less their inner ones
@@ -39,45 +39,59 @@ PARTS = {  # methods timed, outer ones less their inner ones
 
 
 def main() -> None:
-    """Write a checkpoint of the configured network, run the bundle's inference on the folder, print one table row."""
+    """Print one table row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_dir", required=True)
     parser.add_argument("--configs", nargs="+", default=[], help="overlays in configs/")
     parser.add_argument("--inside", help=argparse.SUPPRESS)  # the measured process: where to write the parts
     args, overrides = parser.parse_known_args()
-    settings = {key.removeprefix("--"): yaml.safe_load(text) for key, text in zip(*[iter(overrides)] * 2, strict=True)}
-    training, inference = (
-        [str(ROOT / "configs" / name) for name in (base, *args.configs)] for base in ("train.yaml", "inference.yaml")
-    )
+    settings = parsed(overrides)
     if args.inside:
-        run_timed(inference, settings | {"dataset_dir": args.dataset_dir}, args.inside)
+        files = [str(ROOT / "configs" / name) for name in ("inference.yaml", *args.configs)]
+        run_timed(files, settings | {"dataset_dir": args.dataset_dir}, args.inside)
         return
-    config = ConfigParser()
-    config.read_config(training)
-    config.update(settings)
+    row = {"settings": " ".join([*args.configs, *overrides]) or "defaults"}
+    print(hardware())
+    print(markdown(pd.DataFrame([row | measure(args.dataset_dir, args.configs, settings)])))
+
+
+def measure(
+    dataset_dir: str,
+    configs: Sequence[str],
+    settings: Mapping[str, object],
+    sampling: Mapping[str, object] | None = None,
+) -> dict[str, object]:
+    """Seconds of each part, and memory in GiB, of the bundle's inference in a process of its own.
+
+    Args:
+        dataset_dir: folder of one subject.
+        configs: overlays in ``configs/``.
+        settings: of the network, whose fresh weights are written as a checkpoint, and of the inference.
+        sampling: further settings of the inference alone.
+    """
+    config = read_configs(["train.yaml", *configs], settings)
     network, trained = (config.get_parsed_content(key) for key in ("network_def", "settings"))
     with tempfile.TemporaryDirectory() as folder:
         content = {"model": network.state_dict(), "settings": trained, "lineage": {"training": {}, "validation": {}}}
         torch.save(content, f"{folder}/model.pt")
-        options = ["--ckpt_path", f"{folder}/model.pt", "--output_dir", folder, "--inside", f"{folder}/parts.json"]
+        words = ["--dataset_dir", dataset_dir, *(["--configs", *configs] if configs else [])]
+        words += [*options({**settings, **(sampling or {})}), "--ckpt_path", f"{folder}/model.pt"]
+        words += ["--output_dir", folder, "--inside", f"{folder}/parts.json"]
         start = time.perf_counter()
-        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], *options]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        finish([sys.executable, "-W", "ignore", __file__, *words])
         total = time.perf_counter() - start
-        parts = json.loads(Path(folder, "parts.json").read_text())
+        found = json.loads(Path(folder, "parts.json").read_text())
         (mask,) = Path(folder).glob("*_seg.nii.gz")
-        source = next(Path(args.dataset_dir).glob("*.nii*"))
+        source = next(Path(dataset_dir).glob("*.nii*"))
         same = np.array_equal(nib.load(mask).affine, nib.load(source).affine)
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    row = {"settings": " ".join([*args.configs, *overrides]) or "defaults", "affine equal": str(same)}
-    row |= {name: round(parts[name], 1) for name in PARTS}
+    memory, parts = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, found["seconds"]
+    row = {"affine equal": str(same)} | {name: round(parts[name], 1) for name in PARTS}
     row |= {"start and rest": round(total - sum(parts.values()), 1), "total (s)": round(total, 1)}
-    print(hardware())
-    print(markdown(pd.DataFrame([row | {"peak memory (GiB)": round(memory, 2)}])))
+    return row | {"peak memory (GiB)": round(memory, 2), "GPU memory (GiB)": found["gpu"]}
 
 
 def run_timed(files: list[str], settings: dict, report: str) -> None:
-    """Run the bundle with the methods of :data:`PARTS` timed, and write seconds by part."""
+    """Run the bundle with the methods of :data:`PARTS` timed, and write seconds by part and memory."""
     import monai.bundle
 
     seconds: dict[str, float] = defaultdict(float)
@@ -88,7 +102,9 @@ def run_timed(files: list[str], settings: dict, report: str) -> None:
             start = time.perf_counter()
             inner.append(0.0)
             try:
-                return method(*args, **kwargs)
+                result = method(*args, **kwargs)
+                synchronize()
+                return result
             finally:
                 spent = time.perf_counter() - start
                 seconds[part] += spent - inner.pop()
@@ -101,8 +117,9 @@ def run_timed(files: list[str], settings: dict, report: str) -> None:
             module, owner, method = name.rsplit(".", 2)
             found = getattr(__import__(module, fromlist=[owner]), owner)
             setattr(found, method, timed(part, getattr(found, method)))
+    start_memory()
     monai.bundle.run(config_file=files, **settings)
-    Path(report).write_text(json.dumps(seconds))
+    Path(report).write_text(json.dumps({"seconds": seconds, "gpu": peak_memory()}))
 
 
 if __name__ == "__main__":

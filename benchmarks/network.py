@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.device import synchronize  # noqa: E402
 from benchmarks.flops import count  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.diffusion.schedule import GaussianDiffusion  # noqa: E402
@@ -115,6 +116,7 @@ def timed(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, 
         for name, call in calls.items():
             start = time.perf_counter()
             call()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values[1:]) for name, values in seconds.items()}
 

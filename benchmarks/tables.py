@@ -11,8 +11,8 @@ import torch
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table with three significant digits."""
-    return str(table.to_markdown(index=False, floatfmt=".3g"))
+    """A Markdown table with three significant digits; missing values are empty."""
+    return str(table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3g"))
 
 
 def hardware() -> str:
@@ -23,7 +23,10 @@ def hardware() -> str:
         if cpuinfo.is_file()
         else []
     )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    gpu = "no GPU"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties()
+        gpu = f"{properties.name} with {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     return (
         f"hardware: {os.cpu_count()} x {names[0] if names else platform.processor()}, "
         f"{torch.get_num_threads()} threads, {gpu}; torch {torch.__version__}, Python {platform.python_version()}"

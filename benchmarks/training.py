@@ -30,6 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.bundle import parsed  # noqa: E402
+from benchmarks.device import peak_memory, synchronize  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.tools.phantom import make_dataset  # noqa: E402
 
@@ -50,24 +52,22 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--subjects", nargs="+", type=int)
     args, overrides = parser.parse_known_args()
-    settings = {key.removeprefix("--"): yaml.safe_load(text) for key, text in zip(*[iter(overrides)] * 2, strict=True)}
     with tempfile.TemporaryDirectory() as folder:
-        settings |= {"dataset_dir": f"{folder}/data", "output_dir": f"{folder}/out", "ckpt_dir": f"{folder}/out"}
+        folders = {"dataset_dir": f"{folder}/data", "output_dir": f"{folder}/out", "ckpt_dir": f"{folder}/out"}
+        settings = parsed(overrides) | folders
         print(hardware())
         if args.subjects:
             print(markdown(epochs(args, settings)))
         else:
             print(markdown(variants(args, settings)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    gpu = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the GPU" if torch.cuda.is_available() else ""
-    print(f"peak memory {peak:.1f} GiB{gpu}")
+    gpu = peak_memory()
+    print(f"peak memory {peak:.1f} GiB" + (f", {gpu:.1f} GiB of the GPU" if gpu else ""))
 
 
 def variants(args: argparse.Namespace, settings: dict) -> pd.DataFrame:
     """Median seconds of a step, of the data and of the logging after it, per variant; FLOP of the step."""
-    make_dataset(settings["dataset_dir"], num_subjects=10)
-    batch_size = built(args.configs, settings).get_parsed_content("batch_size")
-    settings |= {"slices_per_volume": -(-args.steps * batch_size // 8)}  # 8 of 10 subjects train
+    settings |= phantoms(args.configs, settings, args.steps)
     seconds = defaultdict(lambda: defaultdict(list))
     flops = {}
     for _ in range(args.repeats):
@@ -91,6 +91,13 @@ def variants(args: argparse.Namespace, settings: dict) -> pd.DataFrame:
     table["table (%)"] *= 100 / table["step (s)"] / args.steps  # once an epoch
     table["of default"] /= table["of default"][0]
     return table
+
+
+def phantoms(configs: list[str], settings: dict, steps: int) -> dict[str, int]:
+    """Write ten phantoms into ``dataset_dir``: the setting with which an epoch has so many steps of whole batches."""
+    make_dataset(settings["dataset_dir"], num_subjects=10)
+    batch_size = built(configs, settings).get_parsed_content("batch_size")
+    return {"slices_per_volume": -(-steps * batch_size // 7)}  # 7 of 10 subjects train
 
 
 def epochs(args: argparse.Namespace, settings: dict) -> pd.DataFrame:
@@ -125,8 +132,7 @@ def timed_epoch(config: ConfigParser) -> dict[str, list[float]]:
     last = [time.perf_counter()]
 
     def lap(engine: Engine, part: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         now = time.perf_counter()
         seconds[part].append(now - last[0])
         last[0] = now
@@ -164,8 +170,7 @@ def branch(config: ConfigParser) -> list[float]:
         start = time.perf_counter()
         with torch.autocast(image.device.type, torch.bfloat16, enabled=config.get_parsed_content("amp")):
             network.condition(image)["calib_map"].sum().backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
 
