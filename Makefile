@@ -128,6 +128,9 @@ weights: $(VENV)/.installed
 	@echo "weights          runs/weights/models/model.pt"
 	@echo "scores           runs/weights/evaluate/summary.json, subjects.csv, overlays/"
 
+gpu-bench: $(VENV)/.installed
+	$(RUN) -W ignore benchmarks/gpu.py --output_dir runs/gpu
+
 test: $(VENV)/.installed-extras
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 

@@ -63,6 +63,8 @@ EXEMPT = {
     "make docs-test": "CI runs it by itself",
     "make label-test": "CI runs it by itself",
     "make clinic-test": "CI runs it by itself",
+    "make gpu-bench": "needs a GPU; the page has the command that tries the same script on a processor",
+    "pytest tests/test_gpu.py": "a part of `make test`",
     "python -m monai.bundle run --ckpt_dir models": "`make conformance` runs it and compares the scores",
     "python -m monai.bundle trt_export": "needs an NVIDIA GPU and torch-tensorrt",
     "pytest tests/test_configs.py -k seed_settings": "a part of `make test`",
