@@ -16,7 +16,7 @@ SYNTHESIS = bundles/synthesis
 SYNTHESIS_DEMO = '$(SYNTHESIS)/configs/train.yaml','$(SYNTHESIS)/configs/demo.yaml'
 WEIGHTS = 'configs/train.yaml','configs/weights.yaml'
 
-.PHONY: demo organs-demo synthesis-demo staged weights test conformance docs-test label-env label-test clinic-test peers-env release lint clean
+.PHONY: demo organs-demo synthesis-demo staged weights gpu-bench test conformance docs-test label-env label-test clinic-test peers-env release lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
