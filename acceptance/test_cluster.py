@@ -133,12 +133,19 @@ def trained(phantoms, tmp_path_factory) -> Path:
     return out
 
 
-def test_inference_and_evaluation_on_workers_are_those_of_one_process(phantoms, trained, tmp_path):
+@pytest.fixture(scope="module")
+def inferred(phantoms, trained, tmp_path_factory) -> Path:
+    """Folder of an inference in one process."""
+    out = tmp_path_factory.mktemp("inferred")
+    run(["inference.yaml"], dataset_dir=phantoms, ckpt_dir=trained, **SLOW, output_dir=out)
+    return out
+
+
+def test_inference_and_evaluation_on_workers_are_those_of_one_process(phantoms, trained, inferred, tmp_path):
     """A worker is stopped for some seconds and then killed while it infers; the other does the rest."""
     common = {"dataset_dir": phantoms, "ckpt_dir": trained}
     judged, sizes = ["train.yaml", "evaluate.yaml"], TINY | {"subset": "all"}
-    run(["inference.yaml"], **common, **SLOW, output_dir=tmp_path / "here" / "infer")
-    run(judged, **common, **sizes, output_dir=tmp_path / "here" / "evaluate")
+    run(judged, **common, **sizes, output_dir=tmp_path / "evaluated")
     with cluster(tmp_path) as (scheduler, first):
         there = {"scheduler": scheduler, **common}
         process = bundle(["inference.yaml"], **there, **SLOW, output_dir=tmp_path / "there" / "infer")
@@ -154,10 +161,30 @@ def test_inference_and_evaluation_on_workers_are_those_of_one_process(phantoms, 
         printed, _ = process.communicate(timeout=600)
         assert process.returncode == 0, printed[-3000:]
         run(judged, **there, **sizes, output_dir=tmp_path / "there" / "evaluate")
-    for name in ("infer", "evaluate"):
-        ours, theirs = results(tmp_path / "here" / name), results(tmp_path / "there" / name)
+    for name, here in (("infer", inferred), ("evaluate", tmp_path / "evaluated")):
+        ours, theirs = results(here), results(tmp_path / "there" / name)
         assert {"infer": "grades.csv", "evaluate": "summary.json"}[name] in ours
         assert [file for file in ours.keys() | theirs.keys() if ours.get(file) != theirs.get(file)] == []
+
+
+def test_workers_read_from_and_write_to_an_object_store(phantoms, trained, inferred, tmp_path):
+    """The workers share no disk, and one of them is killed; the files equal those of one process."""
+    s3_server = pytest.importorskip("s3_server", reason="moto, a server that speaks S3, needs Python 3.11")
+    with s3_server.bucket() as client:
+        s3_server.upload(client, phantoms, "brains")
+        with cluster(tmp_path) as (scheduler, first):
+            places = {"dataset_dir": "s3://bucket/brains", "output_dir": "s3://bucket/out"}
+            process = bundle(["inference.yaml"], **places, **SLOW, ckpt_dir=trained, scheduler=scheduler)
+            wait_for(lambda: [key for key in s3_server.objects(client) if key.startswith("out/manifest")])
+            for worker in [*psutil.Process(first.pid).children(recursive=True), first]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.kill()
+            printed, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, printed[-3000:]
+        keys = [key for key in s3_server.objects(client) if key.startswith("out/") and "manifest" not in key]
+        theirs = {key.removeprefix("out/"): s3_server.content(client, key) for key in keys}
+    theirs.pop("report.html")
+    assert theirs == results(inferred)
 
 
 def test_a_lost_scheduler_is_named_and_the_next_start_continues(phantoms, trained, tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from pydoc import locate
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import ignite.distributed as idist
 import torch
@@ -44,6 +45,14 @@ KNOWN_ERRORS = {
     "CUDA error: out of memory": "the GPU has no memory left to start with: another program uses it (nvidia-smi). End "
     "that program, or set device=cpu",
 }
+# keys of folders, and why they may not be addresses in an object store
+PLACES = {
+    "dataset_dir": "the headers of all volumes are read first, and then each volume many times; copy the data set",
+    "output_dir": "files are continued and replaced, which an object store cannot; copy them there afterwards",
+    "ckpt_dir": "weights are read from a file",
+    "cache_dir": "the files of the cache are mapped into memory",
+}
+REMOTE = ("dataset_dir", "output_dir")  # inference reads and writes them subject by subject
 # keys that may differ when training is resumed: they decide where and how fast it runs, not what is learned
 FREE_ON_RESUME = (
     "imports", "run", "bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "cache_dir", "device",
@@ -73,6 +82,11 @@ def bundle_root(name: str) -> str:
     return str(folder if folder.is_dir() else BUNDLE_ROOT)
 
 
+def is_remote(place: object) -> bool:
+    """Whether a place is an address in an object store, such as ``s3://bucket/brains``, and no path of a disk."""
+    return isinstance(place, str) and "://" in place
+
+
 def start_run(*bases: str) -> ConfigParser:
     """Check the keys and values of the running configuration; from now on our own errors print as one line.
 
@@ -95,7 +109,26 @@ def start_run(*bases: str) -> ConfigParser:
     check_keys(parser.get(), *files)
     check_addresses(parser, configs)
     check_values(parser.get(), *files)
+    check_places(parser, remote=REMOTE if bases[0] == "inference.yaml" else ())
     return parser
+
+
+def check_places(parser: ConfigParser, remote: Sequence[str] = ()) -> None:
+    """Replace ``file://`` addresses of folders by paths, and refuse other addresses.
+
+    Args:
+        parser: the running configuration.
+        remote: keys that may be an address such as ``s3://bucket/brains``.
+
+    Raises:
+        InputError: for any other key that is one, with the reason.
+    """
+    for key, reason in PLACES.items():
+        place = parser.get_parsed_content(key) if key in parser.get() else None
+        if isinstance(place, str) and place.startswith("file://"):
+            parser[key] = unquote(urlsplit(place).path)
+        elif is_remote(place) and key not in remote:
+            raise InputError(f"{key}='{place}' must be a folder on a disk: {reason} (docs/scale.md)")
 
 
 @functools.lru_cache

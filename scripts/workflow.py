@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -93,8 +92,7 @@ def infer() -> None:
         if key in given and given[key] != trained[key]:
             logger.warning(f"{key}={given[key]} is ignored: the checkpoint has {trained[key]}")
     value("inferer").check(network, trained["image_size"])
-    masks = value("mask_dir") and Path(value("dataset_dir"), value("mask_dir"))
-    value("data").check_output_dir(value("output_dir"), masks)
+    value("data").check_output_dir(value("output_dir"), value("mask_dir"))
     infer_subjects(parser)
 
 

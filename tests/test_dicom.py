@@ -13,12 +13,13 @@ from dicom_phantom import AXIAL, OBLIQUE, SAGITTAL, SHAPE, write_series, write_s
 
 from conftest import MODALITIES, run_configs
 from scripts.config import InputError
-from scripts.data.datalist import Subjects
 from scripts.data.dicom import ordered_series
 from scripts.data.pictures import read_grid, read_volume
 from scripts.data.subjects import find_subjects, subject_of
 from scripts.data.transforms import LoadVolumesd
-from scripts.sampling.manifest import Manifest
+from scripts.streams.manifest import Manifest
+from scripts.streams.storage import Disk
+from scripts.streams.subjects import Subjects
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -215,13 +216,14 @@ def test_a_changed_file_is_read_anew(tmp_path):
 
 def test_a_series_that_changed_is_not_finished(tmp_path):
     files = write_series(tmp_path / "case1", volume(), AXIAL)
-    (item,) = find(tmp_path, ["t1"])
-    manifest = Manifest(str(tmp_path / "out"), "digest")
-    manifest.write(item, [[{"subject": "case1"}]])
-    assert manifest.has("case1")
-    assert not Manifest(str(tmp_path / "out"), "other").has("case1")
+    found = Subjects(str(tmp_path), ["t1"])
+    manifest, other = (Manifest(Disk(tmp_path / "out"), origin) for origin in ("digest", "other"))
+    with found.opened(found.sources[0]) as (item, images):
+        manifest.write(item["subject"], images, [[{"subject": "case1"}]])
+    assert manifest.finished(found.names, found.is_unchanged) == {"case1"}
+    assert other.finished(found.names, found.is_unchanged) == set()
     files[5].unlink()
-    assert not manifest.has("case1")
+    assert manifest.finished(found.names, found.is_unchanged) == set()
 
 
 def test_no_output_among_the_images(tmp_path):

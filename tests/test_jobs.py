@@ -14,8 +14,8 @@ import pytest
 
 from conftest import MODALITIES, run_configs
 from scripts.config import InputError
-from scripts.data.datalist import Subjects
 from scripts.data.subjects import EmptyFolder
+from scripts.streams.subjects import Subjects
 
 OUTPUTS = ("seg", "prob", "uncertainty")
 

@@ -18,13 +18,14 @@ from PIL import Image
 
 from conftest import ROOT, settings_of
 from scripts.config import InputError
-from scripts.data.datalist import Subjects, describe, read_datalist
+from scripts.data.datalist import describe, read_datalist
 from scripts.data.pictures import read_grid, read_picture
 from scripts.data.regions import LabelToRegionsd, RegionCoding
 from scripts.data.split import split
 from scripts.data.subjects import find_subjects, load_subjects
 from scripts.data.transforms import LoadVolumesd
 from scripts.data.writing import LikeInputWriter, subject_name
+from scripts.streams.subjects import Subjects
 
 RGB = ["red", "green", "blue"]
 DISC_CUP = {"disc": [128, 0], "cup": [0]}
@@ -407,8 +408,8 @@ def test_output_goes_neither_among_images_nor_masks(ddti):
     found = Subjects(str(ddti), ["grey"], "images")
     for folder in ("images", "masks"):
         with pytest.raises(InputError, match="choose another"):
-            found.check_output_dir(str(ddti / folder), ddti / "masks")
-    found.check_output_dir(str(ddti / "out"), ddti / "masks")
+            found.check_output_dir(str(ddti / folder), "masks")
+    found.check_output_dir(str(ddti / "out"), "masks")
 
 
 def test_a_data_list_is_of_pictures(ddti):

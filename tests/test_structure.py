@@ -15,7 +15,7 @@ LAYERS = [  # a module may import from its own package and from the layers above
     {"config"},
     {"distributed", "cluster"},
     {"data", "diffusion"},
-    {"networks", "brains"},
+    {"networks", "brains", "streams"},
     {"net"},
     {"training", "sampling"},
     {"report"},

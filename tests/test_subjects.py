@@ -9,7 +9,7 @@ import pytest
 from conftest import MODALITIES
 from scripts.config import InputError
 from scripts.data import subjects
-from scripts.data.datalist import Subjects
+from scripts.streams.subjects import Subjects
 
 
 def write_csv(path, text):

@@ -7,26 +7,18 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
 
 import ignite.distributed as idist
 import nibabel as nib
-import pandas as pd
 from monai.utils import ensure_tuple
 
 from scripts.config import InputError, atomic_path, check_all
-from scripts.data.dicom import find_series, is_dicom, share_study
 from scripts.data.grades import GRADE_LABELS, UNKNOWN_GRADE, grade_names
-from scripts.data.pictures import file_stem, find_images, read_grid
+from scripts.data.pictures import read_grid
 from scripts.data.split import PATIENT_PATTERN, SUBSETS, check_pattern, patient, split
 from scripts.data.subjects import (
     Item,
     check_headers,
-    check_names,
-    folder_item,
-    holds_volumes,
-    no_subject,
-    subject_folders,
     with_suffix,
 )
 
@@ -215,122 +207,3 @@ def describe(
 def _num_slices(file: str) -> int:
     grid = read_grid(file)
     return grid.shape[list(nib.io_orientation(grid.affine)[:, 0]).index(2)]
-
-
-class Subjects(Sequence[Item]):
-    """The subjects of an inference. Their names are listed at once; each is opened and checked when it is asked for.
-
-    Args:
-        dataset_dir: folder with one folder per subject, which holds NIfTI volumes or DICOM series; it may also be the
-            folder of a single subject.
-        modalities: file suffixes, e.g. ``["t1", "t1ce", "t2", "flair"]``; their order is the channel order. With
-            ``image_dir``: names of the channels of each image.
-        image_dir: folder in ``dataset_dir`` whose files are the subjects; None means one folder per subject.
-        datalist_file: list of the subjects, whose paths are relative to ``dataset_dir``; None looks into the folder.
-            A table (CSV) has the columns ``subject`` and the modalities. Of a data list in the style of the Medical
-            Segmentation Decathlon (JSON), the list ``test`` is taken.
-
-    Raises:
-        InputError: if there is no subject, or the list is damaged. When a subject is asked for, naming it and its file
-            (:func:`scripts.data.subjects.check_headers`), or, as EmptyFolder, the folder without a volume.
-    """
-
-    def __init__(
-        self,
-        dataset_dir: str,
-        modalities: Sequence[str],
-        image_dir: str | None = None,
-        datalist_file: str | None = None,
-    ) -> None:
-        self.root, self.modalities = check_names(dataset_dir, modalities), list(modalities)
-        self.sources: Sequence[Path | Item]  # what is known of each subject before it is opened
-        if datalist_file is not None:
-            self.sources = _listed(datalist_file, self.root, self.modalities)
-        elif image_dir is not None:
-            self.sources = find_images(dataset_dir, image_dir, None)
-        else:
-            self.sources = _folders(self.root, self.modalities)
-        self.names = [source.name if isinstance(source, Path) else source["subject"] for source in self.sources]
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self.open(source) for source in self.sources[index]]
-        return self.open(self.sources[index])
-
-    def open(self, source: Path | Item) -> Item:
-        """The item of one of :attr:`sources`, with its headers checked."""
-        if isinstance(source, Path):
-            return folder_item(source, self.modalities)
-        return check_headers(source, self.modalities)
-
-    def check_output_dir(self, output_dir: str, mask_dir: Path | None = None) -> None:
-        """Raise InputError if ``output_dir`` holds volumes or masks: a prediction could replace a true mask."""
-        folder = Path(output_dir).resolve()
-        places = {source if isinstance(source, Path) else Path(source["image"][0]).parent for source in self.sources}
-        below = folder.is_dir() and folder.is_relative_to(self.root.resolve())
-        series = below and any(map(is_dicom, (f for f in folder.iterdir() if not f.name.endswith(OWN_DICOM))))
-        if series or (folder.is_dir() and any(place.is_dir() and place.samefile(folder) for place in places)):
-            raise InputError(f"output_dir '{output_dir}' holds volumes of the subjects; choose another folder")
-        if mask_dir and mask_dir.resolve() == folder:
-            raise InputError(f"output_dir '{output_dir}' holds the masks; choose another folder")
-
-
-def _folders(root: Path, modalities: Sequence[str]) -> list[Path]:
-    """The folders of the subjects below ``root``, or ``root`` itself if it is the folder of a subject.
-
-    A folder with series is that of a subject, unless the first such folders share a study: they are then its series.
-    """
-    folders = subject_folders(root, modalities)
-    first = list(itertools.islice(filter(_is_filled, folders), PROBED))
-    if first and (any(map(holds_volumes, first)) or not share_study([find_series(folder) for folder in first])):
-        return folders
-    if not _is_filled(root):
-        expected = f"folders with files such as <subject>/<subject>_{modalities[0]}.nii.gz or DICOM series"
-        raise no_subject(root, expected)
-    return [root.resolve()]
-
-
-def _is_filled(folder: Path) -> bool:
-    return holds_volumes(folder) or bool(find_series(folder))
-
-
-def _listed(datalist_file: str, root: Path, modalities: Sequence[str]) -> list[Item]:
-    """Items of a table or data list, which are not checked but for the names; see :class:`Subjects`."""
-    file = Path(datalist_file)
-    try:
-        if file.suffix.lower() == ".csv":
-            table = pd.read_csv(file, dtype=str, usecols=["subject", *modalities], keep_default_na=False)
-            rows = table.to_dict("records")
-            entries: list[Any] = [{"subject": r["subject"], "image": [r[m] for m in modalities]} for r in rows]
-        else:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            entries = [entry if isinstance(entry, dict) else {"image": entry} for entry in content["test"]]
-        items = [
-            {
-                "subject": str(entry.get("subject", file_stem(ensure_tuple(entry["image"])[0]))),
-                "image": [str(root / image) for image in ensure_tuple(entry["image"])],
-            }
-            for entry in entries
-        ]
-    except (OSError, AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"datalist_file '{datalist_file}' is no list of subjects ({error!r}); give a CSV with the columns subject "
-            f"and {list(modalities)}, or a JSON data list with the list 'test'"
-        ) from error
-    names = [str(item["subject"]) for item in items]
-    if wrong := [name for name in names if not name or name.startswith(".") or Path(name).name != name]:
-        raise InputError(f"datalist_file '{datalist_file}': {wrong[:5]} are no names of files")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"datalist_file '{datalist_file}': the subjects {twice[:5]} are listed twice")
-    if not items:
-        raise InputError(f"datalist_file '{datalist_file}' lists no subject to infer")
-    return items

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,15 +93,29 @@ def _by_stem(folder: Path, key: str) -> dict[str, Path]:
     """Images or masks of a folder by file stem, sorted."""
     if not folder.is_dir():
         raise InputError(f"{key}: '{folder}' is not a folder")
-    found: dict[str, Path] = {}
-    for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        stem, is_image = EXTENSION.subn("", file.name)
+    names = by_stem([path.name for path in folder.iterdir()], f"{key}: '{folder}'")
+    return {stem: folder / name for stem, name in names.items()}
+
+
+def by_stem(names: Iterable[str], folder: str) -> dict[str, str]:
+    """Names of images by their stem, sorted.
+
+    Args:
+        names: of files; those that are no images, or hidden, are left out.
+        folder: for the message.
+
+    Raises:
+        InputError: if two have the same stem, or there is none.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(name for name in names if not name.startswith(".")):
+        stem, is_image = EXTENSION.subn("", name)
         if is_image and stem in found:
-            raise InputError(f"{key}: {folder} has both {found[stem].name} and {file.name}; keep one")
+            raise InputError(f"{folder} has both {found[stem]} and {name}; keep one")
         if is_image:
-            found[stem] = file
+            found[stem] = name
     if not found:
-        raise InputError(f"{key}: '{folder}' has no file with extension {', '.join(PICTURES)}, .nii or .nii.gz")
+        raise InputError(f"{folder} has no file with extension {', '.join(PICTURES)}, .nii or .nii.gz")
     return found
 
 

@@ -108,7 +108,8 @@ def find_subjects(
 
     ``dataset_dir`` may also be the folder of a single subject.
     """
-    root = check_names(dataset_dir, modalities)
+    root = check_folder(dataset_dir)
+    check_names(modalities)
     if isinstance(mask_names, str) or len(set(mask_names)) != len(mask_names):
         raise InputError(f"the masks {mask_names!r} must be a list of distinct names, such as ['1', '2']")
     if image_dir is None:
@@ -120,14 +121,18 @@ def find_subjects(
     return check_all(items, lambda item: check_headers(item, modalities))
 
 
-def check_names(dataset_dir: str, modalities: Sequence[str]) -> Path:
-    """The folder of the data set, if it is one and the modalities are distinct names; otherwise an InputError."""
+def check_folder(dataset_dir: str) -> Path:
+    """The folder of the data set, if it is one; otherwise an InputError."""
     root = Path(dataset_dir)
     if not root.is_dir():
         raise InputError(f"dataset_dir '{dataset_dir}' is not a folder")
+    return root
+
+
+def check_names(modalities: Sequence[str]) -> None:
+    """Raise InputError unless the modalities are distinct names."""
     if isinstance(modalities, str) or len(set(modalities)) != len(modalities) or not modalities:
         raise InputError(f"modalities={modalities!r} must be a list of distinct file suffixes, such as ['t1', 'flair']")
-    return root
 
 
 def subject_folders(root: Path, modalities: Sequence[str]) -> list[Path]:

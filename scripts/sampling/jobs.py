@@ -7,8 +7,8 @@ import logging
 import os
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
 
 from monai.bundle import ConfigParser
@@ -19,8 +19,10 @@ from scripts.cluster import results_of, workers
 from scripts.config import InputError, explain, refuse_all, remove_partial, warn_some
 from scripts.data.subjects import EmptyFolder, Item
 from scripts.sampling.evaluator import VolumeEvaluator
-from scripts.sampling.manifest import Manifest, origin_of
 from scripts.sampling.report import Report
+from scripts.streams.manifest import Manifest, origin_of
+from scripts.streams.storage import Output
+from scripts.streams.subjects import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ class Engine(NamedTuple):
 
     evaluator: VolumeEvaluator
     reports: Sequence[Report]
-    open: Callable[[Any], Item]
+    opened: Callable[[Any], AbstractContextManager[tuple[Item, dict[str, Any]]]]  # the item, states of its images
+    output: Output
     manifest: Manifest | None
 
 
@@ -83,9 +86,10 @@ def infer_subjects(parser: ConfigParser) -> None:
         InputError: at the end, naming the subjects that could not be computed.
     """
     run, data = _start(parser, ""), parser.get_parsed_content("data")
-    reports, manifest = _engine[run].reports, _engine[run].manifest
+    reports, output, manifest = _engine[run].reports, _engine[run].output, _engine[run].manifest
     assert manifest is not None
-    waiting = [order for order, name in enumerate(data.names) if not manifest.has(name)]
+    finished = manifest.finished(data.names, data.is_unchanged)
+    waiting = [order for order, name in enumerate(data.names) if name not in finished]
     if len(waiting) < len(data):
         logger.info(f"{len(data) - len(waiting)} of {len(data)} subjects are finished already")
     errors, empty = [], []
@@ -98,10 +102,11 @@ def infer_subjects(parser: ConfigParser) -> None:
                     errors.append((result.order, result.error))
                 empty += [data.names[result.order]] if result.empty else []
     finally:  # also of an interrupted run
-        remove_partial(manifest.folder.parent)
+        remove_partial(output.folder)
         records = manifest.records(data.names)
         if records.rows and not records.are_written():
             _write(reports, records.rows)
+            output.send()
             records.set_written()
     warn_some("folders hold no volume and are left out", sorted(empty))
     refuse_all([error for _, error in sorted(errors)])
@@ -118,11 +123,13 @@ def _start(parser: ConfigParser, group: str) -> Run:
 
 
 def _engine_of(parser: ConfigParser, run: Run) -> Engine:
-    value = parser.get_parsed_content
+    value, output = parser.get_parsed_content, Output(parser.get_parsed_content("output_dir"))
+    if output.store is not None:
+        parser["output_dir"] = str(output.folder)
     evaluator, reports = value(f"{run.group}evaluator"), value(f"{run.group}reports")
     if run.group:
-        return Engine(evaluator, reports, lambda item: item, None)
-    return Engine(evaluator, reports, value("data").open, Manifest(value("output_dir"), run.origin))
+        return Engine(evaluator, reports, lambda item: nullcontext((item, {})), output, None)
+    return Engine(evaluator, reports, value("data").opened, output, Manifest(output.place("manifest"), run.origin))
 
 
 def _results(run: Run, scheduler: str | None, jobs: Sequence[tuple[int, Any]]) -> Generator[Result]:
@@ -136,7 +143,7 @@ def _results(run: Run, scheduler: str | None, jobs: Sequence[tuple[int, Any]]) -
             ):
                 order, source = jobs[index]
                 # the error is Dask's: compute returns its own
-                yield Result(order, [], f"subject '{_name(source)}': {killed}") if killed else result
+                yield Result(order, [], f"subject '{name_of(source)}': {killed}") if killed else result
 
 
 def compute(run: Run, order: int, source: Any) -> Result:
@@ -153,7 +160,7 @@ def compute(run: Run, order: int, source: Any) -> Result:
         except EmptyFolder:
             return Result(order, [], empty=True)
         except Exception as error:
-            name, known = _name(source), explain(error)
+            name, known = name_of(source), explain(error)
             if known is None:
                 logger.error(f"subject '{name}':\n{traceback.format_exc()}")
             text = known or _first_cause(error)
@@ -168,10 +175,6 @@ def _first_cause(error: BaseException) -> str:
     return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {error}"
 
 
-def _name(source: Any) -> str:
-    return source["subject"] if isinstance(source, Mapping) else source.name
-
-
 def _ready(run: Run) -> Engine:
     """The engine of the run. It is built once in a process."""
     if run not in _engine:
@@ -184,14 +187,15 @@ def _ready(run: Run) -> Engine:
 
 
 def _compute(engine: Engine, order: int, source: Any) -> list[list[dict[str, Any]]]:
-    item = engine.open(source)
-    for report in engine.reports:
-        report.check(item)
-    output = engine.evaluator.run_on(item) | {"order": order}
-    rows = [list(report.rows_of(output)) for report in engine.reports]
+    with engine.opened(source) as (item, images):
+        for report in engine.reports:
+            report.check(item)
+        output = engine.evaluator.run_on(item) | {"order": order}
+        rows = [list(report.rows_of(output)) for report in engine.reports]
     if engine.manifest is None:
         return rows
-    engine.manifest.write(item, rows)
+    engine.output.send()
+    engine.manifest.write(item["subject"], images, rows)
     return []
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.config import BUNDLE_ROOT, atomic_path
-from scripts.data.dicom import is_dicom
-from scripts.data.subjects import Item, item_files
+from scripts.config import BUNDLE_ROOT
+from scripts.streams.storage import Disk, Store
+
+WRITTEN = ".written"  # digest of the records of which the reports were written
 
 # keys that decide where and how fast an inference runs, not what it finds
 FREE = ("imports", "run", "bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "onnx_dir",
@@ -38,77 +39,69 @@ class Manifest:
     """Records of the finished subjects of an inference: ``<output_dir>/manifest/<subject>.json``.
 
     A record is written in one step, after all other files of its subject. It holds the origin of the results
-    (:func:`origin_of`), size and time of the images, or of a folder of DICOM images, and the rows of the reports.
+    (:func:`origin_of`), the states of the images, and the rows of the reports.
 
     Args:
-        output_dir: of the inference.
-        origin: of its results.
+        folder: of the records.
+        origin: of the results.
     """
 
-    def __init__(self, output_dir: str, origin: str) -> None:
-        self.folder, self.origin = Path(output_dir) / "manifest", origin
+    def __init__(self, folder: Disk | Store, origin: str) -> None:
+        self.folder, self.origin = folder, origin
 
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
+    def _read(self, names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+        """Records of this origin in the order of their names; None where there is none, or it is damaged."""
+        for content in self.folder.read_all([f"{name}.json" for name in names]):
+            record = _parsed(content)
+            yield record if record is not None and record["origin"] == self.origin else None
 
-    def has(self, name: str) -> bool:
-        """Whether a subject is finished: by the same weights, settings and code, with the same images."""
-        record = _read(self._file(name))
-        return record is not None and record["origin"] == self.origin and _unchanged(record["images"])
+    def finished(self, names: Sequence[str], is_unchanged: Callable[[str, Any], bool]) -> set[str]:
+        """The subjects that are finished: by the same weights, settings and code, with the same images.
 
-    def write(self, item: Item, rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        """Add the record of an item: the rows of each report."""
-        files = item_files(item)  # of a series one image; its folder tells of others that come or go
-        files += sorted({str(Path(file).parent) for file in files if is_dicom(file)})
-        images = {file: _state(file) for file in files}
+        Args:
+            names: of the subjects.
+            is_unchanged: whether an image still has the state of its record.
+        """
+        return {
+            name
+            for name, record in zip(names, self._read(names), strict=True)
+            if record and all(is_unchanged(file, state) for file, state in record["images"].items())
+        }
+
+    def write(self, name: str, images: Mapping[str, Any], rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Add the record of a subject: the states of its images, and the rows of each report."""
         record = {"origin": self.origin, "images": images, "rows": rows}
-        with atomic_path(self._file(item["subject"])) as path:
-            path.write_text(json.dumps(record, default=lambda number: number.item()), encoding="utf-8")
+        self.folder.write(f"{name}.json", json.dumps(record, default=lambda number: number.item()))
 
     def records(self, names: Sequence[str]) -> Records:
         """The records of the finished subjects among ``names``."""
-        read = (_read(self._file(name)) for name in names)
-        rows = [record["rows"] for record in read if record and record["origin"] == self.origin]
+        rows = [record["rows"] for record in self._read(names) if record]
         digest = hashlib.sha256(json.dumps([self.origin, rows]).encode()).hexdigest()
-        return Records(self.folder / ".written", digest, rows)
+        return Records(self.folder, digest, rows)
 
 
 class Records(NamedTuple):
     """Rows of each report, subject by subject, and whether the reports were written of them."""
 
-    mark: Path
+    folder: Disk | Store
     digest: str
     rows: list[list[list[dict[str, Any]]]]
 
     def are_written(self) -> bool:
         """Whether the reports are those of these records, so that nothing needs to be written."""
-        return self.mark.is_file() and self.mark.read_text(encoding="utf-8") == self.digest
+        return self.folder.read(WRITTEN) == self.digest.encode()
 
     def set_written(self) -> None:
         """Remember that the reports were written of these records."""
-        with atomic_path(self.mark) as path:
-            path.write_text(self.digest, encoding="utf-8")
+        self.folder.write(WRITTEN, self.digest)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """Content of a record; None if there is none, or it is damaged."""
+def _parsed(content: bytes | None) -> dict[str, Any] | None:
+    """Content of a record; None if it is damaged."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(content or b"")
+    except (ValueError, RecursionError):
         return None
     types = {"origin": str, "images": dict, "rows": list}
     valid = isinstance(record, dict) and {key: type(value) for key, value in record.items()} == types
     return record if valid else None
-
-
-def _unchanged(images: Mapping[str, Any]) -> bool:
-    try:
-        return all(_state(file) == state for file, state in images.items())
-    except OSError:
-        return False
-
-
-def _state(file: str) -> list[int]:
-    """Size and time of the last change (ns)."""
-    found = Path(file).stat()
-    return [found.st_size, found.st_mtime_ns]
