@@ -126,7 +126,7 @@ def check_places(parser: ConfigParser, remote: Sequence[str] = ()) -> None:
     for key, reason in PLACES.items():
         place = parser.get_parsed_content(key) if key in parser.get() else None
         if isinstance(place, str) and place.startswith("file://"):
-            parser[key] = unquote(urlsplit(place).path)
+            parser[key] = _path_of(key, place)
         elif is_remote(place) and key not in remote:
             raise InputError(f"{key}='{place}' must be a folder on a disk: {reason} (docs/scale.md)")
 
@@ -356,6 +356,14 @@ def running_parser() -> ConfigParser:
             return owner
         frame = frame.f_back
     raise RuntimeError("no bundle is running: call this function from a configuration")
+
+
+def _path_of(key: str, address: str) -> str:
+    """Path of a ``file://`` address."""
+    parts = urlsplit(address)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise InputError(f"{key}='{address}' must have a whole path, such as file:///data/brains")
+    return unquote(parts.path)
 
 
 def _report_own_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -168,6 +168,11 @@ def test_training_says_why_it_needs_a_disk(key):
         run_configs(["train.yaml"], **{key: "s3://bucket/x"})
 
 
+def test_file_addresses_have_whole_paths():
+    with pytest.raises(InputError, match="must have a whole path, such as file:///data/brains"):
+        run_configs(["inference.yaml"], dataset_dir="file://data/brains")
+
+
 def test_what_was_written_is_moved(s3):
     output = Output("s3://bucket/out")
     (output.folder / "overlays").mkdir()
