@@ -73,7 +73,7 @@ EXEMPT = {
     "torchrun --nnodes 2": "needs two machines",
     "python -m monai.bundle run --config_file configs/ablation.yaml --scheduler": "test_cluster.py has a scheduler",
     "python -m monai.bundle run --scheduler": "test_cluster.py has a scheduler",
-    "python -m monai.bundle run --dataset_dir s3://bucket/brains": "test_cluster.py and test_storage.py have an object store",
+    "python -m monai.bundle run --dataset_dir s3://bucket/brains": "test_cluster.py has an object store",
 }
 IDENTITY = ["-c", "user.name=docs", "-c", "user.email=docs@example.org"]
 COMMAND = re.compile(r"(python|make|pip|torchrun|git|pytest|tensorboard|mlflow|OMP_\w+=\S+) \S")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.bundle import read_configs  # noqa: E402
 from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.calibration.parts import Parts, parts_of  # noqa: E402
-from scripts.training.checkpoints import load_weights  # noqa: E402
+from scripts.training.weights import load_weights  # noqa: E402
 
 SMALL = 1.0  # ml
 

@@ -30,7 +30,7 @@ from benchmarks.tables import hardware, markdown  # noqa: E402
 from scripts.report.metrics import mask_scores  # noqa: E402
 from scripts.sampling import windows  # noqa: E402
 from scripts.sampling.inferer import VolumeInferer  # noqa: E402
-from scripts.training.checkpoints import load_weights  # noqa: E402
+from scripts.training.weights import load_weights  # noqa: E402
 
 WAYS = {"whole slices": None, "windows, overlap 0": 0.0, "windows, overlap 0.5 (default)": windows.OVERLAP}
 

@@ -22,8 +22,9 @@ from scripts.sampling.jobs import evaluate_subjects, infer_subjects
 from scripts.tools.monai_label import apply_label_request, option
 from scripts.tools.onnx_network import export_onnx
 from scripts.training.autocast import has_bfloat16
-from scripts.training.checkpoints import NAMING, check_settings, load_weights, trained_settings
+from scripts.training.checkpoints import NAMING, check_settings, trained_settings
 from scripts.training.run import run_training, start
+from scripts.training.weights import load_weights
 
 __all__ = ["evaluate", "export", "has_bfloat16", "infer", "option", "settings", "train"]
 logger = logging.getLogger(__name__)

@@ -24,8 +24,9 @@ from scripts.networks.measurements import num_measurements
 from scripts.report.metrics import grade_losses
 from scripts.sampling.inferer import VolumeInferer
 from scripts.sampling.probability import temperature_scaled
-from scripts.training.checkpoints import load_weights, read_checkpoint
+from scripts.training.checkpoints import read_checkpoint
 from scripts.training.losses import MultiTaskLoss
+from scripts.training.weights import load_weights
 from test_net import TINY
 
 

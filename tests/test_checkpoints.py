@@ -9,17 +9,15 @@ from scripts.diffusion.schedule import GaussianDiffusion
 from scripts.net import MedSegDiff
 from scripts.training.checkpoints import (
     SaveCheckpoints,
-    check_resumable,
     check_settings,
-    load_weights,
-    of_shared_regions,
     of_this_version,
-    start_from,
     store_calibration,
     trained_settings,
 )
 from scripts.training.lineage import check_unseen, make_lineage
 from scripts.training.losses import MultiTaskLoss
+from scripts.training.run import check_resumable
+from scripts.training.weights import load_weights, of_shared_regions, start_from
 
 STOCHASTIC = ["highway", "stochastic"]
 

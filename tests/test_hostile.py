@@ -29,7 +29,8 @@ from scripts.config import InputError
 from scripts.data.caching import cached_dataset
 from scripts.data.datalist import read_datalist
 from scripts.data.subjects import load_subjects
-from scripts.training.checkpoints import load_weights, trained_settings
+from scripts.training.checkpoints import trained_settings
+from scripts.training.weights import load_weights
 
 MARKER = "executed"
 GRADE_COLUMNS = {"subject_column": "image", "grade_column": "label", "grade_labels": {"benign": 0, "malignant": 1}}

@@ -16,8 +16,9 @@ from scripts.organs.structures import chosen
 from scripts.sampling.jobs import evaluate_subjects, infer_subjects
 from scripts.tools import onnx_files
 from scripts.tools.monai_label import apply_label_request, option
-from scripts.training.checkpoints import check_settings, load_weights
+from scripts.training.checkpoints import check_settings
 from scripts.training.run import run_training, start
+from scripts.training.weights import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,10 @@ from scripts.sampling.jobs import evaluate_subjects, infer_subjects
 from scripts.synthesis.inferer import DIVISOR
 from scripts.synthesis.transforms import check_hu_range
 from scripts.tools.monai_label import apply_label_request, option
-from scripts.training.checkpoints import check_settings, load_weights
+from scripts.training.checkpoints import check_settings
 from scripts.training.lineage import check_unseen
 from scripts.training.run import run_training, start
+from scripts.training.weights import load_weights
 
 __all__ = ["bundle_root", "evaluate", "infer", "option", "settings", "train"]
 logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from scripts.data.datalist import write_datalist
 from scripts.data.subjects import Item
 from scripts.distributed import join_processes
 from scripts.training.autocast import warn_of_slow_amp
-from scripts.training.checkpoints import check_resumable, start_from
+from scripts.training.checkpoints import check_settings, read_checkpoint
 from scripts.training.lineage import check_unseen
+from scripts.training.weights import load_weights, start_from
 
 
 def start(*bases: str) -> tuple[ConfigParser, Callable[[str], Any]]:
@@ -95,6 +97,49 @@ def compile_parts(network: nn.Module) -> None:
     for child in network.children():
         if next(child.parameters(), None) is not None:
             child.compile()
+
+
+def check_resumable(
+    ckpt_dir: str,
+    network: nn.Module,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    lineage: Mapping[str, Any],
+) -> None:
+    """Check that ``last.pt``, if it exists, belongs to this network, configuration and data.
+
+    Args:
+        ckpt_dir: folder of ``last.pt``.
+        network: network to be trained.
+        settings: its settings.
+        config: what must not change, see :func:`scripts.config.resumable_config`.
+        lineage: of the training.
+
+    Raises:
+        InputError: if the file is damaged, or of a training with another configuration or other subjects.
+    """
+    file = Path(ckpt_dir) / "last.pt"
+    if not file.is_file():
+        return
+    checkpoint = read_checkpoint(str(file))
+    check_settings(checkpoint["settings"], settings, str(file))
+    before = checkpoint.get("config", {})
+    for key in sorted(before.keys() | config.keys()):
+        old, new = (values.get(key, "absent") for values in (before, config))
+        if old != new:
+            raise InputError(
+                f"{file} was trained with {key}={old}, now it is {new}: resume with the same configuration, or start a "
+                "new training from its weights with init_ckpt and another ckpt_dir"
+            )
+    for name, now in lineage.items():
+        # the folder of a data set, after which it is named, may be renamed before training is resumed
+        then, now = (sorted(itertools.chain(*sets.values())) for sets in (checkpoint["lineage"][name], now))
+        if then != now:
+            raise InputError(
+                f"{file} has {len(then)} {name} subjects, and these are not the {len(now)} of now: resume with the "
+                "same dataset_dir, fold, seed and validation_share"
+            )
+    load_weights(network, str(file), settings)
 
 
 def _early_stopping(patience: int | None, trainer: Trainer, evaluator: Evaluator) -> EarlyStopping | None:
