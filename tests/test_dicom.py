@@ -19,7 +19,7 @@ from scripts.data.subjects import find_subjects, subject_of
 from scripts.data.transforms import LoadVolumesd
 from scripts.streams.manifest import Manifest
 from scripts.streams.storage import Disk
-from scripts.streams.subjects import Subjects
+from scripts.streams.subjects import list_subjects
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -29,7 +29,7 @@ REGIONS = ["TC", "WT", "ET"]
 @pytest.mark.parametrize("affine", [AXIAL, OBLIQUE, SAGITTAL], ids=["axial", "oblique", "sagittal"])
 def test_a_series_is_the_volume_it_was_written_from(tmp_path, affine):
     images = write_subject(tmp_path / "case1", affine)
-    (item,) = Subjects(str(tmp_path), MODALITIES)
+    (item,) = list_subjects(str(tmp_path), MODALITIES)
     assert item["subject"] == "case1"
     assert subject_of(str(tmp_path / "case1"), MODALITIES) == item  # MONAI Label gives the folder
     read = LoadVolumesd("image", MODALITIES)(item)["image"]
@@ -67,7 +67,7 @@ def test_inference_is_that_of_the_same_volumes_in_nifti(tmp_path, three_regions,
 
 
 def find(folder: Path, modalities: list[str] = MODALITIES) -> list[dict]:
-    return list(Subjects(str(folder), modalities))
+    return list(list_subjects(str(folder), modalities))
 
 
 def volume(slices: int = 6, seed: int = 0) -> np.ndarray:
@@ -216,7 +216,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
 
 def test_a_series_that_changed_is_not_finished(tmp_path):
     files = write_series(tmp_path / "case1", volume(), AXIAL)
-    found = Subjects(str(tmp_path), ["t1"])
+    found = list_subjects(str(tmp_path), ["t1"])
     manifest, other = (Manifest(Disk(tmp_path / "out"), origin) for origin in ("digest", "other"))
     with found.opened(found.sources[0]) as (item, images):
         manifest.write(item["subject"], images, [[{"subject": "case1"}]])
@@ -230,4 +230,4 @@ def test_no_output_among_the_images(tmp_path):
     write_subject(tmp_path / "case1")
     for folder in ("case1", "case1/ax_t1"):
         with pytest.raises(InputError, match="holds volumes of the subjects"):
-            Subjects(str(tmp_path), MODALITIES).check_output_dir(str(tmp_path / folder))
+            list_subjects(str(tmp_path), MODALITIES).check_output_dir(str(tmp_path / folder))

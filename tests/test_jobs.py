@@ -15,7 +15,7 @@ import pytest
 from conftest import MODALITIES, run_configs
 from scripts.config import InputError
 from scripts.data.subjects import EmptyFolder
-from scripts.streams.subjects import Subjects
+from scripts.streams.subjects import list_subjects
 
 OUTPUTS = ("seg", "prob", "uncertainty")
 
@@ -121,7 +121,7 @@ def test_subjects_are_listed_before_they_are_opened(some):
     for file in (some / "b").iterdir():
         file.write_bytes(b"damaged")
     (some / "d").mkdir()
-    found = Subjects(str(some), MODALITIES)
+    found = list_subjects(str(some), MODALITIES)
     assert found.names == ["a", "b", "c", "d"]
     assert found[0]["subject"] == "a"
     with pytest.raises(InputError, match="subject 'b'"):
@@ -167,7 +167,7 @@ def test_a_decathlon_list_of_4d_files(some, phantoms):
     (some / "imagesTs").mkdir()
     nib.save(nib.Nifti1Image(np.stack(volumes, axis=-1), np.eye(4)), some / "imagesTs" / "BRATS_001.nii.gz")
     (some / "dataset.json").write_text(json.dumps({"test": ["./imagesTs/BRATS_001.nii.gz"]}))
-    (item,) = Subjects(str(some), MODALITIES, datalist_file=str(some / "dataset.json"))
+    (item,) = list_subjects(str(some), MODALITIES, datalist_file=str(some / "dataset.json"))
     assert item["subject"] == "BRATS_001"
 
 
@@ -183,14 +183,14 @@ def test_a_decathlon_list_of_4d_files(some, phantoms):
 def test_a_damaged_list_is_refused(some, text, message):
     (some / "list.csv").write_text(text)
     with pytest.raises(InputError, match=message):
-        Subjects(str(some), MODALITIES, datalist_file=str(some / "list.csv"))
+        list_subjects(str(some), MODALITIES, datalist_file=str(some / "list.csv"))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"training": []}', '{"test": [{"label": "x"}]}', '{"test": 3}'])
 def test_a_file_without_a_list_is_refused(some, text):
     (some / "list.json").write_text(text)
     with pytest.raises(InputError, match="is no list of subjects"):
-        Subjects(str(some), MODALITIES, datalist_file=str(some / "list.json"))
+        list_subjects(str(some), MODALITIES, datalist_file=str(some / "list.json"))
 
 
 def test_a_full_disk_is_named_for_each_subject(infer, some):

@@ -25,7 +25,7 @@ from scripts.data.split import split
 from scripts.data.subjects import find_subjects, load_subjects
 from scripts.data.transforms import LoadVolumesd
 from scripts.data.writing import LikeInputWriter, subject_name
-from scripts.streams.subjects import Subjects
+from scripts.streams.subjects import list_subjects
 
 RGB = ["red", "green", "blue"]
 DISC_CUP = {"disc": [128, 0], "cup": [0]}
@@ -342,7 +342,7 @@ def stack_image(root):
     [
         (remove_mask, r"1 of 3 images in images have no mask in .*masks: \['2'\]"),
         (crop_mask, r"'2': the mask .*2.PNG has shape \(31, 40, 1\), but .* has \(32, 40, 1\)"),
-        (double_image, "images has both 2.PNG and 2.jpg"),
+        (double_image, "has both 2.PNG and 2.jpg"),
         (double_mask, r"image '2' has several masks: \['2.PNG', '2_seg.png'\]"),
         (empty_images, "image_dir: '.*images' has no file with extension"),
         (lambda root: shutil.rmtree(root / "masks"), "mask_dir: '.*masks' is not a folder"),
@@ -380,7 +380,7 @@ def test_masks_are_found_by_stem(ddti, caplog):
         items = find(ddti)
     assert [Path(item["label"][0]).name for item in items] == ["1_mask.png", "2_segmentation.PNG", "3.PNG"]
     assert "without an image are left out: ['9']" in caplog.text
-    assert "label" not in Subjects(str(ddti), ["grey"], "images")[0]
+    assert "label" not in list_subjects(str(ddti), ["grey"], "images")[0]
     assert "subjects=3 patients=3 slices=3" in describe({"all": items})
 
 
@@ -405,7 +405,7 @@ def test_further_lesions_are_united(ddti, tmp_path):
 
 
 def test_output_goes_neither_among_images_nor_masks(ddti):
-    found = Subjects(str(ddti), ["grey"], "images")
+    found = list_subjects(str(ddti), ["grey"], "images")
     for folder in ("images", "masks"):
         with pytest.raises(InputError, match="choose another"):
             found.check_output_dir(str(ddti / folder), "masks")

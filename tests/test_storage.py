@@ -15,7 +15,7 @@ from dicom_phantom import write_series
 from conftest import MODALITIES, run_configs
 from scripts.config import InputError
 from scripts.streams.storage import Output, Store
-from scripts.streams.subjects import Subjects
+from scripts.streams.subjects import list_subjects
 
 s3_server = pytest.importorskip("s3_server", reason="moto, a server that speaks S3, needs Python 3.11")
 content, objects, upload = s3_server.content, s3_server.objects, s3_server.upload
@@ -95,7 +95,7 @@ def test_a_list_and_a_folder_of_images_in_a_store(some, s3):
     upload(s3, some, "brains")
     table = pd.DataFrame([{"subject": "case 1"} | {m: f"a/a_{m}.nii.gz" for m in MODALITIES}])
     s3.put_object(Bucket="bucket", Key="brains/list.csv", Body=table.to_csv(index=False).encode())
-    found = Subjects("s3://bucket/brains", MODALITIES, datalist_file="s3://bucket/brains/list.csv")
+    found = list_subjects("s3://bucket/brains", MODALITIES, datalist_file="s3://bucket/brains/list.csv")
     with found.opened(found.sources[0]) as (item, states):
         assert item["subject"] == "case 1"
         assert [Path(file).read_bytes() for file in item["image"]] == [
@@ -106,7 +106,7 @@ def test_a_list_and_a_folder_of_images_in_a_store(some, s3):
     images = np.stack([nib.load(some / "a" / f"a_{m}.nii.gz").get_fdata() for m in MODALITIES], axis=-1)
     nib.save(nib.Nifti1Image(images, np.eye(4)), some / "7.nii.gz")
     s3.put_object(Bucket="bucket", Key="all/images/7.nii.gz", Body=(some / "7.nii.gz").read_bytes())
-    found = Subjects("s3://bucket/all/", MODALITIES, image_dir="images")
+    found = list_subjects("s3://bucket/all/", MODALITIES, image_dir="images")
     with found.opened(found.sources[0]) as (item, states):
         assert (item["subject"], list(states)) == ("7", ["images/7.nii.gz"])
 
@@ -114,20 +114,20 @@ def test_a_list_and_a_folder_of_images_in_a_store(some, s3):
 def test_dicom_series_in_a_store(s3, tmp_path):
     write_series(tmp_path / "case1", np.ones((8, 8, 4), np.int16), np.eye(4))
     upload(s3, tmp_path, "studies")
-    found = Subjects("s3://bucket/studies", ["t1"])
+    found = list_subjects("s3://bucket/studies", ["t1"])
     with found.opened(found.sources[0]) as (item, states):
         assert item["subject"] == "case1"
         assert len(states) == len(list((tmp_path / "case1").iterdir()))
     with pytest.raises(InputError, match="list DICOM series as folders"):
         s3.put_object(Bucket="bucket", Key="l.json", Body=json.dumps({"test": ["case1/0"]}).encode())
-        Subjects("s3://bucket/studies", ["t1"], datalist_file="s3://bucket/l.json")
+        list_subjects("s3://bucket/studies", ["t1"], datalist_file="s3://bucket/l.json")
 
 
 @pytest.mark.parametrize("key", ["brains/a/../../../evil", "brains/a//evil", "brains/a/./evil"])
 def test_names_that_lead_out_of_the_folder_are_refused(some, s3, key):
     upload(s3, some / "a", "brains/a")
     s3.put_object(Bucket="bucket", Key=key, Body=b"x")
-    found = Subjects("s3://bucket/brains", MODALITIES)
+    found = list_subjects("s3://bucket/brains", MODALITIES)
     with pytest.raises(InputError, match="leads out of its folder"), found.opened(found.sources[0]):
         pass
 
@@ -151,7 +151,7 @@ def test_output_may_not_go_among_the_objects_of_a_subject(infer, some, s3, outpu
 )
 def test_a_store_without_subjects_is_named(s3, place, message):
     with pytest.raises(InputError, match=message):
-        Subjects(place, MODALITIES)
+        list_subjects(place, MODALITIES)
 
 
 def test_a_lost_server_is_named(monkeypatch):

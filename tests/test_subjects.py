@@ -9,7 +9,7 @@ import pytest
 from conftest import MODALITIES
 from scripts.config import InputError
 from scripts.data import subjects
-from scripts.streams.subjects import Subjects
+from scripts.streams.subjects import list_subjects
 
 
 def write_csv(path, text):
@@ -71,7 +71,7 @@ def test_another_segmentation_is_not_taken_for_the_truth(tmp_path, make_subject_
 def test_output_may_not_go_among_the_volumes(tmp_path, make_subject_folder, volumes):
     folder = make_subject_folder(tmp_path, "s1", volumes)
     for root in (folder, tmp_path):
-        found = Subjects(str(root), MODALITIES)
+        found = list_subjects(str(root), MODALITIES)
         found.check_output_dir(str(tmp_path / "out"))
         with pytest.raises(InputError, match="holds volumes of the subjects"):
             found.check_output_dir(str(folder))
@@ -80,7 +80,7 @@ def test_output_may_not_go_among_the_volumes(tmp_path, make_subject_folder, volu
 def test_inference_needs_no_segmentation(tmp_path, make_subject_folder, volumes):
     del volumes["seg"]
     make_subject_folder(tmp_path, "a", volumes)
-    (item,) = Subjects(str(tmp_path), MODALITIES)
+    (item,) = list_subjects(str(tmp_path), MODALITIES)
     assert "label" not in item
     with pytest.raises(InputError, match="'a': no segmentation"):
         subjects.find_subjects(str(tmp_path), MODALITIES)
@@ -180,10 +180,10 @@ def test_a_file_that_is_only_called_like_its_modality_belongs_to_its_folder(tmp_
     folder.mkdir()
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), folder / "ct.nii.gz")
     assert subjects.subject_of(str(folder / "ct.nii.gz"), ["ct"])["subject"] == "s0001"
-    assert Subjects(str(tmp_path), ["ct"])[0]["subject"] == "s0001"
+    assert list_subjects(str(tmp_path), ["ct"])[0]["subject"] == "s0001"
     (folder / "segmentations").mkdir()
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), folder / "segmentations" / "liver.nii.gz")
-    assert Subjects(str(folder), ["ct"])[0]["subject"] == "s0001"
+    assert list_subjects(str(folder), ["ct"])[0]["subject"] == "s0001"
     monkeypatch.chdir(folder)
     assert subjects.subject_of("ct.nii.gz", ["ct"])["subject"] == "s0001"
 

@@ -185,6 +185,11 @@ def folder_item(folder: Path, modalities: Sequence[str]) -> Item:
     return check_headers(item, modalities)
 
 
+def open_item(source: Path | Item, modalities: Sequence[str]) -> Item:
+    """Item of a subject's folder (:func:`folder_item`), or of images that are known, with their headers checked."""
+    return folder_item(source, modalities) if isinstance(source, Path) else check_headers(source, modalities)
+
+
 def subject_of(file: str, modalities: Sequence[str]) -> Item:
     """Item of the subject that a file or folder belongs to.
 
