@@ -145,7 +145,7 @@ def reduced(words: list[str]) -> list[str]:
         if name == "training.py" and "--subjects" in words:
             words = put(words, {"--subjects": ["8", "10"]}, replace=True)
         options = {"training.py": NETWORK, "inference.py": NETWORK, "sampling.py": TRAINING, "run.py": TRAINING}
-        options |= {"windows.py": NETWORK, "randomisation.py": TRAINING}
+        options |= {"windows.py": NETWORK, "randomisation.py": TRAINING, "export.py": NETWORK}
         return put(words, options.get(name, {}), replace=False)
     return words
 
