@@ -95,39 +95,46 @@ class SubjectReport(Report):
         for channel, region in enumerate(self.regions):
             row[size.column("", "", region)] = float(item["pred"][channel].sum()) * size.voxel
             row[size.column("true", "", region)] = float(item["label"][channel].sum()) * size.voxel
-            self._score_uncertainty(item, channel, background != 0, row, bins, risks)
+            scores, of_region, risks[region] = self._uncertainty_of(item, channel, background != 0)
+            row, bins = row | scores, bins | of_region
         row |= estimates(item, self.regions)
         for channel, region in enumerate(self.regions):
             low, high = (row[size.column("", name, region)] for name in ("low", "high"))
             volumes = true_masks(item, channel).sum(axis=(1, 2, 3)) * size.voxel
             outside = np.array([nonconformity(low, high, volume) for volume in volumes])
             row[f"covered_{region}"] = float((outside < 1e-6).mean()) if np.isfinite(low) else np.nan
-        scores = ", ".join(f"{region} {row[f'dice_{region}']:.2f}" for region in self.regions)
-        title = f"{item['subject']}  Dice {scores}"
+        overlap = ", ".join(f"{region} {row[f'dice_{region}']:.2f}" for region in self.regions)
+        title = f"{item['subject']}  Dice {overlap}"
         samples = item["samples"].unflatten(0, (-1, len(self.regions))) if "samples" in item else ()
         write_overlay(item, background, title, self.output_dir / "overlays", samples)
         return [row | {"bins": bins, "risks": risks}]
 
-    def _score_uncertainty(
-        self, item: Mapping[str, Any], channel: int, foreground: np.ndarray, row: dict, all_bins: dict, risks: dict
-    ) -> None:
+    def _uncertainty_of(
+        self, item: Mapping[str, Any], channel: int, foreground: np.ndarray
+    ) -> tuple[dict[str, float], dict[str, np.ndarray], np.ndarray]:
+        """Scores of the uncertainty of a region, its calibration bins by their names, and its curve of the risk.
+
+        Args:
+            item: see :meth:`rows_of`.
+            channel: of the region.
+            foreground: voxels of the body ``[H, W, S]``.
+        """
         region = self.regions[channel]
         prob, uncertainty = (np.asarray(item[key][channel].cpu()) for key in ("prob", "uncertainty"))
         pred, label = (np.asarray(item[key][channel].cpu()) > 0 for key in ("pred", "label"))
         lesion, wrong = region_of_interest(pred, label), (pred != label)[foreground]
-        for voxels, mask in (("foreground", foreground), ("lesion", lesion)):
-            bins = calibration_bins(prob[mask], label[mask])
-            all_bins[f"{region} {voxels}"] = bins
-            row[f"ece_{voxels}_{region}"] = expected_calibration_error(bins[None])
+        masks = {"foreground": foreground, "lesion": lesion}
+        bins = {f"{region} {name}": calibration_bins(prob[mask], label[mask]) for name, mask in masks.items()}
+        found = {f"ece_{name}": expected_calibration_error(bins[f"{region} {name}"][None]) for name in masks}
         risk = risk_coverage(uncertainty[foreground], wrong)
-        risks[region] = risk
-        row[f"brier_{region}"] = brier_score_loss(label[lesion], prob[lesion].clip(0, 1)) if lesion.any() else np.nan
-        row[f"error_auroc_{region}"] = error_auroc(uncertainty[foreground], wrong)
-        row[f"aurc_{region}"] = risk.mean()
+        found["brier"] = brier_score_loss(label[lesion], prob[lesion].clip(0, 1)) if lesion.any() else np.nan
+        found["error_auroc"] = error_auroc(uncertainty[foreground], wrong)
+        found["aurc"] = risk.mean()
         if "annotations" in item:
             scores, votes = annotator_scores(item, channel, prob, size_unit(item).voxel)
-            row |= {f"{name}_{region}": value for name, value in scores.items()}
-            all_bins |= {f"{region} votes {name}": values for name, values in votes.items()}
+            found |= scores
+            bins |= {f"{region} votes {name}": values for name, values in votes.items()}
+        return {f"{name}_{region}": value for name, value in found.items()}, bins, risk
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         bins, risks = (_stacked([row[name] for row in rows]) for name in ("bins", "risks"))
