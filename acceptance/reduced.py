@@ -45,7 +45,7 @@ BENCHMARKS = {
     "annotators.py": {"--kinds": ["nested"], "--seeds": ["0"], "--steps": ["2"], "--pictures": ["2"]},
     "ct.py": {"--shape": ["64", "64", "16"], "--features": ["8"] * 6},
     "cup_to_disc.py": {},
-    "data.py": {"--num_subjects": ["1"], "--image_size": ["32"]},
+    "data.py": {"--num_subjects": ["1"], "--shape": ["32", "32", "8"], "--image_size": ["32"]},
     "export.py": {"--repeats": ["1"], "--slices": ["2"]},
     "false_volume.py": {},
     "flops.py": {},
@@ -65,7 +65,7 @@ BENCHMARKS = {
     "resize.py": {},
     "inference.py": {},
     "int8.py": {"--image_size": ["32"], "--repeats": ["1"]},
-    "network.py": {"--repeats": ["1"], "--image_size": ["32"]},
+    "network.py": {"--repeats": ["1"], "--image_size": ["32"], "--variants": ["S"]},
     "scale.py": {"--counts": ["2"], "--shared": ["0"]},
     "run.py": {"--minutes": ["0.01"], "--folds": ["0"], "--seeds": ["0"], "--arms": ["this bundle"]},
     "structure.py": {},
@@ -159,7 +159,7 @@ def reduced_ablation(words: list[str], files: list[str]) -> list[str]:
     (reference,) = values_of(words, "--reference") or [config.get("reference") or next(iter(arms))]
     kept = dict.fromkeys([reference, list(arms)[-1]])
     grid = {key: values[:1] for key, values in config.get("grid", {}).items()}
-    chosen = str({name: arms[name] for name in kept})
+    chosen = str({name: {key: arms[name][key] for key in arms[name].keys() - {"max_epochs"}} for name in kept})
     epochs = {"--max_epochs": ["4"]} if "staged" in chosen else EPOCHS  # the stages share them
     words = put(words, epochs | {"--seeds": ["[0]"], "--arms": [chosen]}, replace=True)
     sizes = sizes_of(files[0]).items()

@@ -32,18 +32,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--num_subjects", type=int, default=4)
+    parser.add_argument("--shape", nargs=3, type=int, default=[240, 240, 155], help="voxels of the phantoms")
     parser.add_argument("--image_size", type=int, default=128)
     args = parser.parse_args()
+    slices = args.shape[2]
     data = args.output_dir / "data"
     if not data.is_dir():
-        make_dataset(data, args.num_subjects, shape=(240, 240, 155))
+        make_dataset(data, args.num_subjects, shape=tuple(args.shape))
     items = configured(data, args.image_size).get_parsed_content("datalist")["judged"]
     rng = np.random.default_rng(0)
 
     def read_all(_: int) -> None:
         """What the public loader does: all five volumes, for one slice of each."""
         item = items[rng.integers(len(items))]
-        index = rng.integers(155)
+        index = rng.integers(slices)
         for file in item_files(item):
             nib.load(file).get_fdata()[..., index]
 
@@ -54,7 +56,7 @@ def main() -> None:
         dataset = config.get_parsed_content("train::dataset")
         seconds = time.perf_counter() - start
         # an epoch's worth of slices of every volume has to pay for the filling
-        rows.append({"way": f"cold cache {name}, every slice once", "slices per second": 155 * len(items) / seconds})
+        rows.append({"way": f"cold cache {name}, every slice once", "slices per second": slices * len(items) / seconds})
         rows.append(rate(f"warm cache {name}", lambda _, d=dataset: d[rng.integers(len(d))], 2000))
     table = pd.DataFrame(rows)
     table["times faster"] = table["slices per second"] / table["slices per second"][0]

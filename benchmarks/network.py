@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +46,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--image_size", type=int, default=128, help="of the table of modules")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     args = parser.parse_args()
     print(hardware())
-    print(markdown(variants(args.repeats)))
+    print(markdown(variants(args.variants, args.repeats)))
     print(markdown(modules(args.repeats, args.image_size)))
 
 
-def variants(repeats: int) -> pd.DataFrame:
+def variants(names: Sequence[str], repeats: int) -> pd.DataFrame:
     """Per variant: millions of parameters, GFLOP of a slice with one evaluation, seconds of a training step."""
     rows = []
-    for name in VARIANTS:
+    for name in names:
         network = MedSegDiff(GaussianDiffusion(), MODALITIES, variant=name).eval()
         row = {
             "variant": name,
@@ -66,7 +67,7 @@ def variants(repeats: int) -> pd.DataFrame:
             image = torch.zeros(1, MODALITIES, size, size)
             row[f"GFLOP at {size} px"] = count(lambda: network(image))  # noqa: B023
         rows.append(row)
-    seconds = {name: training_step(name, repeats) for name in VARIANTS}  # one at a time: the large ones fill memory
+    seconds = {name: training_step(name, repeats) for name in names}  # one at a time: the large ones fill memory
     return pd.DataFrame(rows).assign(**{f"step of {BATCH['train']} slices at 64 px (s)": seconds.values()})
 
 
