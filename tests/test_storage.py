@@ -144,14 +144,22 @@ def test_output_may_not_go_among_the_objects_of_a_subject(infer, some, s3, outpu
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("s3://bucket/nothing", "has no folder, but nothing"),
-        ("s3://absent/brains", "has no folder, but nothing"),
+        ("s3://bucket/nothing", "s3://bucket/nothing/' is empty, or there is no such folder"),
+        ("s3://absent/brains", "s3://absent/brains/' is empty, or there is no such folder"),
+        ("s3://bucket/files", r"has no folder, but \['1.nii.gz'\]: .* set 'image_dir'"),
         ("nonsense://bucket", "cannot be used: .*nonsense"),
     ],
 )
 def test_a_store_without_subjects_is_named(s3, place, message):
+    s3.put_object(Bucket="bucket", Key="files/1.nii.gz", Body=b"x")
     with pytest.raises(InputError, match=message):
         list_subjects(place, MODALITIES)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_work_starts(infer, some, s3, monkeypatch):
+    monkeypatch.setattr("scripts.sampling.jobs.compute", None)
+    with pytest.raises(InputError, match="'s3://absent/out' cannot be used: .*bucket"):
+        infer(str(some), "s3://absent/out")
 
 
 def test_a_lost_server_is_named(monkeypatch):

@@ -92,6 +92,8 @@ def infer_subjects(parser: ConfigParser) -> None:
     waiting = [order for order, name in enumerate(data.names) if name not in finished]
     if len(waiting) < len(data):
         logger.info(f"{len(data) - len(waiting)} of {len(data)} subjects are finished already")
+    if waiting:
+        output.check_writable()
     errors, empty = [], []
     jobs = [(order, data.sources[order]) for order in waiting]
     try:

@@ -89,13 +89,15 @@ def _listed(store: Store, listed: Sequence[tuple[str, list[str]]]) -> list[Remot
 def _find(store: Store, image_dir: str | None) -> list[Remote]:
     """The subjects in a store: files of ``image_dir``, or folders."""
     found = store.entries(image_dir or "")
+    if not found:
+        raise InputError(f"'{store.url}/{image_dir or ''}' is empty, or there is no such folder; check the address")
     if image_dir is not None:
         images = by_stem([name for name, is_folder in found.items() if not is_folder], f"'{store.url}/{image_dir}'")
         return [Remote(stem, image_dir.rstrip("/"), [name]) for stem, name in images.items()]
     folders = [name for name, is_folder in found.items() if is_folder and not name.startswith(".")]
     if not folders:
         raise InputError(
-            f"'{store.url}' has no folder, but {list(found)[:5] or 'nothing'}: expected one for each subject; if all "
+            f"'{store.url}' has no folder, but {list(found)[:5]}: expected one for each subject; if all "
             "images are in one folder, set 'image_dir'"
         )
     return [Remote(name, name) for name in folders]

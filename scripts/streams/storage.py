@@ -121,6 +121,12 @@ class Store:
         with self._named():
             self.fs.pipe_file(f"{self.path}/{name}", text.encode())
 
+    def check_writable(self) -> None:
+        """Write and remove a small file, so that a missing right is not found after hours of work."""
+        self.write(".writable", "")
+        with self._named():
+            self.fs.rm_file(f"{self.path}/.writable")
+
     def send(self, folder: Path) -> None:
         """Move all files of a folder of this machine to this one. Each appears in one step."""
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -182,6 +188,11 @@ class Output:
     def place(self, folder: str) -> Disk | Store:
         """A folder of the output, to read from and to write to."""
         return Store(f"{self.store.url}/{folder}") if self.store else Disk(self.folder / folder)
+
+    def check_writable(self) -> None:
+        """Raise InputError if nothing can be written to the store."""
+        if self.store:
+            self.store.check_writable()
 
     def send(self) -> None:
         """Move what was written to where it belongs."""
