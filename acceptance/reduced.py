@@ -45,6 +45,7 @@ BENCHMARKS = {
     "annotators.py": {"--kinds": ["nested"], "--seeds": ["0"], "--steps": ["2"], "--pictures": ["2"]},
     "ct.py": {"--shape": ["64", "64", "16"], "--features": ["8"] * 6},
     "cup_to_disc.py": {},
+    "curve.py": {},
     "data.py": {"--num_subjects": ["1"], "--shape": ["32", "32", "8"], "--image_size": ["32"]},
     "export.py": {"--repeats": ["1"], "--slices": ["2"]},
     "false_volume.py": {},

@@ -81,12 +81,14 @@ def test_a_changed_object_is_computed_again(infer, some, s3, tmp_path):
     assert before["b [1]_seg.nii.gz"] == after["b [1]_seg.nii.gz"]
 
 
-def test_a_damaged_object_is_named_by_its_address_and_the_others_are_done(infer, some, s3):
+def test_a_damaged_object_is_named_by_its_address_and_the_others_are_done(infer, some, s3, capfd):
     upload(s3, some, "brains")
     s3.put_object(Bucket="bucket", Key="brains/a/a_t1.nii.gz", Body=b"damaged")
-    s3.put_object(Bucket="bucket", Key="brains/notes/", Body=b"")  # as a console makes a folder
-    with pytest.raises(InputError, match=r"subject 'a': .*s3://bucket/brains/a/a_t1.nii.gz"):
+    for key in ("brains/", "brains/b [1]/", "brains/notes/"):  # as a console makes a folder
+        s3.put_object(Bucket="bucket", Key=key, Body=b"")
+    with pytest.raises(InputError, match=r"^subject 'a': .*s3://bucket/brains/a/a_t1.nii.gz"):
         infer("s3://bucket/brains", "s3://bucket/out")
+    assert "1 folders hold no volume and are left out: ['notes']" in "".join(capfd.readouterr())
     assert {"out/b [1]_seg.nii.gz", "out/grades.csv", "out/manifest/b [1].json"} <= objects(s3).keys()
     assert not [key for key in objects(s3) if key.startswith("out/a")]
 

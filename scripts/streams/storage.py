@@ -67,11 +67,8 @@ class Store:
         InputError: here and from every method, if the store cannot be reached or refuses.
     """
 
-    __slots__ = (
-        "fs",
-        "path",
-        "url",
-    )  # no __dict__: MONAI's DataLoader would follow those of fsspec for ever
+    # no __dict__: MONAI's DataLoader would follow that of fsspec for ever
+    __slots__ = ("fs", "path", "url")
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -94,7 +91,8 @@ class Store:
         """Size and ETag of all files below a folder, by their names relative to this one."""
         with self._named():
             found = self.fs.find(f"{self.path}/{folder}".rstrip("/"), detail=True)
-        return {name[len(self.path) + 1 :]: _state(info) for name, info in found.items()}
+        files = {name[len(self.path) + 1 :]: info for name, info in found.items()}
+        return {name: _state(info) for name, info in files.items() if not name.endswith("/")}  # marks of folders
 
     def read(self, name: str) -> bytes | None:
         """Content of a file; None if there is none."""
@@ -154,6 +152,7 @@ class Store:
                 raise InputError(f"subject '{source.name}': '{self.url}/{name}' leads out of its folder; rename it")
         with tempfile.TemporaryDirectory(prefix="subject_") as temporary:
             folder = Path(temporary, source.name)
+            folder.mkdir()
             local = [folder / PurePosixPath(name).relative_to(source.folder) for name in states]
             with self._named():
                 if source.files is not None:
