@@ -48,7 +48,7 @@ KNOWN_ERRORS = {
 # keys of folders, and why they may not be addresses in an object store
 PLACES = {
     "dataset_dir": "the headers of all volumes are read first, and then each volume many times; copy the data set",
-    "output_dir": "files are continued and replaced, which an object store cannot; copy them there afterwards",
+    "output_dir": "its files are appended to and read again; copy them to the store afterwards",
     "ckpt_dir": "weights are read from a file",
     "cache_dir": "the files of the cache are mapped into memory",
 }
